@@ -1,0 +1,61 @@
+"""Checkpoints of a training state with Orbax: asynchronous, the latest and the best kept."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
+
+T = TypeVar("T")
+
+
+class Checkpoints:
+    """The steps saved under a folder: the latest two, and the best by top-1 accuracy."""
+
+    def __init__(self, folder: Path):
+        # `max_to_keep` with `best_fn` would delete the latest step whenever the metric worsens.
+        keep = managers.AnyPreservationPolicy(
+            [
+                managers.LatestN(2),
+                managers.BestN(
+                    get_metric_fn=lambda metrics: metrics["eval_top1"],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(preservation_policy=keep)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def latest_step(self) -> int | None:
+        """The newest step that was saved completely."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
+        """Starts saving `state`, and returns as soon as it may change again.
+
+        A step that is saved already is left as it is.
+        """
+        if step != self.latest_step():
+            self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
+
+    def restore(self, step: int, template: T) -> T:
+        """The state of `step`, in the shapes, types and shardings of `template`."""
+        return self._manager.restore(step, args=ocp.args.StandardRestore(template))
+
+    def close(self) -> None:
+        """Waits until all that was started is saved."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def digest(params: Any) -> str:
+    """SHA-256 of all parameters' bytes, in the order of their sorted paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    result = hashlib.sha256()
+    for _, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
+        result.update(np.asarray(leaf).tobytes())
+    return result.hexdigest()

@@ -1,0 +1,275 @@
+"""What a training run can be told: frozen dataclasses, their ranges, and the command line."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from flax_alexnet.architectures import ARCHITECTURES, unknown
+from flax_alexnet.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which pictures, and at which size they enter the device."""
+
+    name: str = "shapes_and_textures"
+    """The embedded "shapes_and_textures", a TFDS name that has been prepared, or folder:PATH."""
+    data_dir: Path | None = None
+    """Where prepared datasets lie; none: TFDS_DATA_DIR or tensorflow_datasets in the home."""
+    train_split: str = "train"
+    """TFDS split to train on; slices such as train[:90%] work."""
+    eval_split: str | None = None
+    """TFDS split to evaluate on; none: validation where there is one, else test."""
+    image_size: int = 256
+    """Side in pixels to which pictures are brought before any crop."""
+    threads: int = 2
+    """Threads that decode and batch pictures."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which net; the fields are those of AlexNet."""
+
+    variant: str = "notebook"
+    """notebook, paper, caffe, caffenet, torchvision or cuda_convnet_cifar10."""
+    num_classes: int | None = None
+    """Outputs; none: as many as the dataset has classes."""
+    width: float = 1.0
+    """Multiplier of the features of every layer but the last."""
+    dropout_rate: float = 0.5
+    """Share of units dropped where the variant has dropout."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; parameters are float32 always."""
+    initialization: Literal["published", "he"] = "published"
+    """Initial values: the variant's own, or He et al.'s."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """The function after each layer."""
+    relu_logits: bool = False
+    """The notebook's fault of a ReLU on the last layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """What happens to pictures on the device; evaluation takes the central crop."""
+
+    crop_size: int = 224
+    """Side in pixels of what the net sees."""
+    random_crop: bool = True
+    """Crop at random places in training, else at the centre."""
+    flip: bool = True
+    """Mirror half of the pictures left to right in training."""
+    color_noise: Literal["none", "cuda-convnet", "eigenvalues"] = "none"
+    """PCA colour noise: as strong as in the original code, or by the eigenvalues in wide use."""
+    scale: float = 1.0
+    """What grey levels are multiplied with once the mean is subtracted; 1 in the original nets."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """SGD with momentum and weight decay, and the schedule of its rate."""
+
+    rule: Literal["paper", "notebook"] = "paper"
+    """The paper's update, or the notebook's (decay multiplied by the rate twice)."""
+    learning_rate: float = 0.01
+    """Rate after warm-up and before any drop."""
+    momentum: float = 0.9
+    """Share of the velocity that is kept."""
+    weight_decay: float = 0.0005
+    """Share of the weights added to the gradient."""
+    bias_rate: float = 1.0
+    """Multiplier of the rate for biases; the original code and Caffe take 2."""
+    decay_biases: bool = True
+    """Whether biases decay; in the original code and Caffe they do not."""
+    clip_norm: float | None = None
+    """Global norm down to which gradients are scaled; none: not at all."""
+    schedule: Literal["constant", "steps", "plateau"] = "constant"
+    """Constant; drops at drop_epochs; or drops when the validation error stops improving."""
+    drop_epochs: tuple[float, ...] = ()
+    """With steps: the epochs at which the rate drops."""
+    drop_factor: float = 0.1
+    """What a drop multiplies the rate with."""
+    patience: int = 3
+    """With plateau: evaluations without a new best before a drop."""
+    max_drops: int = 3
+    """With plateau: how many drops there can be."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the rate rises linearly."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    recipe: str = "quickstart"
+    """Where the defaults come from: quickstart, notebook, paper or cifar10."""
+    workdir: Path = Path("runs")
+    """Where all that the run writes goes; starting again in the same place resumes."""
+    allow_changes: bool = False
+    """Resume even though the configuration differs from the one that the run was started with."""
+    seed: int = 0
+    """Determines initial values, the order of pictures and every random draw."""
+    batch_size: int = 128
+    """Pictures in a step, over all devices."""
+    epochs: float = 90.0
+    """Passes over the training pictures."""
+    steps: int | None = None
+    """Stop after this many steps, even if the epochs are not over."""
+    eval_epochs: float = 1.0
+    """Epochs between evaluations; each is followed by a checkpoint."""
+    log_every: int = 50
+    """Steps between lines of metrics."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder for the next start."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+# What may differ when a run is resumed: it does not change the run's result.
+FREE_TO_CHANGE = frozenset(
+    {"workdir", "allow_changes", "compilation_cache", "data.data_dir", "data.threads"}
+)
+
+
+def validate(config: Config) -> None:
+    """Raises UserError for the first value that is out of its range."""
+    if config.model.variant not in ARCHITECTURES:
+        raise UserError(unknown("variant", config.model.variant, ARCHITECTURES))
+    data, model, optimizer = config.data, config.model, config.optimizer
+    for flag, value, fits, expected in (
+        ("batch-size", config.batch_size, config.batch_size >= 1, "1 or more"),
+        ("epochs", config.epochs, config.epochs > 0, "more than 0"),
+        ("steps", config.steps, config.steps is None or config.steps >= 1, "1 or more"),
+        ("eval-epochs", config.eval_epochs, config.eval_epochs > 0, "more than 0"),
+        ("log-every", config.log_every, config.log_every >= 1, "1 or more"),
+        ("seed", config.seed, 0 <= config.seed < 2**32, "0 to 4294967295"),
+        ("data.image-size", data.image_size, data.image_size >= 1, "1 or more"),
+        ("data.threads", data.threads, data.threads >= 1, "1 or more"),
+        (
+            "model.num-classes",
+            model.num_classes,
+            model.num_classes is None or model.num_classes >= 2,
+            "2 or more",
+        ),
+        ("model.width", model.width, model.width > 0, "more than 0"),
+        ("model.dropout-rate", model.dropout_rate, 0 <= model.dropout_rate < 1, "0 to below 1"),
+        (
+            "augment.crop-size",
+            config.augment.crop_size,
+            1 <= config.augment.crop_size <= data.image_size,
+            f"1 to --data.image-size, which is {data.image_size}",
+        ),
+        ("augment.scale", config.augment.scale, config.augment.scale > 0, "more than 0"),
+        ("optimizer.learning-rate", optimizer.learning_rate, optimizer.learning_rate > 0, "more than 0"),
+        ("optimizer.momentum", optimizer.momentum, 0 <= optimizer.momentum < 1, "0 to below 1"),
+        ("optimizer.weight-decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "0 or more"),
+        ("optimizer.bias-rate", optimizer.bias_rate, optimizer.bias_rate >= 0, "0 or more"),
+        (
+            "optimizer.clip-norm",
+            optimizer.clip_norm,
+            optimizer.clip_norm is None or optimizer.clip_norm > 0,
+            "more than 0",
+        ),
+        ("optimizer.drop-factor", optimizer.drop_factor, 0 < optimizer.drop_factor < 1, "between 0 and 1"),
+        (
+            "optimizer.drop-epochs",
+            optimizer.drop_epochs,
+            (not optimizer.drop_epochs) == (optimizer.schedule != "steps"),
+            "epochs with --optimizer.schedule steps, and none without",
+        ),
+        ("optimizer.patience", optimizer.patience, optimizer.patience >= 1, "1 or more"),
+        ("optimizer.max-drops", optimizer.max_drops, optimizer.max_drops >= 0, "0 or more"),
+        ("optimizer.warmup-epochs", optimizer.warmup_epochs, optimizer.warmup_epochs >= 0, "0 or more"),
+    ):
+        if not fits:
+            raise UserError(f"--{flag} is {value}; expected {expected}")
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """A configuration as {"data.name": …}, with values as JSON has them."""
+
+    def walk(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        result = {}
+        for name, value in values.items():
+            if isinstance(value, dict):
+                result |= walk(f"{prefix}{name}.", value)
+            else:
+                result[prefix + name] = value
+        return result
+
+    values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return walk("", values)
+
+
+T = TypeVar("T")
+
+
+def parse(schema: type[T], argv: Sequence[str], default: T, program: str) -> T:
+    """`default` with the flags of `argv` applied.
+
+    Raises:
+      UserError: an unknown flag, with the nearest one, or a value that is not of its type.
+      SystemExit: after `--help`.
+    """
+    if {"-h", "--help"} & set(argv):
+        return tyro.cli(schema, args=argv, default=default, prog=program)
+    flags = known_flags(default)
+    for word in argv:
+        name = word.partition("=")[0].replace("_", "-")
+        if name.startswith("--") and name not in flags:
+            near = difflib.get_close_matches(name, flags, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"see python -m {program} --help"
+            raise UserError(f"unknown flag {name}: {hint}")
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+            return tyro.cli(schema, args=argv, default=default, prog=program)
+    except SystemExit:
+        raise UserError(_first_paragraph(output.getvalue())) from None
+
+
+def known_flags(default: Any, prefix: str = "--") -> list[str]:
+    """Every flag of a dataclass, nested ones with their prefix, in tyro's spelling."""
+    flags = []
+    for field in dataclasses.fields(default):
+        name, value = field.name.replace("_", "-"), getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            flags += known_flags(value, f"{prefix}{name}.")
+        elif isinstance(value, bool):
+            flags += [f"{prefix}{name}", f"{prefix}no-{name}"]
+        else:
+            flags.append(prefix + name)
+    return flags
+
+
+def value_of(flag: str, argv: Sequence[str], default: str) -> str:
+    """The value that `argv` gives a flag, before it is parsed as a whole."""
+    for index, word in enumerate(argv):
+        if word == flag and index + 1 < len(argv):
+            return argv[index + 1]
+        if word.startswith(f"{flag}="):
+            return word.removeprefix(f"{flag}=")
+    return default
+
+
+def exit_code(error: UserError) -> int:
+    """Says what the user did wrong, in one line, and gives the exit code for it."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _first_paragraph(box: str) -> str:
+    """What tyro says in the first part of its box of text."""
+    lines = [line.strip(" │") for line in box.splitlines()[1:]]
+    end = next((i for i, line in enumerate(lines) if re.fullmatch(r"[─╰╯]+", line)), len(lines))
+    return " ".join(lines[:end]) or "the command line could not be read; see --help"

@@ -1,0 +1,99 @@
+"""The order of pictures, and batches of them, with Grain.
+
+Which pictures a batch holds, and in which order, follows from (seed, step) alone: not from the
+number of processes or threads, nor from where a run was interrupted.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from flax_alexnet.data.sources import Example, Examples
+
+Batch = dict[str, np.ndarray]  # "image": uint8[b, s, s, 3], "label": int32[b], "mask": bool[b]
+
+
+def training_batches(
+    examples: Examples,
+    batch_size: int,
+    *,
+    seed: int,
+    start_step: int = 0,
+    threads: int = 2,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Batches without end, each epoch a new permutation, from the one of `start_step` on.
+
+    The stream of pictures is cut into batches of `batch_size`, which may span two epochs, so
+    that every picture is seen equally often. A process reads only its own rows, `batch_size /
+    process_count` of them, one block after the other in the order of processes.
+    """
+    dataset = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
+    return _batches(dataset, batch_size, start_step, threads, process_index, process_count)
+
+
+def evaluation_batches(
+    examples: Examples,
+    batch_size: int,
+    *,
+    threads: int = 2,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Every picture exactly once, in order; the last batch is filled up and masked.
+
+    Batches have an entry "mask": bool[b], false for what was filled up.
+    """
+    dataset = grain.MapDataset.source(_Padded(examples, batch_size))
+    return _batches(dataset, batch_size, 0, threads, process_index, process_count)
+
+
+class _Padded:
+    """Examples with a mask, up to a whole number of batches."""
+
+    def __init__(self, examples: Examples, batch_size: int):
+        self._examples = examples
+        self._length = -(-len(examples) // batch_size) * batch_size
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Example:
+        real = index < len(self._examples)
+        return {**self._examples[index if real else 0], "mask": np.bool_(real)}
+
+
+class _ProcessRows(grain.MapDataset):
+    """A process's block of rows of each batch, as one stream."""
+
+    def __init__(self, parent: Any, batch_size: int, process_index: int, process_count: int):
+        super().__init__(parent)
+        self._batch_size = batch_size
+        self._rows = batch_size // process_count
+        self._offset = process_index * self._rows
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * self._rows
+
+    def __getitem__(self, index: Any) -> Any:
+        batch, row = divmod(index, self._rows)
+        return self._parent[batch * self._batch_size + self._offset + row]
+
+
+def _batches(
+    dataset: Any, batch_size: int, start: int, threads: int, process_index: int, process_count: int
+) -> Iterator[Batch]:
+    if not flags.FLAGS.is_parsed():  # Grain reads a flag of absl's, and this is no absl program
+        flags.FLAGS.mark_as_parsed()
+    if process_count > 1:
+        dataset = _ProcessRows(dataset, batch_size, process_index, process_count)
+    dataset = dataset.batch(batch_size // process_count, drop_remainder=True)
+    # Each thread makes a whole batch: two ahead of each keep the device fed without much memory.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    iterator = iter(dataset.to_iter_dataset(options))
+    grain.experimental.set_next_index(iterator, start)
+    return iterator

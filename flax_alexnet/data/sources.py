@@ -1,0 +1,336 @@
+"""Where pictures come from: the embedded dataset, TFDS names, folders of class folders.
+
+Each is a `Source`: a length, encoded pictures with their labels by index, and label names.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from flax_alexnet.architectures import unknown
+from flax_alexnet.data import shapes
+from flax_alexnet.data.decode import DecodeError, decode
+from flax_alexnet.errors import UserError
+
+FOLDER = "folder:"
+PICTURE_SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+# What is decoded once and kept, rather than again at each epoch, and over which pictures the mean
+# is taken when there are more.
+CACHE_BYTES = 2**30
+MEAN_PICTURES = 2**16
+
+
+class Record(NamedTuple):
+    """One encoded picture, as it lies on the disk."""
+
+    image: bytes
+    label: int
+    name: str  # for messages: a path, or a split and an index
+
+
+class Source(Protocol):
+    """Pictures by index: what any dataset is to the rest of the program."""
+
+    label_names: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def records(self, indices: Sequence[int]) -> list[Record]: ...
+
+
+class Dataset(NamedTuple):
+    """A training and an evaluation source with the same label names."""
+
+    name: str
+    train: Source
+    eval: Source
+    label_names: Sequence[str]
+
+
+def default_data_dir() -> Path:
+    """Where TFDS keeps its datasets: `TFDS_DATA_DIR`, or `tensorflow_datasets` in the home."""
+    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+
+
+def open_dataset(
+    name: str,
+    data_dir: Path | None = None,
+    train_split: str = "train",
+    eval_split: str | None = None,
+) -> Dataset:
+    """The dataset called `name`: "shapes_and_textures", a TFDS name, or "folder:PATH".
+
+    The embedded dataset is prepared here if it is not yet; others must have been.
+
+    Args:
+      name: a TFDS name may carry a configuration and a version, such as "cifar10:3.0.2".
+      data_dir: where prepared datasets lie; None for `default_data_dir()`.
+      train_split, eval_split: TFDS splits, slices such as "train[:90%]" included; None evaluates
+        on "validation" where there is one, else on "test". A folder has its own rule.
+
+    Raises:
+      UserError: no such dataset, not prepared, of a form that cannot be read, or without labels.
+    """
+    if name.startswith(FOLDER):
+        return _open_folder(Path(name.removeprefix(FOLDER)).expanduser())
+    data_dir = data_dir or default_data_dir()
+    if name == shapes.NAME:
+        shapes.prepare(data_dir)
+    builder = _open_builder(name, data_dir)
+    splits = builder.info.splits
+    if eval_split is None:
+        eval_split = next((split for split in ("validation", "test") if split in splits), None)
+    if eval_split is None:
+        raise UserError(
+            f"dataset {name!r} has no validation or test split, only {', '.join(splits)}: "
+            "choose one with --data.eval-split, such as 'train[90%:]'"
+        )
+    sources = [TfdsSource(builder, split) for split in (train_split, eval_split)]
+    return Dataset(name, *sources, sources[0].label_names)
+
+
+class TfdsSource:
+    """A split of a prepared TFDS dataset of labelled pictures, still encoded."""
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+        name, info = builder.name, builder.info
+        keys = info.supervised_keys
+        features = [info.features[key] for key in keys] if keys and len(keys) == 2 else []
+        if [type(feature).__name__ for feature in features] != ["Image", "ClassLabel"]:
+            raise UserError(f"dataset {name!r} does not consist of pictures with one label each")
+        self._image, self._label = keys
+        self._split = split
+        self.label_names: Sequence[str] = features[1].names
+        try:
+            self._data = builder.as_data_source(
+                split, decoders={self._image: tfds.decode.SkipDecoding()}
+            )
+        except NotImplementedError:
+            raise UserError(
+                f"dataset {name!r} in {builder.data_path} is not stored as ArrayRecord; prepare "
+                f"it again: {prepare_command(name)}"
+            ) from None
+        except (ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"dataset {name!r} has no split {split!r}: {reason}") from None
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def records(self, indices: Sequence[int]) -> list[Record]:
+        """The records at `indices`; many at once are read several times faster than one by one."""
+        return [
+            Record(item[self._image], int(item[self._label]), f"{self._split}[{index}]")
+            for index, item in zip(
+                indices, self._data.__getitems__([int(i) for i in indices]), strict=True
+            )
+        ]
+
+
+class FolderSource:
+    """Picture files with the label of the folder each lies in."""
+
+    def __init__(self, files: Sequence[tuple[Path, int]], label_names: Sequence[str]):
+        self._files = files
+        self.label_names = label_names
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def records(self, indices: Sequence[int]) -> list[Record]:
+        """The records at `indices`; UserError names a file that cannot be read."""
+        result = []
+        for path, label in (self._files[index] for index in indices):
+            try:
+                result.append(Record(path.read_bytes(), label, str(path)))
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error.strerror}; remove or repair it") from None
+        return result
+
+
+def prepare_command(name: str, data_dir: Path | None = None) -> str:
+    """What a user types to prepare `name`."""
+    where = f" --data.data-dir {data_dir}" if data_dir else ""
+    return f"python -m flax_alexnet.prepare --data.name {name}{where}"
+
+
+def class_folders(path: Path) -> list[str]:
+    """Names of the folders in `path`, hidden ones left out, in sorted order."""
+    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def list_pictures(path: Path, label_names: Sequence[str]) -> list[tuple[Path, int]]:
+    """All picture files of the class folders of `path`, with labels, sorted by class and name.
+
+    Raises:
+      UserError: a class folder without a picture, or a file there that is no picture by its name
+        (hidden files are passed over).
+    """
+    result = []
+    for label, name in enumerate(label_names):
+        files = sorted(p for p in (path / name).rglob("*") if not p.name.startswith("."))
+        files = [p for p in files if not p.is_dir()]
+        for file in files:
+            if file.suffix.lower() not in PICTURE_SUFFIXES:
+                raise UserError(f"{file} is not a picture by its name; move it out of {path}")
+        if not files:
+            raise UserError(f"class folder {path / name} has no pictures: add some or remove it")
+        result += [(file, label) for file in files]
+    return result
+
+
+def _open_folder(path: Path) -> Dataset:
+    """PATH/train and PATH/test (or val, validation) if they are there, else PATH with a tenth held out.
+
+    Held out is every tenth picture in the order of classes and names, so that each class gives its
+    share and the same picture is held out every time.
+    """
+    if not path.is_dir():
+        raise UserError(f"no folder {path}: --data.name folder:PATH needs one with a folder per class")
+    names = class_folders(path)
+    eval_name = next((name for name in ("test", "val", "validation") if name in names), None)
+    if "train" in names and eval_name:
+        label_names = class_folders(path / "train")
+        others = class_folders(path / eval_name)
+        if others != label_names:
+            differ = ", ".join(sorted(set(others) ^ set(label_names)))
+            raise UserError(f"{path}/train and {path}/{eval_name} must hold the same classes: {differ}")
+        _need_classes(path / "train", label_names)
+        train = list_pictures(path / "train", label_names)
+        held_out = list_pictures(path / eval_name, label_names)
+    else:
+        label_names = names
+        _need_classes(path, label_names)
+        files = list_pictures(path, label_names)
+        held_out = files[9::10]
+        train = [file for index, file in enumerate(files) if index % 10 != 9]
+        if not held_out:
+            raise UserError(f"{path} has {len(files)} pictures; at least 10 are needed to test on one")
+    sources = [FolderSource(files, label_names) for files in (train, held_out)]
+    for source in sources:
+        _check_pictures(source)
+    return Dataset(f"{FOLDER}{path}", *sources, label_names)
+
+
+def _need_classes(path: Path, label_names: Sequence[str]) -> None:
+    if len(label_names) < 2:
+        raise UserError(
+            f"{path} has {len(label_names)} class folders; expected two or more, each with the "
+            "pictures of one class"
+        )
+
+
+def _check_pictures(source: Source) -> None:
+    """Decodes every picture once, so that a damaged one is named before anything is compiled."""
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(lambda index: _decoded(source, [index], 16), range(len(source))):
+            pass
+
+
+def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
+    """The newest version of `name` on the disk, read without the code that prepared it."""
+    try:
+        return tfds.core.read_only_builder.builder_from_files(name, data_dir=str(data_dir))
+    except tfds.core.DatasetNotFoundError:
+        pass
+    prepared = [p.parent.parent.name for p in data_dir.glob("*/*/dataset_info.json")]
+    known = {shapes.NAME, *prepared, *tfds.list_builders(with_community_datasets=False)}
+    base = name.partition(":")[0].partition("/")[0]
+    if base not in known:
+        raise UserError(unknown("dataset", base, known) + " (or folder:PATH)")
+    raise UserError(
+        f"dataset {name!r} is not prepared in {data_dir}; run: {prepare_command(name, data_dir)}"
+    )
+
+
+Example = dict[str, Any]  # "image": uint8[size, size, 3], "label": int32[]
+
+
+class Examples(Protocol):
+    """Decoded pictures by index, as Grain reads them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+class DecodedExamples:
+    """Pictures read and decoded each time they are asked for."""
+
+    def __init__(self, source: Source, size: int):
+        self._source, self._size = source, size
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        image, label = _decoded(self._source, [index], self._size)
+        return {"image": image[0], "label": label[0]}
+
+
+class CachedExamples:
+    """Pictures decoded once and kept in memory."""
+
+    def __init__(self, source: Source, size: int):
+        self.images = np.empty((len(source), size, size, 3), np.uint8)
+        self.labels = np.empty((len(source),), np.int32)
+
+        def fill(start: int) -> None:
+            rows = range(start, min(start + 256, len(source)))
+            self.images[start : rows.stop], self.labels[start : rows.stop] = _decoded(
+                source, rows, size
+            )
+
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(fill, range(0, len(source), 256)):
+                pass
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Example:
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+def open_examples(source: Source, size: int) -> Examples:
+    """`source` decoded to `size` × `size`: kept in memory where that takes less than 1 GiB."""
+    fits = len(source) * size * size * 3 <= CACHE_BYTES
+    return CachedExamples(source, size) if fits else DecodedExamples(source, size)
+
+
+def mean_image(examples: Examples) -> np.ndarray:
+    """The mean of each pixel over the pictures: float32[size, size, 3], in grey levels 0 … 255.
+
+    Section 2 of the paper. Of more than 65,536 pictures as many, evenly spaced, are taken.
+    """
+    count = min(len(examples), MEAN_PICTURES)
+    indices = np.linspace(0, len(examples) - 1, count).astype(int)
+
+    def total(chunk: Sequence[int]) -> np.ndarray:
+        return np.sum([examples[int(i)]["image"] for i in chunk], axis=0, dtype=np.float64)
+
+    with ThreadPoolExecutor() as pool:
+        # Summed in a fixed order, so that the mean does not depend on the number of threads.
+        totals = list(pool.map(total, (indices[i : i + 256] for i in range(0, count, 256))))
+    return (np.sum(totals, axis=0) / count).astype(np.float32)
+
+
+def _decoded(source: Source, indices: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
+    images = np.empty((len(indices), size, size, 3), np.uint8)
+    labels = np.empty((len(indices),), np.int32)
+    for row, record in enumerate(source.records(indices)):
+        try:
+            images[row] = decode(record.image, size)
+        except DecodeError as error:
+            raise UserError(
+                f"cannot decode picture {record.name}: {error}; remove or repair it"
+            ) from None
+        labels[row] = record.label
+    return images, labels

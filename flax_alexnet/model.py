@@ -1,0 +1,151 @@
+"""AlexNet as one linen module that walks a table of layers."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flax_alexnet.architectures import (
+    AdaptivePool,
+    Conv,
+    Dense,
+    Dropout,
+    Norm,
+    Pool,
+    architecture,
+    explicit_padding,
+    trace,
+)
+from flax_alexnet.ops.lrn import local_response_normalization
+from flax_alexnet.ops.pooling import adaptive_average_pool, average_pool, max_pool
+
+
+class AlexNet(nn.Module):
+    """Any variant of AlexNet: float[b, h, w, 3] images to float[b, num_classes] logits.
+
+    Images are NHWC and RGB, less their mean, of any size that leaves at least one pixel before the
+    first dense layer. Parameters are float32 and called `conv1` … `conv5`, `fc6`, `fc7`, `fc8`
+    (`cuda_convnet_cifar10`: `conv1` … `conv3`, `fc10`), each with `kernel` and `bias`; convolution
+    kernels are (h, w, in / groups, out) and dense kernels (in, out), where `fc6` reads its input
+    flattened in the order (h, w, c).
+
+    With `mutable=["intermediates"]` every activation comes back under its name, as an array: each
+    layer after its activation function, `norm1`, `pool1`, …, and `logits`.
+
+    Example:
+      >>> model = AlexNet(variant="paper", num_classes=1000)
+      >>> params = model.init(key, jnp.zeros((1, 224, 224, 3)))["params"]
+      >>> logits = model.apply({"params": params}, images)
+      >>> logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+      >>> logits, state = model.apply({"params": params}, images, mutable=["intermediates"])
+      >>> state["intermediates"]["conv5"].shape
+      (1, 13, 13, 256)
+
+    Attributes:
+      variant: a name in `flax_alexnet.architectures.ARCHITECTURES`.
+      num_classes: outputs, ≥ 1.
+      dtype: type of the computation, such as `jnp.bfloat16`; parameters stay float32.
+      dropout_rate: share of the units set to zero where the variant has dropout, in [0, 1).
+      width: multiplier of the features of every layer but the last, > 0.
+      relu_logits: the notebook's ReLU on the last layer. It is a fault, off by default: a logit
+        below zero gets no gradient, and a net whose logits are all zero never learns again.
+      initialization: "published" for the variant's own initial values, or "he" for normal kernels
+        of variance 2 / fan in and zero biases (He et al. 2015), which also trains where N(0, 0.01)
+        stalls.
+      activation: the function after each layer; the paper's Figure 1 compares `nn.relu`, `nn.tanh`.
+
+    Raises:
+      UserError (a ValueError): an unknown variant, or an image too small, naming the layer that
+        runs out of pixels.
+    """
+
+    variant: str = "notebook"
+    num_classes: int = 1000
+    dtype: Any = jnp.float32
+    dropout_rate: float = 0.5
+    width: float = 1.0
+    relu_logits: bool = False
+    initialization: Literal["published", "he"] = "published"
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        layers = architecture(self.variant).scaled(self.num_classes, self.width)
+        if images.ndim != 4:
+            raise ValueError(f"images must be (batch, height, width, channels), not {images.shape}")
+        trace(layers, *images.shape[1:])  # says which layer an image that is too small breaks
+
+        x = images.astype(self.dtype)
+        for layer in layers:
+            match layer:
+                case Conv(name=name, window=window, stride=stride):
+                    fan_in = window**2 * x.shape[-1] // layer.groups
+                    convolve = nn.Conv(
+                        layer.features,
+                        (window, window),
+                        stride,
+                        padding=_padding(x, layer),
+                        feature_group_count=layer.groups,
+                        name=name,
+                        dtype=self.dtype,
+                        **self._initializers(layer, fan_in),
+                    )
+                    x = self.activation(convolve(x))
+                case Dense(name=name):
+                    x = x.reshape(x.shape[0], -1)
+                    connect = nn.Dense(
+                        layer.features,
+                        name=name,
+                        dtype=self.dtype,
+                        **self._initializers(layer, x.shape[-1]),
+                    )
+                    x = connect(x)
+                    if layer is layers[-1]:
+                        name = "logits"
+                    if name != "logits" or self.relu_logits:
+                        x = self.activation(x)
+                case Norm(name=name):
+                    x = local_response_normalization(
+                        x,
+                        layer.depth_radius,
+                        layer.bias,
+                        layer.alpha,
+                        layer.beta,
+                        groups=layer.groups,
+                    )
+                case Pool(name=name):
+                    pool = max_pool if layer.kind == "MAX" else average_pool
+                    x = pool(x, layer.window, layer.stride, _padding(x, layer))
+                case AdaptivePool(name=name):
+                    x = adaptive_average_pool(x, layer.size)
+                case Dropout():
+                    x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+                    continue
+            # Flax's `sow` refuses a name that a submodule bears, and `conv1` is to be both.
+            if self.is_mutable_collection("intermediates") and not self.is_initializing():
+                self.put_variable("intermediates", name, x)
+        return x
+
+    def _initializers(self, layer: Conv | Dense, fan_in: int) -> dict[str, Any]:
+        if self.initialization == "he":
+            return {"kernel_init": nn.initializers.he_normal(), "bias_init": nn.initializers.zeros}
+        if layer.kernel_std is None or layer.bias is None:
+            uniform = nn.initializers.uniform(2 * fan_in**-0.5)  # in [0, 2 / sqrt(fan in))
+
+            def centred(*args: Any) -> jax.Array:
+                return uniform(*args) - fan_in**-0.5
+
+            return {"kernel_init": centred, "bias_init": centred}
+        return {
+            "kernel_init": nn.initializers.normal(layer.kernel_std),
+            "bias_init": nn.initializers.constant(layer.bias),
+        }
+
+
+def _padding(x: jax.Array, layer: Conv | Pool) -> tuple[tuple[int, int], tuple[int, int]]:
+    top_bottom, left_right = (
+        explicit_padding(size, layer.window, layer.stride, layer.padding) for size in x.shape[1:3]
+    )
+    return top_bottom, left_right

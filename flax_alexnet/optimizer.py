@@ -1,0 +1,192 @@
+"""The optimizers of the paper, the original code and the notebook, as one optax chain."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def create_optimizer(
+    learning_rate: float | Schedule = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0005,
+    *,
+    rule: Literal["paper", "notebook"] = "paper",
+    bias_rate: float = 1.0,
+    decay_biases: bool = True,
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """SGD with momentum and additive weight decay.
+
+    With g the gradient, w the weights, ε the learning rate, m the momentum and λ the decay:
+
+        paper:     v ← m·v − ε·(g + λ·w);    w ← w + v
+        notebook:  v ← m·v + (g + λ·ε·w);    w ← w − ε·v
+
+    In the paper's rule (section 5) the rate stands inside the velocity, so that what was gathered
+    at a high rate goes on at that rate after a drop; `optax.sgd` differs there. The notebook
+    multiplies the decay by the rate twice, which makes it 1 / ε times weaker than the paper's.
+
+    The rate that was applied last, and the factor by which a plateau has lowered it, are part of
+    the optimizer's state: see `applied_rate` and `reduce_on_plateau`.
+
+    Args:
+      learning_rate: ε, a constant or a function of the step (int32[]), as of `create_schedule`.
+      momentum: m, in [0, 1).
+      weight_decay: λ, ≥ 0.
+      rule: which of the two.
+      bias_rate: multiplies ε for biases; the original code and Caffe take 2.
+      decay_biases: whether λ applies to biases; the original code and Caffe leave them out.
+      clip_norm: scales gradients down to this global norm, before anything is added; None does not.
+
+    Returns:
+      An optax chain; its `update` needs the parameters.
+
+    Raises:
+      ValueError: a rule that does not exist.
+    """
+    schedule = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
+    clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    decay_mask = None if decay_biases else _kernels
+    if rule == "paper":
+        return optax.chain(
+            *clip,
+            optax.add_decayed_weights(weight_decay, decay_mask),
+            scale_by_rate(schedule, bias_rate),
+            optax.trace(momentum),
+        )
+    if rule == "notebook":
+        return optax.chain(
+            *clip,
+            optax.add_decayed_weights(lambda step: weight_decay * schedule(step), decay_mask),
+            optax.trace(momentum),
+            scale_by_rate(schedule, bias_rate),
+        )
+    raise ValueError(f"unknown rule {rule!r}; expected 'paper' or 'notebook'")
+
+
+def create_schedule(
+    learning_rate: float,
+    *,
+    boundaries: Sequence[int] = (),
+    drop_factor: float = 0.1,
+    warmup_steps: int = 0,
+) -> Schedule:
+    """A rate that rises linearly during warm-up and is multiplied by a factor at each boundary.
+
+    Args:
+      learning_rate: the rate after warm-up, > 0.
+      boundaries: steps from which on the rate is multiplied by `drop_factor` once more.
+      drop_factor: in (0, 1); the paper divides by 10.
+      warmup_steps: steps over which the rate rises; step 0 has 1 / `warmup_steps` of it.
+
+    Returns:
+      A function of the step, int32[] to float32[].
+    """
+
+    def schedule(step: jax.Array) -> jax.Array:
+        drops = sum(((step >= boundary).astype(jnp.float32) for boundary in boundaries), jnp.float32(0))
+        rate = learning_rate * jnp.float32(drop_factor) ** drops
+        if warmup_steps:
+            rate = rate * jnp.minimum(1.0, (step + 1).astype(jnp.float32) / warmup_steps)
+        return rate
+
+    return schedule
+
+
+class RateState(NamedTuple):
+    """State of `scale_by_rate`; all but `step` and `applied` belongs to `reduce_on_plateau`."""
+
+    step: jax.Array  # int32[]
+    applied: jax.Array  # float32[]: the rate of the last update
+    factor: jax.Array  # float32[]: what plateaus have brought the rate down to, 1 at first
+    best: jax.Array  # float32[]: the lowest validation error so far
+    stale: jax.Array  # int32[]: evaluations since `best`
+
+
+def scale_by_rate(schedule: Schedule, bias_rate: float = 1.0) -> optax.GradientTransformation:
+    """u → −ε·u with ε = schedule(step) · factor, and `bias_rate` times that for biases."""
+
+    def init(params: optax.Params) -> RateState:
+        del params
+        return RateState(  # arrays of their own, so that all can be donated to a step
+            step=jnp.zeros((), jnp.int32),
+            applied=jnp.zeros((), jnp.float32),
+            factor=jnp.ones((), jnp.float32),
+            best=jnp.full((), jnp.inf, jnp.float32),
+            stale=jnp.zeros((), jnp.int32),
+        )
+
+    def update(
+        updates: optax.Updates, state: RateState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, RateState]:
+        del params
+        rate = jnp.asarray(schedule(state.step), jnp.float32) * state.factor
+
+        def scale(path: Any, u: jax.Array) -> jax.Array:
+            return u * (-rate * (bias_rate if _is_bias(path) else 1.0)).astype(u.dtype)
+
+        updates = jax.tree_util.tree_map_with_path(scale, updates)
+        return updates, state._replace(step=state.step + 1, applied=rate)
+
+    return optax.GradientTransformation(init, update)
+
+
+def applied_rate(opt_state: optax.OptState) -> jax.Array:
+    """The learning rate of the last update, float32[]."""
+    return _rate_state(opt_state).applied
+
+
+def reduce_on_plateau(
+    opt_state: optax.OptState,
+    error: float | jax.Array,
+    *,
+    patience: int = 1,
+    drop_factor: float = 0.1,
+    max_drops: int = 3,
+) -> optax.OptState:
+    """The state after an evaluation: the rate drops when the error has stopped improving.
+
+    The paper's rule (section 5): "divide the learning rate by 10 when the validation error rate
+    stopped improving with the current learning rate", three times in all.
+
+    Args:
+      opt_state: of an optimizer that `create_optimizer` made.
+      error: validation error, such as 1 − top-1 accuracy; smaller is better.
+      patience: evaluations without a new best, at the current rate, before a drop; ≥ 1.
+      drop_factor: what a drop multiplies the rate with.
+      max_drops: the rate never falls below `drop_factor ** max_drops` of the schedule's.
+    """
+    old = _rate_state(opt_state)
+    error = jnp.asarray(error, jnp.float32)
+    stale = jnp.where(error < old.best, 0, old.stale + 1)
+    lowest = drop_factor**max_drops
+    drop = (stale >= patience) & (old.factor > lowest * 1.5)  # 1.5: room for rounding
+    new = old._replace(
+        factor=jnp.where(drop, old.factor * drop_factor, old.factor),
+        best=jnp.minimum(error, old.best),
+        stale=jnp.where(drop, 0, stale),
+    )
+    return jax.tree.map(
+        lambda s: new if isinstance(s, RateState) else s,
+        opt_state,
+        is_leaf=lambda s: isinstance(s, RateState),
+    )
+
+
+def _rate_state(opt_state: optax.OptState) -> RateState:
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, RateState))
+    (state,) = (leaf for leaf in leaves if isinstance(leaf, RateState))
+    return state
+
+
+def _is_bias(path: Any) -> bool:
+    return path[-1].key == "bias"
+
+
+def _kernels(params: optax.Params) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: not _is_bias(path), params)

@@ -1,0 +1,70 @@
+"""A run's working directory: whose it is, whether it has room, and what is written at the end."""
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from flax_alexnet.errors import UserError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def claim(
+    workdir: Path,
+    config: Mapping[str, Any],
+    *,
+    free_to_change: Collection[str] = (),
+    allow_changes: bool = False,
+) -> None:
+    """Makes `workdir` the place of a run with this configuration, and writes `config.json`.
+
+    Args:
+      workdir: made if it is not there.
+      config: flat, such as `{"data.name": "cifar10"}`, with values as JSON has them.
+      free_to_change: names whose values may differ from those that the run was started with.
+      allow_changes: whether any may.
+
+    Raises:
+      UserError: the directory belongs to a run of another configuration (the difference is in the
+        message), or cannot be written to.
+    """
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        before = json.loads(path.read_text())["config"] if path.exists() else config
+        differences = [
+            f"{name} was {before.get(name)}, is now {config.get(name)}"
+            for name in sorted(before.keys() | config.keys())
+            if before.get(name) != config.get(name) and name not in free_to_change
+        ]
+        if differences and not allow_changes:
+            raise UserError(
+                f"{workdir} holds a run of another configuration ({'; '.join(differences)}): take "
+                "another --workdir, or --allow-changes to go on with the new one"
+            )
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        write_json(path, {"config": dict(config), "versions": versions})
+    except OSError as error:
+        raise UserError(f"cannot write to {workdir}: {error.strerror}; take another --workdir") from None
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is no configuration of a run; take another --workdir") from None
+
+
+def need_room(workdir: Path, needed: int) -> None:
+    """Raises UserError unless the disk of `workdir` has `needed` bytes free."""
+    free = shutil.disk_usage(workdir).free
+    if free < needed:
+        raise UserError(
+            f"{workdir} has {free / 1e9:.1f} GB free and the run's checkpoints need about "
+            f"{needed / 1e9:.1f} GB: make room, or take a --workdir on another disk"
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is whole even if the program is killed meanwhile."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)

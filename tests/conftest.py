@@ -1,0 +1,53 @@
+"""Strict numerics and eight CPU devices for every test, and the options and fixtures they share."""
+
+import os
+from pathlib import Path
+
+# JAX reads these once, when it is imported; processes that tests start inherit them.
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["MPLBACKEND"] = "Agg"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--no-skips",
+        action="store_true",
+        help="a skipped test fails; for CI, where everything that a test may want is installed",
+    )
+
+
+def _refuse_skip(config, report):
+    # An expected failure is reported as skipped too, but it did run.
+    if config.getoption("--no-skips") and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"--no-skips: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    return _refuse_skip(item.config, (yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    # A module that skips itself, as pytest.importorskip does, never gets as far as a test.
+    return _refuse_skip(collector.config, (yield))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The pretrained weights and sample photographs that lie beside the project, if they do."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no sample data: {SHARED_DATA} does not exist")
+    return SHARED_DATA

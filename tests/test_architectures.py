@@ -1,0 +1,403 @@
+"""The tables of layers, and the module that walks them, without running a full-sized net.
+
+Expected numbers are literal: from the sources, or computed by hand as shown beside them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_alexnet import AlexNet
+from flax_alexnet.architectures import ARCHITECTURES, Conv, Dropout, architecture, trace
+from flax_alexnet.errors import UserError
+
+FC = {"fc6": (4096,), "fc7": (4096,), "logits": (1000,)}
+FIVE = {"conv3": (13, 13, 384), "conv4": (13, 13, 384), "conv5": (13, 13, 256)}
+POOLED = {**FIVE, "pool5": (6, 6, 256), **FC}
+
+SHAPES = {
+    "notebook": {
+        "conv1": (56, 56, 96),
+        "norm1": (56, 56, 96),
+        "pool1": (55, 55, 96),
+        "conv2": (28, 28, 256),
+        "norm2": (28, 28, 256),
+        "pool2": (27, 27, 256),
+        **FIVE,
+        **FC,
+    },
+    "paper": {
+        "conv1": (55, 55, 96),
+        "norm1": (55, 55, 96),
+        "pool1": (27, 27, 96),
+        "conv2": (27, 27, 256),
+        "norm2": (27, 27, 256),
+        "pool2": (13, 13, 256),
+        **POOLED,
+    },
+    "caffe": {
+        "conv1": (55, 55, 96),
+        "norm1": (55, 55, 96),
+        "pool1": (27, 27, 96),
+        "conv2": (27, 27, 256),
+        "norm2": (27, 27, 256),
+        "pool2": (13, 13, 256),
+        **POOLED,
+    },
+    "caffenet": {
+        "conv1": (55, 55, 96),
+        "pool1": (27, 27, 96),
+        "norm1": (27, 27, 96),
+        "conv2": (27, 27, 256),
+        "pool2": (13, 13, 256),
+        "norm2": (13, 13, 256),
+        **POOLED,
+    },
+    "torchvision": {
+        "conv1": (55, 55, 64),
+        "pool1": (27, 27, 64),
+        "conv2": (27, 27, 192),
+        "pool2": (13, 13, 192),
+        "conv3": (13, 13, 384),
+        "conv4": (13, 13, 256),
+        "conv5": (13, 13, 256),
+        "pool5": (6, 6, 256),
+        "avgpool": (6, 6, 256),
+        **FC,
+    },
+    "cuda_convnet_cifar10": {
+        "conv1": (32, 32, 32),
+        "pool1": (16, 16, 32),  # 3/2 windows over 32 pixels: the last hangs over the edge
+        "conv2": (16, 16, 32),
+        "pool2": (8, 8, 32),
+        "conv3": (8, 8, 64),
+        "pool3": (4, 4, 64),
+        "logits": (10,),
+    },
+}
+
+# variant: (image size, parameters, multiply-accumulates)
+COSTS = {
+    "notebook": (224, 201_838_952, 1_312_376_832),
+    "paper": (224, 60_965_224, 724_406_816),
+    "caffe": (227, 60_965_224, 724_406_816),
+    "caffenet": (227, 60_965_224, 724_406_816),
+    "torchvision": (224, 61_100_840, 714_188_480),
+    # parameters: 32·(5·5·3 + 1) + 32·(5·5·32 + 1) + 64·(5·5·32 + 1) + 10·(4·4·64 + 1)
+    #           = 2,432 + 25,632 + 51,264 + 10,250
+    # MACs: 32²·32·5·5·3 + 16²·32·5·5·32 + 8²·64·5·5·32 + 4·4·64·10
+    #     = 2,457,600 + 6,553,600 + 3,276,800 + 10,240
+    "cuda_convnet_cifar10": (32, 89_578, 12_298_240),
+}
+
+variants = pytest.mark.parametrize("variant", ARCHITECTURES)
+
+
+def images(variant, batch=2):
+    size = COSTS[variant][0]
+    return jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
+
+
+def full_size(variant, **options):
+    return AlexNet(variant, num_classes=architecture(variant).num_classes, **options)
+
+
+def small(variant, **options):
+    """(model, images, parameters) of the smallest net that has every layer of the variant."""
+    model = AlexNet(variant, num_classes=5, width=0.05, **options)
+    x = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    return model, x, params
+
+
+def abstract_params(model, x):
+    return jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+
+
+def abstract_activations(model, x):
+    """Shapes and types only: nothing is computed."""
+
+    def activations(params, x):
+        return model.apply({"params": params}, x, mutable=["intermediates"])[1]["intermediates"]
+
+    return jax.eval_shape(activations, abstract_params(model, x), x)
+
+
+def test_every_variant_has_expectations():
+    assert ARCHITECTURES.keys() == SHAPES.keys() == COSTS.keys()
+
+
+@variants
+def test_costs(variant):
+    size, parameters, macs = COSTS[variant]
+    table = architecture(variant)
+    infos = trace(table.scaled(table.num_classes), table.image_size, table.image_size)
+    assert table.image_size == size
+    assert sum(info.parameters for info in infos) == parameters
+    assert sum(info.macs for info in infos) == macs
+
+    params = abstract_params(full_size(variant), images(variant))
+    counts = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(layer)) for name, layer in params.items()
+    }
+    assert counts == {info.layer.name: info.parameters for info in infos if info.parameters}
+
+
+@variants
+def test_shapes(variant):
+    size = COSTS[variant][0]
+    table = architecture(variant)
+    infos = trace(table.scaled(table.num_classes), size, size)
+    names = [*(info.layer.name for info in infos[:-1]), "logits"]
+    traced = {
+        name: info.shape
+        for name, info in zip(names, infos, strict=True)
+        if not isinstance(info.layer, Dropout)
+    }
+    assert list(traced.items()) == list(SHAPES[variant].items())  # in this order
+
+    activations = abstract_activations(full_size(variant), images(variant))
+    assert {name: x.shape[1:] for name, x in activations.items()} == SHAPES[variant]
+
+
+def test_caffe_pools_past_the_edge():
+    """At 231 pixels conv1 leaves 56 and the windows do not fit, which 227 would not show."""
+    infos = trace(architecture("caffe").scaled(1000), 231, 231)
+    sizes = {info.layer.name: info.shape[0] for info in infos}
+    assert [sizes[name] for name in ("conv1", "pool1", "pool2", "pool5")] == [56, 28, 14, 7]
+
+
+def test_trace_of_oblong_images():
+    model, x = AlexNet("paper", width=0.05), jax.ShapeDtypeStruct((1, 64, 100, 3), jnp.float32)
+    activations = abstract_activations(model, x)
+    for info in trace(architecture("paper").scaled(1000, 0.05), 64, 100):
+        if info.layer.name in activations:
+            assert activations[info.layer.name].shape[1:] == info.shape
+
+
+@pytest.mark.parametrize(
+    ("variant", "kernels"),
+    [
+        ("notebook", {"conv2": (5, 5, 96, 256), "conv4": (3, 3, 384, 384), "fc6": (43264, 4096)}),
+        ("torchvision", {"conv2": (5, 5, 64, 192), "conv4": (3, 3, 384, 256), "fc6": (9216, 4096)}),
+        *(
+            (
+                variant,
+                {
+                    "conv1": (11, 11, 3, 96),
+                    "conv2": (5, 5, 48, 256),
+                    "conv3": (3, 3, 256, 384),
+                    "conv4": (3, 3, 192, 384),
+                    "conv5": (3, 3, 192, 256),
+                    "fc6": (9216, 4096),
+                },
+            )
+            for variant in ("paper", "caffe", "caffenet")
+        ),
+    ],
+)
+def test_kernel_shapes(variant, kernels):
+    params = abstract_params(full_size(variant), images(variant))
+    assert {name: params[name]["kernel"].shape for name in kernels} == kernels
+
+
+@variants
+@pytest.mark.parametrize("width", [0.5, 0.01])
+def test_width_scales_all_but_the_last_layer(variant, width):
+    table = architecture(variant)
+    for full, scaled in zip(table.layers, table.scaled(7, width), strict=True):
+        if features := getattr(full, "features", None):
+            # The nearest whole number for each tower, and never a tower without features.
+            nearest = max(table.groups, features * width)
+            assert abs(scaled.features - nearest) <= table.groups / 2
+            assert scaled.features % table.groups == 0
+    assert table.scaled(7, width)[-1].features == 7
+
+    size = COSTS[variant][0]
+    infos = trace(table.scaled(7, width), size, size)
+    params = abstract_params(AlexNet(variant, num_classes=7, width=width), images(variant))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert count == sum(info.parameters for info in infos)
+
+
+# variant: (standard deviation of each kernel where it is not 0.01, biases that are not 0)
+INITIAL = {
+    "notebook": ({}, {"conv2": 1, "conv4": 1, "conv5": 1}),
+    "paper": ({}, {"conv2": 1, "conv4": 1, "conv5": 1, "fc6": 1, "fc7": 1}),
+    "caffe": (
+        {"fc6": 0.005, "fc7": 0.005},
+        {"conv2": 0.1, "conv4": 0.1, "conv5": 0.1, "fc6": 0.1, "fc7": 0.1},
+    ),
+    "caffenet": (
+        {"fc6": 0.005, "fc7": 0.005},
+        {"conv2": 1, "conv4": 1, "conv5": 1, "fc6": 1, "fc7": 1},
+    ),
+    "cuda_convnet_cifar10": ({"conv1": 1e-4}, {}),
+}
+
+
+def initial_values(variant, **options):
+    model = AlexNet(variant, num_classes=100, width=0.25, **options)
+    return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 96, 96, 3)))["params"]
+
+
+def assert_distributed(kernel, std):
+    """Mean and standard deviation lie within five of their own standard errors."""
+    kernel = np.asarray(kernel, np.float64)
+    assert abs(kernel.mean()) <= 5 * std / kernel.size**0.5
+    assert abs(kernel.std() / std - 1) <= 5 / (2 * kernel.size) ** 0.5
+
+
+@pytest.mark.parametrize("variant", INITIAL)
+def test_published_initial_values(variant):
+    stds, biases = INITIAL[variant]
+    for name, layer in initial_values(variant).items():
+        assert_distributed(layer["kernel"], stds.get(name, 0.01))
+        assert abs(layer["kernel"]).max() > 3 * stds.get(name, 0.01)  # normal, not truncated
+        np.testing.assert_array_equal(layer["bias"], np.float32(biases.get(name, 0)))
+
+
+def test_pytorch_initial_values():
+    """PyTorch's default for convolutions and dense layers: uniform in ±1/sqrt(fan in)."""
+    for layer in initial_values("torchvision").values():
+        bound = np.prod(layer["kernel"].shape[:-1]) ** -0.5
+        assert_distributed(layer["kernel"], bound / 3**0.5)
+        for values in layer.values():
+            assert abs(values).max() <= bound
+            assert values.min() < -0.75 * bound
+            assert values.max() > 0.75 * bound
+
+
+@variants
+def test_he_initial_values(variant):
+    for layer in initial_values(variant, initialization="he").values():
+        fan_in = np.prod(layer["kernel"].shape[:-1])
+        assert_distributed(layer["kernel"], (2 / fan_in) ** 0.5)
+        np.testing.assert_array_equal(layer["bias"], 0)
+
+
+# The largest square that does not fit, by hand: for `paper` 63 gives conv1 (63 + 3 - 11) // 4 + 1
+# = 14 pixels, and pools of 3/2 leave 6, 2 and none.
+@pytest.mark.parametrize(
+    ("variant", "size", "layer"),
+    [
+        ("notebook", 28, "conv3"),
+        ("paper", 63, "pool5"),
+        ("paper", 7, "conv1"),
+        ("caffe", 10, "conv1"),
+        ("torchvision", 62, "pool5"),
+    ],
+)
+def test_image_too_small_names_the_layer(variant, size, layer):
+    x = jax.ShapeDtypeStruct((1, size, 224, 3), jnp.float32)
+    with pytest.raises(UserError, match=rf"{size}×224.*{layer} is left") as error:
+        abstract_params(AlexNet(variant), x)
+    assert "\n" not in str(error.value)
+    abstract_params(AlexNet(variant), jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
+
+
+def test_images_need_four_axes():
+    with pytest.raises(ValueError, match="batch, height, width, channels"):
+        abstract_params(AlexNet(), jax.ShapeDtypeStruct((224, 224, 3), jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("variant", "hint"),
+    [("papr", "did you mean 'paper'"), ("caffe_net", "did you mean 'caffenet'"), ("vgg", "choose")],
+)
+def test_unknown_variant_suggests_the_nearest(variant, hint):
+    with pytest.raises(UserError, match=hint):
+        abstract_params(AlexNet(variant), jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
+
+
+@variants
+def test_bfloat16_computes_with_float32_parameters(variant):
+    model = full_size(variant, dtype=jnp.bfloat16)
+    params = abstract_params(model, images(variant))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    activations = abstract_activations(model, images(variant))
+    assert {x.dtype for x in activations.values()} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize(
+    ("variant", "dropped"),
+    [
+        *((variant, {"fc7", "logits"}) for variant in ("notebook", "paper", "caffe", "caffenet")),
+        ("torchvision", {"fc6", "fc7", "logits"}),  # its dropout stands before fc6 and fc7
+        ("cuda_convnet_cifar10", set()),
+    ],
+)
+def test_dropout_only_in_training(variant, dropped):
+    model, x, params = small(variant, initialization="he")
+
+    def activations(seed, train=True):
+        rngs = None if seed is None else {"dropout": jax.random.key(seed)}
+        return model.apply(
+            {"params": params}, x, train=train, rngs=rngs, mutable=["intermediates"]
+        )[1]["intermediates"]
+
+    evaluation = activations(None, train=False)  # needs no key
+    first, again, other = activations(0), activations(0), activations(1)
+    changed = {name for name in first if not np.array_equal(first[name], evaluation[name])}
+    assert changed == dropped
+    for name in first:
+        np.testing.assert_array_equal(first[name], again[name])
+    assert np.array_equal(first["logits"], other["logits"]) == (not dropped)
+
+
+def test_dropout_rate_of_zero_keeps_everything():
+    model, x, params = small("paper", dropout_rate=0.0)
+    training = model.apply({"params": params}, x, train=True, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_array_equal(training, model.apply({"params": params}, x))
+
+
+def test_relu_logits():
+    model, x, params = small("notebook", initialization="he")
+    linear = model.apply({"params": params}, x)
+    assert linear.min() < 0 < linear.max()
+    faulty = model.clone(relu_logits=True).apply({"params": params}, x)
+    np.testing.assert_array_equal(faulty, jnp.maximum(linear, 0))
+
+
+def test_activation_function():
+    model, x, params = small("cuda_convnet_cifar10", activation=jnp.tanh)
+    state = model.apply({"params": params}, x, mutable=["intermediates"])[1]
+    conv1 = state["intermediates"]["conv1"]
+    assert conv1.min() < 0
+    assert abs(conv1).max() <= 1
+
+
+def test_towers_meet_only_in_conv3():
+    """A change in one half of conv1 reaches only that half of `paper` until conv3 reads both."""
+    model, x, params = small("paper", initialization="he")
+    half = params["conv1"]["bias"].size // 2
+    bias = params["conv1"]["bias"].at[:half].add(1.0)
+    changed = {**params, "conv1": {**params["conv1"], "bias": bias}}
+
+    def activations(params):
+        return model.apply({"params": params}, x, mutable=["intermediates"])[1]["intermediates"]
+
+    before, after = activations(params), activations(changed)
+    for name in ("norm1", "pool1", "conv2", "norm2", "pool2"):
+        first, second = jnp.split(before[name] != after[name], 2, axis=-1)
+        assert first.any()
+        assert not second.any()
+    assert jnp.split(before["conv3"] != after["conv3"], 2, axis=-1)[1].any()
+
+
+def test_groups():
+    assert {name: table.groups for name, table in ARCHITECTURES.items()} == {
+        "notebook": 1,
+        "paper": 2,
+        "caffe": 2,
+        "caffenet": 2,
+        "torchvision": 1,
+        "cuda_convnet_cifar10": 1,
+    }
+    grouped = {
+        layer.name
+        for layer in architecture("paper").layers
+        if isinstance(layer, Conv) and layer.groups == 2
+    }
+    assert grouped == {"conv2", "conv4", "conv5"}
