@@ -14,7 +14,7 @@ _MODULES = {
     "local_response_normalization": "flax_alexnet.ops.lrn",
     "train_step": "flax_alexnet.step",
 }
-__all__ = [*sorted(_MODULES), "__version__"]  # noqa: PLE0604
+__all__ = [*sorted(_MODULES), "__version__"]
 
 if TYPE_CHECKING:
     from flax_alexnet.metrics import cross_entropy as cross_entropy

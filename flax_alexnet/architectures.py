@@ -110,7 +110,7 @@ class Architecture:
         return max(layer.groups for layer in self.layers if isinstance(layer, Conv))
 
     def scaled(self, num_classes: int, width: float = 1.0) -> tuple[Layer, ...]:
-        """The layers with `width` times the features (whole per group) and `num_classes` outputs."""
+        """The layers with `width` times the features (whole per group), `num_classes` outputs."""
 
         def scale(layer: Layer) -> Layer:
             if isinstance(layer, Conv | Dense):
@@ -123,21 +123,16 @@ class Architecture:
         return tuple(scale(layer) for layer in self.layers)
 
 
-_NOTEBOOK_NORM = {"depth_radius": 5, "bias": 2.0, "alpha": 1e-4}
-_PAPER_NORM = {"depth_radius": 2, "bias": 2.0, "alpha": 1e-4, "groups": 2}
-_CAFFE_NORM = {"depth_radius": 2, "bias": 1.0, "alpha": 1e-4 / 5}
-_PYTORCH_INIT: dict[str, None] = {"kernel_std": None, "bias": None}
-
 NOTEBOOK = Architecture(
     "notebook",
     224,
     1000,
     (
         Conv("conv1", 96, 11, 4, "SAME"),
-        Norm("norm1", **_NOTEBOOK_NORM),
+        Norm("norm1", depth_radius=5, bias=2.0, alpha=1e-4),
         Pool("pool1", 2, 1),
         Conv("conv2", 256, 5, 2, "SAME", bias=1.0),
-        Norm("norm2", **_NOTEBOOK_NORM),
+        Norm("norm2", depth_radius=5, bias=2.0, alpha=1e-4),
         Pool("pool2", 2, 1),
         Conv("conv3", 384, 3, 2, "VALID"),
         Conv("conv4", 384, 3, 1, "SAME", bias=1.0),
@@ -157,10 +152,10 @@ PAPER = Architecture(
     1000,
     (
         Conv("conv1", 96, 11, 4, (0, 3)),
-        Norm("norm1", **_PAPER_NORM),
+        Norm("norm1", depth_radius=2, bias=2.0, alpha=1e-4, groups=2),
         Pool("pool1", 3, 2),
         Conv("conv2", 256, 5, 1, (2, 2), groups=2, bias=1.0),
-        Norm("norm2", **_PAPER_NORM),
+        Norm("norm2", depth_radius=2, bias=2.0, alpha=1e-4, groups=2),
         Pool("pool2", 3, 2),
         Conv("conv3", 384, 3, 1, (1, 1)),
         Conv("conv4", 384, 3, 1, (1, 1), groups=2, bias=1.0),
@@ -179,7 +174,8 @@ def _caffe(name: str, *, pool_first: bool, bias: float) -> Architecture:
     """bvlc_alexnet normalizes, then pools; bvlc_reference_caffenet pools, then normalizes."""
 
     def norm_and_pool(stage: int) -> tuple[Layer, Layer]:
-        norm, pool = Norm(f"norm{stage}", **_CAFFE_NORM), Pool(f"pool{stage}", 3, 2, padding="CEIL")
+        norm = Norm(f"norm{stage}", depth_radius=2, bias=1.0, alpha=1e-4 / 5)
+        pool = Pool(f"pool{stage}", 3, 2, padding="CEIL")
         return (pool, norm) if pool_first else (norm, pool)
 
     return Architecture(
@@ -212,20 +208,20 @@ TORCHVISION = Architecture(
     224,
     1000,
     (
-        Conv("conv1", 64, 11, 4, (2, 2), **_PYTORCH_INIT),
+        Conv("conv1", 64, 11, 4, (2, 2), kernel_std=None, bias=None),
         Pool("pool1", 3, 2),
-        Conv("conv2", 192, 5, 1, (2, 2), **_PYTORCH_INIT),
+        Conv("conv2", 192, 5, 1, (2, 2), kernel_std=None, bias=None),
         Pool("pool2", 3, 2),
-        Conv("conv3", 384, 3, 1, (1, 1), **_PYTORCH_INIT),
-        Conv("conv4", 256, 3, 1, (1, 1), **_PYTORCH_INIT),
-        Conv("conv5", 256, 3, 1, (1, 1), **_PYTORCH_INIT),
+        Conv("conv3", 384, 3, 1, (1, 1), kernel_std=None, bias=None),
+        Conv("conv4", 256, 3, 1, (1, 1), kernel_std=None, bias=None),
+        Conv("conv5", 256, 3, 1, (1, 1), kernel_std=None, bias=None),
         Pool("pool5", 3, 2),
         AdaptivePool("avgpool", 6),
         Dropout("dropout6"),
-        Dense("fc6", 4096, **_PYTORCH_INIT),
+        Dense("fc6", 4096, kernel_std=None, bias=None),
         Dropout("dropout7"),
-        Dense("fc7", 4096, **_PYTORCH_INIT),
-        Dense("fc8", None, **_PYTORCH_INIT),
+        Dense("fc7", 4096, kernel_std=None, bias=None),
+        Dense("fc8", None, kernel_std=None, bias=None),
     ),
 )
 
@@ -283,7 +279,8 @@ def explicit_padding(size: int, window: int, stride: int, padding: Padding) -> t
     if padding == "VALID":
         return 0, 0
     if padding == "CEIL":
-        return 0, (-(size - window) % stride if size >= window else 0)
+        # The last window starts inside the image, even where the stride exceeds the window.
+        return 0, min(-(size - window) % stride, window - 1)
     return padding
 
 

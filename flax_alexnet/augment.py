@@ -43,7 +43,7 @@ def center_crop(images: jax.Array, size: int) -> jax.Array:
 
 
 def random_crop(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
-    """[b, h, w, 3] → [b, size, size, 3], at a place of its own for each image, all equally likely."""
+    """[b, h, w, 3] → [b, size, size, 3], each at a place of its own, all equally likely."""
     batch, height, width, channels = images.shape
     limit = jnp.array([height - size + 1, width - size + 1])
     corners = jax.random.randint(key, (batch, 2), 0, limit[None])
@@ -104,5 +104,5 @@ def augment(
 def preprocess(
     images: jax.Array, mean: jax.Array, *, crop_size: int, scale: float = 1.0
 ) -> jax.Array:
-    """What evaluation sees: mean subtracted, central crop, times `scale`. Shapes as for `augment`."""
+    """What evaluation sees: mean subtracted, central crop, times `scale`; shapes as above."""
     return center_crop(subtract_mean(images, mean), crop_size) * scale

@@ -170,9 +170,19 @@ def validate(config: Config) -> None:
             f"1 to --data.image-size, which is {data.image_size}",
         ),
         ("augment.scale", config.augment.scale, config.augment.scale > 0, "more than 0"),
-        ("optimizer.learning-rate", optimizer.learning_rate, optimizer.learning_rate > 0, "more than 0"),
+        (
+            "optimizer.learning-rate",
+            optimizer.learning_rate,
+            optimizer.learning_rate > 0,
+            "more than 0",
+        ),
         ("optimizer.momentum", optimizer.momentum, 0 <= optimizer.momentum < 1, "0 to below 1"),
-        ("optimizer.weight-decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "0 or more"),
+        (
+            "optimizer.weight-decay",
+            optimizer.weight_decay,
+            optimizer.weight_decay >= 0,
+            "0 or more",
+        ),
         ("optimizer.bias-rate", optimizer.bias_rate, optimizer.bias_rate >= 0, "0 or more"),
         (
             "optimizer.clip-norm",
@@ -180,7 +190,12 @@ def validate(config: Config) -> None:
             optimizer.clip_norm is None or optimizer.clip_norm > 0,
             "more than 0",
         ),
-        ("optimizer.drop-factor", optimizer.drop_factor, 0 < optimizer.drop_factor < 1, "between 0 and 1"),
+        (
+            "optimizer.drop-factor",
+            optimizer.drop_factor,
+            0 < optimizer.drop_factor < 1,
+            "between 0 and 1",
+        ),
         (
             "optimizer.drop-epochs",
             optimizer.drop_epochs,
@@ -189,7 +204,12 @@ def validate(config: Config) -> None:
         ),
         ("optimizer.patience", optimizer.patience, optimizer.patience >= 1, "1 or more"),
         ("optimizer.max-drops", optimizer.max_drops, optimizer.max_drops >= 0, "0 or more"),
-        ("optimizer.warmup-epochs", optimizer.warmup_epochs, optimizer.warmup_epochs >= 0, "0 or more"),
+        (
+            "optimizer.warmup-epochs",
+            optimizer.warmup_epochs,
+            optimizer.warmup_epochs >= 0,
+            "0 or more",
+        ),
     ):
         if not fits:
             raise UserError(f"--{flag} is {value}; expected {expected}")
@@ -199,7 +219,7 @@ def flatten(config: Any) -> dict[str, Any]:
     """A configuration as {"data.name": …}, with values as JSON has them."""
 
     def walk(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        result = {}
+        result: dict[str, Any] = {}
         for name, value in values.items():
             if isinstance(value, dict):
                 result |= walk(f"{prefix}{name}.", value)

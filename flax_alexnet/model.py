@@ -96,7 +96,7 @@ class AlexNet(nn.Module):
                 case Dense(name=name):
                     x = x.reshape(x.shape[0], -1)
                     connect = nn.Dense(
-                        layer.features,
+                        layer.features or self.num_classes,
                         name=name,
                         dtype=self.dtype,
                         **self._initializers(layer, x.shape[-1]),

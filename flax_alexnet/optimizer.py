@@ -89,7 +89,9 @@ def create_schedule(
     """
 
     def schedule(step: jax.Array) -> jax.Array:
-        drops = sum(((step >= boundary).astype(jnp.float32) for boundary in boundaries), jnp.float32(0))
+        drops = sum(
+            ((step >= boundary).astype(jnp.float32) for boundary in boundaries), jnp.float32(0)
+        )
         rate = learning_rate * jnp.float32(drop_factor) ** drops
         if warmup_steps:
             rate = rate * jnp.minimum(1.0, (step + 1).astype(jnp.float32) / warmup_steps)
@@ -109,7 +111,7 @@ class RateState(NamedTuple):
 
 
 def scale_by_rate(schedule: Schedule, bias_rate: float = 1.0) -> optax.GradientTransformation:
-    """u → −ε·u with ε = schedule(step) · factor, and `bias_rate` times that for biases."""
+    """Update u to −ε·u with ε = schedule(step) · factor, and `bias_rate` times that for biases."""
 
     def init(params: optax.Params) -> RateState:
         del params

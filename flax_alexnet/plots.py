@@ -14,7 +14,10 @@ import numpy as np
 def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     """Loss and top-1 error of training and evaluation over epochs, from lines of metrics."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    panels = (("loss", "loss (nats)", lambda v: v), ("top1", "top-1 error (%)", lambda v: 100 - 100 * v))
+    panels = (
+        ("loss", "loss (nats)", lambda v: v),
+        ("top1", "top-1 error (%)", lambda v: 100 - 100 * v),
+    )
     for axis, (name, label, value) in zip(axes, panels, strict=True):
         for part, style in (("train", {"alpha": 0.7}), ("eval", {"marker": "o", "markersize": 3})):
             points = [
@@ -23,7 +26,9 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
                 if f"{part}_{name}" in line
             ]
             if points:
-                axis.plot(*zip(*points, strict=True), label={"eval": "test"}.get(part, part), **style)
+                axis.plot(
+                    *zip(*points, strict=True), label={"eval": "test"}.get(part, part), **style
+                )
         axis.set(xlabel="epoch", ylabel=label, ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend()
@@ -40,7 +45,10 @@ def plot_kernels(kernels: np.ndarray, path: Path) -> None:
         kernel = kernels[..., index]
         # Grey is zero, so that tiles can be compared in sign and colour.
         tile = 0.5 + 0.5 * kernel / max(float(np.abs(kernel).max()), 1e-12)
-        top, left = (1 + n * (side + 1) for n, side in zip(divmod(index, columns), (height, width), strict=True))
+        top, left = (
+            1 + n * (side + 1)
+            for n, side in zip(divmod(index, columns), (height, width), strict=True)
+        )
         sheet[top : top + height, left : left + width] = tile
     figure, axis = plt.subplots(figsize=(10, 10 * sheet.shape[0] / sheet.shape[1] + 0.4))
     axis.imshow(sheet, interpolation="nearest")

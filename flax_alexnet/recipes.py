@@ -43,7 +43,7 @@ PAPER = Config(
 
 CIFAR10 = Config(
     recipe="cifar10",
-    epochs=30,
+    epochs=18,
     data=DataConfig(name="cifar10", image_size=32),
     model=ModelConfig(variant="cuda_convnet_cifar10"),
     augment=AugmentConfig(crop_size=32, random_crop=False, flip=True),
@@ -53,7 +53,7 @@ CIFAR10 = Config(
         bias_rate=2.0,
         decay_biases=False,
         schedule="steps",
-        drop_epochs=(25, 28),
+        drop_epochs=(14, 17),
     ),
 )
 

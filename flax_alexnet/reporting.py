@@ -78,7 +78,9 @@ class Throughput:
         self._batch_size = batch_size
         self._seconds = self._all_seconds = 0.0
         self._steps = self._all_steps = 0
-        self._last: float | None = None  # None: the next step also compiles or waits, so is left out
+        self._last: float | None = (
+            None  # None: the next step also compiles or waits, so is left out
+        )
 
     def step(self) -> None:
         """One step was made."""
@@ -90,7 +92,11 @@ class Throughput:
 
     def lap(self) -> dict[str, float]:
         """Images per second since the last lap; nothing where no step was measured."""
-        rate = {"images_per_second": self._steps * self._batch_size / self._seconds} if self._steps else {}
+        rate = (
+            {"images_per_second": self._steps * self._batch_size / self._seconds}
+            if self._steps
+            else {}
+        )
         self._all_seconds += self._seconds
         self._all_steps += self._steps
         self._seconds, self._steps = 0.0, 0

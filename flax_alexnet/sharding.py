@@ -24,7 +24,7 @@ def split_batch(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """This process's rows of a batch to its devices, as its part of the global batch."""
+    """Puts this process's rows of a batch on its devices, as its part of the global batch."""
     sharding = split_batch(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()

@@ -14,14 +14,15 @@ from flax_alexnet.metrics import cross_entropy, top_k_correct
 Totals = dict[str, jax.Array]  # sums over images, float32[]; "images" counts them
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything that a checkpoint holds, and all that the next step depends on but its batch."""
 
     step: jax.Array  # int32[]: updates made so far
     params: Any
     opt_state: optax.OptState
-    mean: jax.Array  # float32[h, w, 3], grey levels: part of the model, since it was trained with it
+    mean: (
+        jax.Array
+    )  # float32[h, w, 3], grey levels: part of the model, since it was trained with it
     totals: Totals  # of training since they were last reported
 
 
@@ -72,7 +73,8 @@ def train_step(
     images = augment(augment_key, batch["image"], state.mean)
 
     def loss_fn(params: Any) -> tuple[jax.Array, Totals]:
-        logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
+        variables, rngs = {"params": params}, {"dropout": dropout_key}
+        logits: Any = model.apply(variables, images, train=True, rngs=rngs)
         losses = cross_entropy(logits, batch["label"])
         return losses.mean(), _totals(logits, losses, batch["label"], jnp.ones(losses.shape, bool))
 
@@ -97,7 +99,7 @@ def eval_step(
     preprocess: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> Totals:
     """`totals` with those images of the batch added that "mask" (bool[b]) marks."""
-    logits = model.apply({"params": params}, preprocess(batch["image"], mean))
+    logits: Any = model.apply({"params": params}, preprocess(batch["image"], mean))
     losses = cross_entropy(logits, batch["label"])
     return jax.tree.map(jnp.add, totals, _totals(logits, losses, batch["label"], batch["mask"]))
 

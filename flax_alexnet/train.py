@@ -87,7 +87,8 @@ def train(config: Config) -> int:
     key = jax.random.key(config.seed)
     model = make_model(config.model, num_classes)
     steps_per_epoch = len(dataset.train) / batch_size
-    total_steps = min(config.steps or math.inf, math.ceil(config.epochs * steps_per_epoch))
+    total_steps = math.ceil(config.epochs * steps_per_epoch)
+    total_steps = min(total_steps, config.steps or total_steps)
     optimizer = make_optimizer(config.optimizer, steps_per_epoch)
     step_fn, eval_fn = compile_steps(config, model, optimizer, mesh)
 
@@ -368,8 +369,9 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 def peak_memory() -> int:
     """Bytes: the most that the first device has used where it tells, else the process."""
     statistics = jax.local_devices()[0].memory_stats() or {}
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return statistics.get("peak_bytes_in_use") or resident * (1 if sys.platform == "darwin" else 1024)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but on macOS in bytes
+    resident *= 1 if sys.platform == "darwin" else 1024
+    return statistics.get("peak_bytes_in_use") or resident
 
 
 def report(
@@ -387,11 +389,11 @@ def report(
     chosen = [examples[i * (len(examples) - 1) // 8 + i % 2] for i in range(min(8, len(examples)))]
     images = np.stack([example["image"] for example in chosen])
     seen = preprocess(
-        images, state.mean, crop_size=settings.crop_size, scale=settings.scale
+        jnp.asarray(images), state.mean, crop_size=settings.crop_size, scale=settings.scale
     )
-    logits = model.apply({"params": state.params}, seen).astype(jnp.float32)
+    logits: Any = model.apply({"params": state.params}, seen)
     labels = [int(example["label"]) for example in chosen]
-    probabilities = np.asarray(jax.nn.softmax(logits))
+    probabilities = np.asarray(jax.nn.softmax(logits.astype(jnp.float32)))
     path = workdir / "report" / "predictions.png"
     plot_predictions(images, labels, probabilities, label_names, path)
 

@@ -48,7 +48,9 @@ def claim(
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         write_json(path, {"config": dict(config), "versions": versions})
     except OSError as error:
-        raise UserError(f"cannot write to {workdir}: {error.strerror}; take another --workdir") from None
+        raise UserError(
+            f"cannot write to {workdir}: {error.strerror}; take another --workdir"
+        ) from None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no configuration of a run; take another --workdir") from None
 

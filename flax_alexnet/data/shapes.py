@@ -66,13 +66,9 @@ class ShapesAndTextures(tfds.core.GeneratorBasedBuilder):
             yield index, {"image": encoded, "label": label}
 
 
-def prepare(data_dir: Path) -> None:
-    """Writes the dataset as ArrayRecord files under `data_dir`, unless it is there."""
-    tfds.disable_progress_bar()
-    try:
-        ShapesAndTextures(data_dir=str(data_dir), file_format="array_record").download_and_prepare()
-    finally:
-        tfds.enable_progress_bar()
+def builder(data_dir: Path) -> ShapesAndTextures:
+    """The builder that reads and writes the dataset under `data_dir`, as ArrayRecord files."""
+    return ShapesAndTextures(data_dir=str(data_dir), file_format="array_record")
 
 
 def render(split: str, index: int) -> np.ndarray:
@@ -153,12 +149,13 @@ _SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) < 0.75,
     "triangle": _triangle,
     "star": _star,
-    "cross": lambda u, v: (np.minimum(np.abs(u), np.abs(v)) < 0.25)
-    & (np.maximum(np.abs(u), np.abs(v)) < 0.95),
+    "cross": lambda u, v: (
+        (np.minimum(np.abs(u), np.abs(v)) < 0.25) & (np.maximum(np.abs(u), np.abs(v)) < 0.95)
+    ),
 }
 
 
-def _stripes(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _stripes(u: np.ndarray, _: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.sin(u * rng.uniform(9, 14)) > 0
 
 

@@ -72,8 +72,8 @@ def open_dataset(
     Args:
       name: a TFDS name may carry a configuration and a version, such as "cifar10:3.0.2".
       data_dir: where prepared datasets lie; None for `default_data_dir()`.
-      train_split, eval_split: TFDS splits, slices such as "train[:90%]" included; None evaluates
-        on "validation" where there is one, else on "test". A folder has its own rule.
+      train_split: of TFDS, slices such as "train[:90%]" included; a folder has its own rule.
+      eval_split: likewise; None is "validation" where there is one, else "test".
 
     Raises:
       UserError: no such dataset, not prepared, of a form that cannot be read, or without labels.
@@ -82,7 +82,7 @@ def open_dataset(
         return _open_folder(Path(name.removeprefix(FOLDER)).expanduser())
     data_dir = data_dir or default_data_dir()
     if name == shapes.NAME:
-        shapes.prepare(data_dir)
+        shapes.builder(data_dir).download_and_prepare()
     builder = _open_builder(name, data_dir)
     splits = builder.info.splits
     if eval_split is None:
@@ -92,8 +92,8 @@ def open_dataset(
             f"dataset {name!r} has no validation or test split, only {', '.join(splits)}: "
             "choose one with --data.eval-split, such as 'train[90%:]'"
         )
-    sources = [TfdsSource(builder, split) for split in (train_split, eval_split)]
-    return Dataset(name, *sources, sources[0].label_names)
+    train, held_out = TfdsSource(builder, train_split), TfdsSource(builder, eval_split)
+    return Dataset(name, train, held_out, train.label_names)
 
 
 class TfdsSource:
@@ -151,7 +151,9 @@ class FolderSource:
             try:
                 result.append(Record(path.read_bytes(), label, str(path)))
             except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror}; remove or repair it") from None
+                raise UserError(
+                    f"cannot read {path}: {error.strerror}; remove or repair it"
+                ) from None
         return result
 
 
@@ -187,13 +189,15 @@ def list_pictures(path: Path, label_names: Sequence[str]) -> list[tuple[Path, in
 
 
 def _open_folder(path: Path) -> Dataset:
-    """PATH/train and PATH/test (or val, validation) if they are there, else PATH with a tenth held out.
+    """PATH/train and PATH/test (or val, validation), or PATH with a tenth of it held out.
 
     Held out is every tenth picture in the order of classes and names, so that each class gives its
     share and the same picture is held out every time.
     """
     if not path.is_dir():
-        raise UserError(f"no folder {path}: --data.name folder:PATH needs one with a folder per class")
+        raise UserError(
+            f"no folder {path}: --data.name folder:PATH needs one with a folder per class"
+        )
     names = class_folders(path)
     eval_name = next((name for name in ("test", "val", "validation") if name in names), None)
     if "train" in names and eval_name:
@@ -201,22 +205,26 @@ def _open_folder(path: Path) -> Dataset:
         others = class_folders(path / eval_name)
         if others != label_names:
             differ = ", ".join(sorted(set(others) ^ set(label_names)))
-            raise UserError(f"{path}/train and {path}/{eval_name} must hold the same classes: {differ}")
+            raise UserError(
+                f"{path}/train and {path}/{eval_name} must hold the same classes: {differ}"
+            )
         _need_classes(path / "train", label_names)
-        train = list_pictures(path / "train", label_names)
+        train_files = list_pictures(path / "train", label_names)
         held_out = list_pictures(path / eval_name, label_names)
     else:
         label_names = names
         _need_classes(path, label_names)
         files = list_pictures(path, label_names)
         held_out = files[9::10]
-        train = [file for index, file in enumerate(files) if index % 10 != 9]
+        train_files = [file for index, file in enumerate(files) if index % 10 != 9]
         if not held_out:
-            raise UserError(f"{path} has {len(files)} pictures; at least 10 are needed to test on one")
-    sources = [FolderSource(files, label_names) for files in (train, held_out)]
-    for source in sources:
-        _check_pictures(source)
-    return Dataset(f"{FOLDER}{path}", *sources, label_names)
+            raise UserError(
+                f"{path} has {len(files)} pictures; at least 10 are needed to test on one"
+            )
+    train, test = FolderSource(train_files, label_names), FolderSource(held_out, label_names)
+    _check_pictures(train)
+    _check_pictures(test)
+    return Dataset(f"{FOLDER}{path}", train, test, label_names)
 
 
 def _need_classes(path: Path, label_names: Sequence[str]) -> None:
@@ -319,7 +327,7 @@ def mean_image(examples: Examples) -> np.ndarray:
     with ThreadPoolExecutor() as pool:
         # Summed in a fixed order, so that the mean does not depend on the number of threads.
         totals = list(pool.map(total, (indices[i : i + 256] for i in range(0, count, 256))))
-    return (np.sum(totals, axis=0) / count).astype(np.float32)
+    return np.divide(np.sum(totals, axis=0), count).astype(np.float32)
 
 
 def _decoded(source: Source, indices: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:

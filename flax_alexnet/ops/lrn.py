@@ -74,12 +74,13 @@ def local_response_normalization(
         raise ValueError(
             f"unknown implementation {implementation!r}; expected one of {sorted(_IMPLEMENTATIONS)}"
         )
+    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     # A window that reaches past the whole group is the same as one that just covers it.
     per_group = x.shape[-1] // groups
     radius = min(depth_radius, max(per_group - 1, 0))
     grouped = x.reshape(*x.shape[:-1], groups, per_group)
     normalize = _IMPLEMENTATIONS[implementation]
-    y = normalize(grouped.astype(jnp.promote_types(x.dtype, jnp.float32)), radius, bias, alpha, beta)
+    y = normalize(grouped.astype(wide), radius, bias, alpha, beta)
     return y.reshape(x.shape).astype(x.dtype)
 
 
@@ -95,11 +96,15 @@ def _shifted_sums(x: jax.Array, radius: int, bias: float, alpha: float, beta: fl
     return x * _inverse_power(bias + alpha * _window_sum(x * x, radius), beta)
 
 
-def _shifted_sums_forward(x, radius, bias, alpha, beta):
+def _shifted_sums_forward(
+    x: jax.Array, radius: int, bias: float, alpha: float, beta: float
+) -> tuple[jax.Array, jax.Array]:
     return _shifted_sums(x, radius, bias, alpha, beta), x
 
 
-def _shifted_sums_backward(radius, bias, alpha, beta, x, gradient):
+def _shifted_sums_backward(
+    radius: int, bias: float, alpha: float, beta: float, x: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array]:
     scale = bias + alpha * _window_sum(x * x, radius)
     weighted = gradient * _inverse_power(scale, beta)
     return (weighted - 2 * alpha * beta * x * _window_sum(weighted * x / scale, radius),)
@@ -109,7 +114,7 @@ _shifted_sums.defvjp(_shifted_sums_forward, _shifted_sums_backward)
 
 
 def _window_sum(x: jax.Array, radius: int) -> jax.Array:
-    """Σ_{|j - i| ≤ radius} x_j over the last axis, zero outside, in about 2·log2(window) additions."""
+    """Σ_{|j - i| ≤ radius} x_j over the last axis, in about 2·log2(window) additions."""
     size, remaining = x.shape[-1], 2 * radius + 1
     power = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((radius, radius),))  # sums over `reach` elements
     reach, offset, total = 1, 0, None

@@ -60,7 +60,7 @@ def assert_parity(model: AlexNet, image_size: int, reference: Callable) -> None:
 
 
 def random_parameters(model: AlexNet, image_size: int) -> dict[str, Arrays]:
-    """Values at which half of the units of each layer live, the biases matter, and logits are small.
+    """Values at which half of the units live, the biases matter, and the logits are small.
 
     A softmax of large logits would amplify rounding, and one that is saturated has no gradient.
     """
@@ -93,7 +93,7 @@ def _activations_and_gradients(model: AlexNet, params, images, labels) -> tuple[
 
 
 def _decisions(model: AlexNet, activations: Arrays) -> list[bytes]:
-    """The units that ReLU passes, and the winning pixel of every window that max-pooling looks at."""
+    """The units that ReLU passes, and the winning pixel of every window of max-pooling."""
     result = [np.asarray(value) > 0 for _, value in sorted(activations.items())]
     for before, layer in itertools.pairwise(architecture(model.variant).layers):
         if isinstance(layer, Pool) and layer.kind == "MAX":

@@ -125,7 +125,7 @@ def cuda_convnet_cifar10():
 
 
 def to_torch(kernel, spatial):
-    """HWIO to OIHW; (in, out) to (out, in), where a flattened image of `spatial` goes HWC to CHW."""
+    """HWIO to OIHW; (in, out) to (out, in), with a flattened `spatial` image from HWC to CHW."""
     if kernel.ndim == 4:
         return kernel.transpose(3, 2, 0, 1)
     if spatial is None:
@@ -200,7 +200,9 @@ def test_variant(net, image_size, flattened):
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 11, 63])
-@pytest.mark.parametrize(("alpha", "beta", "k"), [(1e-4, 0.75, 1.0), (2.0, 0.5, 2.0), (1.0, 1.3, 0.5)])
+@pytest.mark.parametrize(
+    ("alpha", "beta", "k"), [(1e-4, 0.75, 1.0), (2.0, 0.5, 2.0), (1.0, 1.3, 0.5)]
+)
 def test_local_response_normalization(size, alpha, beta, k):
     """PyTorch divides alpha by its window, and takes all of the window rather than half."""
     rng = np.random.default_rng(size)

@@ -1,0 +1,5 @@
+import sys
+
+from flax_alexnet.cli import main
+
+sys.exit(main())

@@ -1,0 +1,80 @@
+"""The command line: recipes, flags over them, and mistakes in one line."""
+
+import dataclasses
+
+import pytest
+
+from flax_alexnet import cli
+from flax_alexnet.architectures import architecture, trace
+from flax_alexnet.config import Config, flatten, known_flags
+from flax_alexnet.errors import UserError
+from flax_alexnet.recipes import RECIPES, parse_config
+
+
+def test_a_recipe_is_a_value_and_flags_override_it():
+    argv = "--recipe paper --data.name cifar10 --optimizer.learning-rate 0.02 --seed=3".split()
+    expected = dataclasses.replace(
+        RECIPES["paper"],
+        seed=3,
+        data=dataclasses.replace(RECIPES["paper"].data, name="cifar10"),
+        optimizer=dataclasses.replace(RECIPES["paper"].optimizer, learning_rate=0.02),
+    )
+    assert parse_config(argv) == expected
+    assert parse_config([]) == RECIPES["quickstart"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_valid_and_its_images_fit(name):
+    config = parse_config(["--recipe", name])
+    layers = architecture(config.model.variant).scaled(1000, config.model.width)
+    trace(layers, config.augment.crop_size, config.augment.crop_size)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--recipe", "quikstart"], "unknown recipe 'quikstart': did you mean 'quickstart'?"),
+        (["--data.nme", "x"], "unknown flag --data.nme: did you mean --data.name?"),
+        (["--lr=3"], "unknown flag --lr"),
+        (["--model.variant", "papers"], "unknown variant 'papers': did you mean 'paper'?"),
+        (["--batch-size", "0"], "--batch-size is 0; expected 1 or more"),
+        (["--batch-size", "many"], "batch-size"),
+        (["--batch-size"], "batch-size"),
+        (["stray"], "stray"),
+        (["--model.dtype", "float16"], "model.dtype"),
+        (["--model.dropout-rate", "1"], "expected 0 to below 1"),
+        (["--augment.crop-size", "99"], "--augment.crop-size is 99; expected 1 to"),
+        (["--optimizer.schedule", "steps", "--optimizer.drop-epochs"], "drop-epochs"),
+    ],
+)
+def test_mistakes_say_what_was_expected(argv, message):
+    with pytest.raises(UserError) as error:
+        parse_config(argv)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_flags_are_those_of_the_dataclasses():
+    flags = known_flags(Config())
+    assert {"--recipe", "--data.name", "--augment.no-flip", "--optimizer.learning-rate"} <= set(
+        flags
+    )
+    flat = flatten(Config())
+    assert flat["data.name"] == "shapes_and_textures"
+    assert flat["optimizer.drop_epochs"] == []
+
+
+def test_help_shows_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert all(flag in said for flag in known_flags(Config()) if not flag.startswith("--no-"))
+
+
+def test_the_console_script_lists_commands_and_suggests_the_nearest(capsys):
+    assert cli.main([]) == 0
+    assert "prepare" in capsys.readouterr().out
+    assert cli.main(["trian"]) == 2
+    assert capsys.readouterr().err == "error: unknown command 'trian': did you mean 'train'?\n"
+    assert cli.main(["train", "--recipe", "none"]) == 2

@@ -1,0 +1,266 @@
+"""Sources, decoding, and the order in which pictures come."""
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flax_alexnet.data import shapes
+from flax_alexnet.data.decode import DecodeError, decode
+from flax_alexnet.data.loader import evaluation_batches, training_batches
+from flax_alexnet.data.sources import (
+    CachedExamples,
+    DecodedExamples,
+    mean_image,
+    open_dataset,
+    open_examples,
+)
+from flax_alexnet.errors import UserError
+from flax_alexnet.prepare import main as prepare_main
+from flax_alexnet.prepare import prepare
+
+
+def encoded(image, kind="png", **options):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def picture(seed, height=20, width=20):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+class Numbers:
+    """Examples whose picture and label say their index."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return {"image": np.full((2, 2, 3), index % 251, np.uint8), "label": np.int32(index)}
+
+
+def labels(batches, count):
+    return [batch["label"].tolist() for batch in itertools.islice(batches, count)]
+
+
+class TestOrder:
+    def test_every_epoch_is_a_permutation_and_each_is_another(self):
+        stream = sum(labels(training_batches(Numbers(30), 8, seed=1), 15), [])  # 120 = 4 epochs
+        epochs = [stream[i : i + 30] for i in range(0, 120, 30)]
+        assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == 4
+        assert epochs[0] != list(range(30))
+
+    def test_it_follows_from_seed_and_step_alone(self):
+        whole = labels(training_batches(Numbers(30), 8, seed=1), 15)
+        assert whole == labels(training_batches(Numbers(30), 8, seed=1, threads=7), 15)
+        for step in (1, 4, 11):
+            resumed = training_batches(Numbers(30), 8, seed=1, start_step=step)
+            assert labels(resumed, 15 - step) == whole[step:]
+        assert whole != labels(training_batches(Numbers(30), 8, seed=2), 15)
+
+    @pytest.mark.parametrize("processes", [2, 4])
+    def test_processes_read_blocks_of_the_same_batches(self, processes):
+        whole = labels(training_batches(Numbers(30), 8, seed=1), 10)
+        parts = [
+            labels(
+                training_batches(
+                    Numbers(30), 8, seed=1, process_index=index, process_count=processes
+                ),
+                10,
+            )
+            for index in range(processes)
+        ]
+        assert [sum(rows, []) for rows in zip(*parts, strict=True)] == whole
+
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_evaluation_gives_each_picture_once(self, processes):
+        seen = []
+        for index in range(processes):
+            for batch in evaluation_batches(
+                Numbers(21), 8, process_index=index, process_count=processes
+            ):
+                assert batch["image"].shape == (8 // processes, 2, 2, 3)
+                seen += batch["label"][batch["mask"]].tolist()
+        assert sorted(seen) == list(range(21))
+
+
+class TestDecoding:
+    def test_a_square_of_the_right_size_keeps_its_pixels(self):
+        image = picture(0)
+        np.testing.assert_array_equal(decode(encoded(image), 20), image)
+
+    @pytest.mark.parametrize(("height", "width"), [(40, 90), (90, 40), (31, 33)])
+    def test_the_shorter_side_is_scaled_and_the_centre_kept(self, height, width):
+        """A picture whose colours say where they were: bands along both axes."""
+        rows, columns = np.mgrid[:height, :width]
+        image = np.stack([rows * 2, columns * 2, rows * 0], -1).astype(np.uint8)
+        small = decode(encoded(image), 16).astype(float)
+        assert small.shape == (16, 16, 3)
+        short = min(height, width)
+        centres = (np.arange(16) + 0.5) * short / 16 - 0.5
+        inner = slice(2, -2)  # the filter reaches over the edge at the outermost pixels
+        expected_rows = 2 * ((height - short) / 2 + centres)
+        expected_columns = 2 * ((width - short) / 2 + centres)
+        assert np.abs(small[..., 0].mean(1) - expected_rows)[inner].max() < 1
+        assert np.abs(small[..., 1].mean(0) - expected_columns)[inner].max() < 1
+
+    @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1", "I;16"])
+    def test_other_colour_modes_become_rgb(self, mode):
+        if mode == "I;16":
+            image = Image.fromarray(picture(0)[..., 0].astype(np.uint16) * 256)
+        else:
+            image = Image.fromarray(picture(0)).convert(mode)
+        buffer = io.BytesIO()
+        image.save(buffer, "jpeg" if mode in ("L", "CMYK") else "png")
+        assert decode(buffer.getvalue(), 20).shape == (20, 20, 3)
+
+    @pytest.mark.parametrize("kind", ["jpeg", "png"])
+    def test_damage_is_an_error(self, kind):
+        whole = encoded(picture(0, 64, 64), kind)
+        for data in (b"", b"not a picture", whole[:100], whole[: len(whole) // 2]):
+            with pytest.raises(DecodeError):
+                decode(data, 16)
+
+
+class TestExamples:
+    @pytest.fixture
+    def dataset(self, tmp_path):
+        return open_dataset(f"folder:{make_folder(tmp_path, {'a': 12, 'b': 18})}")
+
+    def test_cached_and_decoded_agree(self, dataset):
+        cached, decoded = CachedExamples(dataset.train, 9), DecodedExamples(dataset.train, 9)
+        assert len(cached) == len(decoded) == 27
+        for index in range(27):
+            np.testing.assert_array_equal(cached[index]["image"], decoded[index]["image"])
+            assert cached[index]["label"] == decoded[index]["label"]
+        np.testing.assert_array_equal(mean_image(cached), mean_image(decoded))
+        np.testing.assert_allclose(mean_image(cached), cached.images.mean(0), rtol=1e-5)
+
+    def test_large_sets_are_not_cached(self, dataset, monkeypatch):
+        assert isinstance(open_examples(dataset.train, 9), CachedExamples)
+        monkeypatch.setattr("flax_alexnet.data.sources.CACHE_BYTES", 1000)
+        assert isinstance(open_examples(dataset.train, 9), DecodedExamples)
+
+
+def make_folder(path, classes, size=20):
+    """A folder of class folders with so many pictures each."""
+    for name, count in classes.items():
+        (path / name).mkdir(parents=True)
+        for index in range(count):
+            data = encoded(picture(index, size, size + 3))
+            (path / name / f"{index:03}.png").write_bytes(data)
+    return path
+
+
+class TestFolders:
+    def test_every_tenth_picture_is_held_out(self, tmp_path):
+        dataset = open_dataset(f"folder:{make_folder(tmp_path, {'cat': 23, 'dog': 17})}")
+        assert dataset.label_names == ["cat", "dog"]
+        names = [
+            {record.name for record in source.records(range(len(source)))}
+            for source in (dataset.train, dataset.eval)
+        ]
+        assert [len(part) for part in names] == [36, 4]
+        assert not names[0] & names[1]
+        assert [record.label for record in dataset.eval.records(range(4))] == [0, 0, 1, 1]
+
+    def test_train_and_test_folders_are_taken_as_they_are(self, tmp_path):
+        make_folder(tmp_path / "train", {"cat": 3, "dog": 4})
+        make_folder(tmp_path / "val", {"cat": 1, "dog": 2})
+        dataset = open_dataset(f"folder:{tmp_path}")
+        assert (len(dataset.train), len(dataset.eval)) == (7, 3)
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda p: p.rmdir(), "no folder"),
+            (lambda p: None, "0 class folders"),
+            (lambda p: make_folder(p, {"cat": 20}), "1 class folders"),
+            (lambda p: make_folder(p, {"cat": 4, "dog": 5}), "at least 10"),
+            (lambda p: make_folder(p, {"cat": 20, "dog": 0}), "dog has no pictures"),
+            (
+                lambda p: make_folder(p, {"cat": 20, "dog": 20}) / "cat/007.png",
+                r"cannot decode picture .*cat/007\.png: it is empty",
+            ),
+            (
+                lambda p: make_folder(p, {"cat": 20, "dog": 20}) / "cat/notes.txt",
+                r"notes\.txt is not a picture by its name",
+            ),
+        ],
+    )
+    def test_mistakes_are_named(self, tmp_path, make, message):
+        path = tmp_path / "pictures"
+        path.mkdir()
+        damaged = make(path)
+        if damaged is not None and damaged.suffix:
+            damaged.write_bytes(b"")
+        with pytest.raises(UserError, match=message):
+            open_dataset(f"folder:{path}")
+
+    def test_differing_classes_are_named(self, tmp_path):
+        make_folder(tmp_path / "train", {"cat": 3, "dog": 4})
+        make_folder(tmp_path / "test", {"cat": 1, "wolf": 2})
+        with pytest.raises(UserError, match="same classes: dog, wolf"):
+            open_dataset(f"folder:{tmp_path}")
+
+
+class TestPrepare:
+    def test_a_folder_becomes_squares_that_train_reads(self, tmp_path):
+        folder = make_folder(tmp_path / "pets", {"cat": 12, "dog": 13}, size=40)
+        said = prepare(f"folder:{folder}", tmp_path / "data", image_size=16)
+        assert said.startswith("prepared_folder/pets: 23 train, 2 test pictures in ")
+        dataset = open_dataset("prepared_folder/pets", tmp_path / "data")
+        assert dataset.label_names == ["cat", "dog"]
+        assert (len(dataset.train), len(dataset.eval)) == (23, 2)
+        (record,) = dataset.train.records([0])
+        with Image.open(io.BytesIO(record.image)) as image:
+            assert (image.format, image.size) == ("JPEG", (16, 16))
+        # Lossy, but the same picture with the same label, in whatever order TFDS stored it.
+        by_label = {r.label for r in dataset.train.records(range(23))}
+        assert by_label == {0, 1}
+
+    def test_the_embedded_dataset_is_rendered_the_same_each_time(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(shapes, "EXAMPLES", {"train": 40, "test": 20})
+        assert prepare_main(["--data.data-dir", str(tmp_path)]) == 0
+        dataset = open_dataset(shapes.NAME, tmp_path)
+        assert tuple(dataset.label_names) == shapes.CLASSES
+        assert (len(dataset.train), len(dataset.eval)) == (40, 20)
+        counts = np.bincount([r.label for r in dataset.train.records(range(40))])
+        assert counts.tolist() == [4] * 10
+        np.testing.assert_array_equal(shapes.render("train", 7), shapes.render("train", 7))
+        assert (shapes.render("train", 7) != shapes.render("test", 7)).any()
+
+    def test_mistakes_are_one_line(self, tmp_path, capsys):
+        for argv, message in (
+            (["--data.name", "cifar1O"], "unknown dataset 'cifar1O': did you mean 'cifar10'?"),
+            (["--data.nam", "x"], "unknown flag --data.nam: did you mean --data.name?"),
+            (["--data.name", f"folder:{tmp_path}/none"], "no folder"),
+            (["--data.image-size", "0"], "expected 1 or more"),
+        ):
+            assert prepare_main(argv) == 2
+            said = capsys.readouterr().err
+            assert message in said
+            assert said.count("\n") == 1
+
+
+def test_cifar10_as_tfds_prepared_it(shared_data):
+    dataset = open_dataset("cifar10", shared_data / "tfds")
+    assert (len(dataset.train), len(dataset.eval)) == (50_000, 10_000)
+    assert list(dataset.label_names[:3]) == ["airplane", "automobile", "bird"]
+    (record,) = dataset.train.records([17])
+    assert decode(record.image, 32).shape == (32, 32, 3)
+    assert record.name == "train[17]"
+
+
+def test_photographs_are_brought_to_256(shared_data):
+    for path in sorted((shared_data / "imagenet_samples").glob("*.JPEG"))[:5]:
+        image = decode(path.read_bytes(), 256)
+        assert image.shape == (256, 256, 3)
+        assert image.std() > 10

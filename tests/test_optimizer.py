@@ -1,0 +1,143 @@
+"""The optimizer against float64 NumPy simulations of the rules it is named after."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_alexnet.optimizer import (
+    applied_rate,
+    create_optimizer,
+    create_schedule,
+    reduce_on_plateau,
+)
+
+STEPS = 50
+SHAPES = {"conv1": {"kernel": (3, 3, 2, 4), "bias": (4,)}, "fc6": {"kernel": (8, 5), "bias": (5,)}}
+
+
+def start():
+    rng = np.random.default_rng(1)
+    return {
+        layer: {name: rng.standard_normal(shape) for name, shape in arrays.items()}
+        for layer, arrays in SHAPES.items()
+    }
+
+
+def gradient(weights, step, name, layer):
+    """Of a made-up loss: depends on the weights, so that a wrong update feeds back."""
+    return 0.3 * weights + np.cos(step + np.arange(weights.size).reshape(weights.shape))
+
+
+def simulate(rule, rate, *, momentum=0.9, decay=0.0005, bias_rate=1.0, decay_biases=True):
+    """Fifty steps in float64; `rate` is a function of the step."""
+    weights = start()
+    velocity = jax.tree.map(np.zeros_like, weights)
+    for step in range(STEPS):
+        for layer, arrays in weights.items():
+            for name, w in arrays.items():
+                g = gradient(w, step, name, layer)
+                own_decay = decay if decay_biases or name == "kernel" else 0.0
+                own_rate = rate(step) * (bias_rate if name == "bias" else 1.0)
+                v = velocity[layer][name]
+                if rule == "paper":
+                    v = momentum * v - own_decay * own_rate * w - own_rate * g
+                    weights[layer][name] = w + v
+                else:
+                    v = momentum * v + g + own_decay * rate(step) * w
+                    weights[layer][name] = w - own_rate * v
+                velocity[layer][name] = v
+    return weights
+
+
+def run(optimizer):
+    params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), start())
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    for step in range(STEPS):
+        gradients = {
+            layer: {
+                name: jnp.asarray(
+                    gradient(np.asarray(w, np.float64), step, name, layer), jnp.float32
+                )
+                for name, w in arrays.items()
+            }
+            for layer, arrays in params.items()
+        }
+        updates, state = update(gradients, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    return params
+
+
+def assert_close(params, expected):
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        error = np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max()
+        assert error <= 1e-5
+
+
+@pytest.mark.parametrize("rule", ["paper", "notebook"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias_rate": 2.0, "decay_biases": False}, {"momentum": 0.5, "weight_decay": 0.1}],
+    ids=["defaults", "original code's biases", "strong decay"],
+)
+def test_fifty_steps_follow_the_rule_through_a_drop_of_the_rate(rule, options):
+    schedule = create_schedule(0.05, boundaries=[20, 35], drop_factor=0.1)
+    params = run(create_optimizer(schedule, rule=rule, **options))
+    options = {"decay" if name == "weight_decay" else name: v for name, v in options.items()}
+    rate = lambda step: 0.05 * 0.1 ** ((step >= 20) + (step >= 35))  # noqa: E731
+    assert_close(params, simulate(rule, rate, **options))
+
+
+def test_the_two_rules_differ_where_the_text_says_they_do():
+    """At a drop of the rate (inside or outside of the velocity) and in the decay."""
+    drop = create_schedule(0.05, boundaries=[20])
+    paper, notebook = (
+        np.asarray(run(create_optimizer(drop, rule=rule, weight_decay=0.0))["fc6"]["kernel"])
+        for rule in ("paper", "notebook")
+    )
+    assert np.abs(paper - notebook).max() > 1e-3
+    # At a constant rate ε, the paper's rule with ε times the decay is the notebook's.
+    assert_close(
+        run(create_optimizer(0.05, rule="notebook", weight_decay=0.1)),
+        simulate("paper", lambda step: 0.05, decay=0.1 * 0.05),
+    )
+
+
+def test_clipping_bounds_the_gradient_before_the_decay():
+    optimizer = create_optimizer(1.0, momentum=0.0, weight_decay=0.0, clip_norm=0.5)
+    params = {"fc6": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones((4,))}}
+    gradients = jax.tree.map(lambda w: 100 * jnp.ones_like(w), params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    norm = np.sqrt(sum(float((u**2).sum()) for u in jax.tree.leaves(updates)))
+    assert norm == pytest.approx(0.5, rel=1e-5)
+
+
+def test_schedule_warms_up_and_drops():
+    schedule = create_schedule(0.08, boundaries=[10, 20], drop_factor=0.5, warmup_steps=4)
+    rates = [float(schedule(jnp.int32(step))) for step in (0, 1, 3, 4, 9, 10, 19, 20)]
+    assert rates == pytest.approx([0.02, 0.04, 0.08, 0.08, 0.08, 0.04, 0.04, 0.02])
+
+
+def test_plateau_divides_the_rate_three_times_and_keeps_count_in_the_state():
+    optimizer = create_optimizer(0.01)
+    params = {"fc6": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((2,))}}
+    state = optimizer.init(params)
+
+    def rate_after(state, error):
+        state = reduce_on_plateau(state, error, patience=2)
+        _, state = optimizer.update(params, state, params)
+        return float(applied_rate(state)), state
+
+    rates = []
+    #        best  best stale drop  best  stale drop  stale drop  stale stale stale
+    errors = [0.9, 0.8, 0.80, 0.85, 0.7, 0.75, 0.71, 0.70, 0.72, 0.9, 0.90, 0.90]
+    for error in errors:
+        rate, state = rate_after(state, error)
+        rates.append(rate)
+    assert rates == pytest.approx([1e-2] * 3 + [1e-3] * 3 + [1e-4] * 2 + [1e-5] * 4, rel=1e-5)
+
+
+def test_an_unknown_rule_is_an_error():
+    with pytest.raises(ValueError, match="unknown rule 'adam'"):
+        create_optimizer(rule="adam")

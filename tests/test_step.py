@@ -1,0 +1,125 @@
+"""The step: one device and eight agree, nothing compiles twice, masked images do not count."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_alexnet.augment import augment, preprocess
+from flax_alexnet.config import AugmentConfig, Config
+from flax_alexnet.model import AlexNet
+from flax_alexnet.optimizer import create_optimizer
+from flax_alexnet.sharding import put_batch
+from flax_alexnet.step import create_state, eval_step, train_step, zero_totals
+from flax_alexnet.train import compile_steps
+
+CROP = 64
+CONFIG = Config(
+    batch_size=16,
+    augment=AugmentConfig(crop_size=CROP, color_noise="cuda-convnet", scale=1 / 64),
+)
+
+
+def mesh_of(count):
+    devices = jax.devices()[:count]
+    return jax.make_mesh((count,), ("data",), (jax.sharding.AxisType.Auto,), devices=devices)
+
+
+def batches(count):
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        yield {
+            "image": rng.integers(0, 256, (16, 70, 70, 3), np.uint8),
+            "label": rng.integers(0, 10, 16).astype(np.int32),
+        }
+
+
+@functools.cache
+def run(devices, variant="notebook", dtype="float32"):
+    """Losses of ten steps with dropout and augmentation, and the state after them."""
+    mesh = mesh_of(devices)
+    model = AlexNet(variant, 10, width=0.1, initialization="he", dtype=jnp.dtype(dtype))
+    optimizer = create_optimizer(0.01)
+    init = functools.partial(create_state, model=model, optimizer=optimizer, crop_size=CROP)
+    state = jax.jit(init)(jax.random.key(0), jnp.full((70, 70, 3), 127.0))
+    step_fn, _ = compile_steps(CONFIG, model, optimizer, mesh)
+    state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    losses = []
+    for batch in batches(10):
+        state, loss = step_fn(state, put_batch(batch, mesh), jax.random.key(5))
+        losses.append(float(loss))
+    assert step_fn._cache_size() == 1, "the step was compiled more than once"
+    return losses, state
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_several_devices_follow_one(devices):
+    one, several = run(1), run(devices)
+    np.testing.assert_allclose(several[0], one[0], rtol=1e-5)
+    assert one[0][-1] != one[0][0]
+    for a, b in zip(
+        jax.tree.leaves(one[1].params), jax.tree.leaves(several[1].params), strict=True
+    ):
+        assert len(b.sharding.device_set) == devices
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(a).max())
+
+
+def test_the_state_counts_steps_and_images():
+    _, state = run(8)
+    assert int(state.step) == 10
+    assert float(state.totals["images"]) == 160
+    assert float(state.totals["loss"]) / 160 == pytest.approx(np.mean(run(8)[0]), rel=1e-5)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
+    losses, state = run(1, dtype="bfloat16")
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+    np.testing.assert_allclose(losses, run(1)[0], rtol=0.05)
+    assert losses != run(1)[0]
+
+
+def test_draws_derive_from_the_step():
+    """The same batch twice gives two losses, and the same step once more gives the same one."""
+    model = AlexNet("notebook", 10, width=0.1, initialization="he")
+    optimizer = create_optimizer(0.01)
+    mean = jnp.full((70, 70, 3), 127.0)
+    state = create_state(jax.random.key(0), mean, model=model, optimizer=optimizer, crop_size=CROP)
+    fn = jax.jit(
+        functools.partial(
+            train_step,
+            model=model,
+            optimizer=optimizer,
+            augment=functools.partial(augment, crop_size=CROP, scale=1 / 64),
+        )
+    )
+    (batch,) = batches(1)
+    at = lambda step: float(fn(state.replace(step=jnp.int32(step)), batch, jax.random.key(0))[1])  # noqa: E731
+    assert at(0) != at(1)
+    assert at(0) == at(0)
+
+
+def test_evaluation_counts_each_image_once():
+    model = AlexNet("notebook", 10, width=0.1, initialization="he")
+    mean = jnp.full((70, 70, 3), 127.0)
+    params = model.init(jax.random.key(0), jnp.zeros((1, CROP, CROP, 3)))["params"]
+    fn = jax.jit(
+        functools.partial(
+            eval_step,
+            model=model,
+            preprocess=functools.partial(preprocess, crop_size=CROP, scale=1 / 64),
+        )
+    )
+    (batch,) = batches(1)
+    mask = np.arange(16) < 11
+    masked = fn(zero_totals(), params, mean, batch | {"mask": mask})
+    alone = fn(
+        zero_totals(),
+        params,
+        mean,
+        {name: rows[:11] for name, rows in batch.items()} | {"mask": np.ones(11, bool)},
+    )
+    assert float(masked["images"]) == 11
+    for name in masked:
+        assert float(masked[name]) == pytest.approx(float(alone[name]), rel=1e-5)

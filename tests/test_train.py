@@ -1,0 +1,243 @@
+"""Whole runs of the command, small: what they leave behind, how they resume, what they refuse."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from flax_alexnet.data import shapes
+from flax_alexnet.train import main
+
+SMALL = (
+    "--model.width 0.05 --batch-size 8 --steps 12 --log-every 4 --epochs 100 --eval-epochs 0.75 "
+    "--no-compilation-cache"
+).split()
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """The embedded dataset, but smaller."""
+    folder = tmp_path_factory.mktemp("data")
+    before = dict(shapes.EXAMPLES)
+    shapes.EXAMPLES.update(train=64, test=20)
+    try:
+        shapes.builder(folder).download_and_prepare()
+    finally:
+        shapes.EXAMPLES.update(before)
+    return folder
+
+
+def arguments(workdir, data_dir, *more):
+    return ["--workdir", str(workdir), "--data.data-dir", str(data_dir), *SMALL, *more]
+
+
+def read(workdir, name):
+    return json.loads((workdir / name).read_text())
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """A complete run, as a user makes it, and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    code = (
+        "import sys; from flax_alexnet.train import main; code = main(sys.argv[1:]); "
+        "print('foreign:', sorted({'tensorflow', 'torch'} & set(sys.modules))); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, *arguments(workdir, data_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout
+
+
+def test_a_run_leaves_what_the_design_promises(finished):
+    workdir, printed = finished
+    assert {path.name for path in workdir.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "report",
+        "summary.json",
+        "tensorboard",
+    }
+    summary = read(workdir, "summary.json")
+    assert set(summary) == {
+        "step",
+        "eval_loss",
+        "eval_top1",
+        "eval_top5",
+        "seconds",
+        "images_per_second",
+        "peak_memory_bytes",
+        "params_sha256",
+    }
+    assert summary["step"] == 12
+    assert 0 <= summary["eval_top1"] <= summary["eval_top5"] <= 1
+    assert len(summary["params_sha256"]) == 64
+    assert {path.name for path in (workdir / "report").iterdir()} == {
+        "conv1.png",
+        "curves.png",
+        "predictions.png",
+    }
+    config = read(workdir, "config.json")
+    assert config["config"]["model.width"] == 0.05
+    assert "jax" in config["versions"]
+    assert "conv1" in printed, "the table of layers"
+    last = printed.splitlines()[-2]
+    assert last.startswith("test accuracy ")
+    assert str(workdir) in last
+
+
+def test_metrics_are_lines_of_named_fractions(finished):
+    training = [line for line in lines(finished[0]) if "train_loss" in line]
+    evaluation = [line for line in lines(finished[0]) if "eval_loss" in line]
+    assert [line["step"] for line in training] == [4, 8, 12]
+    # 64 pictures in batches of 8: an evaluation each 6 steps, and at the end.
+    assert [line["step"] for line in evaluation] == [6, 12]
+    for line in training:
+        assert {"epoch", "train_top1", "learning_rate", "images_per_second"} <= set(line)
+        assert line["epoch"] == line["step"] / 8
+    for line in evaluation:
+        assert {"epoch", "eval_top1", "eval_top5"} <= set(line)
+        assert line["eval_top1"] * 20 == pytest.approx(round(line["eval_top1"] * 20), abs=1e-5)
+
+
+def test_training_imports_neither_tensorflow_nor_torch(finished):
+    assert finished[1].splitlines()[-1] == "foreign: []"
+
+
+def interrupt_at(step, argv):
+    """Runs the command, and presses Ctrl-C once it has logged `step`."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "flax_alexnet.train", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith("step") and int(line.split()[1]) >= step:
+            process.send_signal(signal.SIGINT)
+            break
+    said.append(process.stdout.read())
+    return process.wait(), "".join(said)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(data_dir, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    long = ["--steps", "200", "--eval-epochs", "12"]
+    assert main(arguments(whole, data_dir, *long)) == 0
+    code, said = interrupt_at(4, arguments(parts, data_dir, *long))
+    assert code == 130, said
+    assert "the same command goes on from there" in said
+    assert main(arguments(parts, data_dir, *long)) == 0
+    for name in ("step", "params_sha256", "eval_loss", "eval_top1", "eval_top5"):
+        assert read(parts, "summary.json")[name] == read(whole, "summary.json")[name], name
+    # Every step is logged once, with the same numbers, though the run was cut between two lines.
+    logged = [
+        [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(path)]
+        for path in (whole, parts)
+    ]
+    assert logged[0] == logged[1]
+
+
+def test_a_finished_run_is_not_made_again(finished, data_dir, capsys):
+    before = read(finished[0], "summary.json")
+    assert main(arguments(finished[0], data_dir)) == 0
+    assert read(finished[0], "summary.json")["params_sha256"] == before["params_sha256"]
+    assert "steps 12 to 12" in capsys.readouterr().out
+
+
+def test_plateau_state_is_in_the_checkpoint(data_dir, tmp_path):
+    """Evaluations at 6 and 12: a run that stops between them knows what the first one gave."""
+    plateau = ["--optimizer.schedule", "plateau", "--optimizer.patience", "1"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(arguments(whole, data_dir, *plateau, "--steps", "24")) == 0
+    assert main(arguments(parts, data_dir, *plateau, "--steps", "12")) == 0
+    more = [*plateau, "--steps", "24", "--allow-changes"]
+    assert main(arguments(parts, data_dir, *more)) == 0
+    rates = [
+        [line["learning_rate"] for line in lines(path) if "learning_rate" in line]
+        for path in (whole, parts)
+    ]
+    assert rates[0] == rates[1]
+    assert (
+        read(whole, "summary.json")["params_sha256"] == read(parts, "summary.json")["params_sha256"]
+    )
+
+
+def refused(capsys, argv):
+    """The one line that a command says when it refuses."""
+    assert main(argv) == 2
+    said = capsys.readouterr()
+    assert "Summary" not in said.out, "something was compiled or traced before the mistake was said"
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+class TestMistakes:
+    def test_a_batch_that_does_not_divide(self, data_dir, tmp_path, capsys):
+        said = refused(capsys, arguments(tmp_path, data_dir, "--batch-size", "12"))
+        assert "--batch-size 12 does not divide by the 8 devices" in said
+
+    def test_an_image_that_does_not_fit(self, data_dir, tmp_path, capsys):
+        said = refused(capsys, arguments(tmp_path, data_dir, "--augment.crop-size", "8"))
+        assert "--augment.crop-size 8: an image of 8×8 does not fit: pool1 is left with" in said
+
+    def test_a_dataset_that_is_not_prepared(self, tmp_path, capsys):
+        said = refused(capsys, arguments(tmp_path, tmp_path, "--data.name", "cifar10"))
+        assert f"flax_alexnet.prepare --data.name cifar10 --data.data-dir {tmp_path}" in said
+
+    def test_an_unknown_dataset(self, tmp_path, capsys):
+        said = refused(capsys, arguments(tmp_path, tmp_path, "--data.name", "cifar11"))
+        assert "unknown dataset 'cifar11': did you mean 'cifar10'?" in said
+
+    def test_an_unknown_split(self, data_dir, tmp_path, capsys):
+        said = refused(capsys, arguments(tmp_path, data_dir, "--data.eval-split", "tset"))
+        assert "has no split 'tset'" in said
+
+    def test_too_few_outputs(self, data_dir, tmp_path, capsys):
+        said = refused(capsys, arguments(tmp_path, data_dir, "--model.num-classes", "3"))
+        assert "shapes_and_textures has 10 classes" in said
+
+    def test_a_directory_of_another_configuration(self, finished, data_dir, capsys):
+        said = refused(capsys, arguments(finished[0], data_dir, "--seed", "7"))
+        assert "(seed was 0, is now 7)" in said
+        assert "--allow-changes" in said
+
+    def test_a_directory_that_cannot_be_written(self, data_dir, tmp_path, capsys):
+        (tmp_path / "file").write_text("")
+        said = refused(capsys, arguments(tmp_path / "file" / "runs", data_dir))
+        assert "cannot write to" in said
+
+    def test_a_disk_without_room(self, data_dir, tmp_path, capsys, monkeypatch):
+        usage = type("usage", (), {"free": 10_000})
+        monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+        assert "GB free" in refused(capsys, arguments(tmp_path, data_dir))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path, capsys):
+    argv = arguments(tmp_path, data_dir, "--optimizer.learning-rate", "1e20")
+    assert main(argv) == 2
+    assert "lower --optimizer.learning-rate" in capsys.readouterr().err
+
+
+def test_photographs_in_class_folders_train(shared_data, tmp_path):
+    """Two hundred ImageNet photographs of many sizes, ten a class."""
+    for index, path in enumerate(sorted((shared_data / "imagenet_samples").glob("*.JPEG"))):
+        folder = tmp_path / "pictures" / f"class{index // 20}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / path.name).symlink_to(path)
+    argv = arguments(tmp_path / "runs", tmp_path, "--data.name", f"folder:{tmp_path / 'pictures'}")
+    assert main(argv) == 0
+    assert np.isfinite(read(tmp_path / "runs", "summary.json")["eval_loss"])
