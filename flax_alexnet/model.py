@@ -18,6 +18,7 @@ from flax_alexnet.architectures import (
     explicit_padding,
     trace,
 )
+from flax_alexnet.ops.convolution import convolve
 from flax_alexnet.ops.lrn import local_response_normalization
 from flax_alexnet.ops.pooling import adaptive_average_pool, average_pool, max_pool
 
@@ -82,7 +83,7 @@ class AlexNet(nn.Module):
             match layer:
                 case Conv(name=name, window=window, stride=stride):
                     fan_in = window**2 * x.shape[-1] // layer.groups
-                    convolve = nn.Conv(
+                    convolution = nn.Conv(
                         layer.features,
                         (window, window),
                         stride,
@@ -90,18 +91,19 @@ class AlexNet(nn.Module):
                         feature_group_count=layer.groups,
                         name=name,
                         dtype=self.dtype,
+                        conv_general_dilated=convolve,
                         **self._initializers(layer, fan_in),
                     )
-                    x = self.activation(convolve(x))
+                    x = self.activation(convolution(x))
                 case Dense(name=name):
                     x = x.reshape(x.shape[0], -1)
-                    connect = nn.Dense(
+                    dense = nn.Dense(
                         layer.features or self.num_classes,
                         name=name,
                         dtype=self.dtype,
                         **self._initializers(layer, x.shape[-1]),
                     )
-                    x = connect(x)
+                    x = dense(x)
                     if layer is layers[-1]:
                         name = "logits"
                     if name != "logits" or self.relu_logits:

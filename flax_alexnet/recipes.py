@@ -18,12 +18,13 @@ from flax_alexnet.errors import UserError
 
 QUICKSTART = Config(
     recipe="quickstart",
-    batch_size=64,
-    epochs=10,
+    batch_size=32,
+    epochs=24,
+    log_every=100,
     data=DataConfig(name="shapes_and_textures", image_size=72),
-    model=ModelConfig(variant="notebook", width=0.5, initialization="he"),
+    model=ModelConfig(variant="notebook", width=0.25, dropout_rate=0.2, initialization="he"),
     augment=AugmentConfig(crop_size=64, scale=1 / 64),
-    optimizer=OptimizerConfig(schedule="steps", drop_epochs=(8,)),
+    optimizer=OptimizerConfig(schedule="steps", drop_epochs=(20,)),
 )
 
 NOTEBOOK = Config(
@@ -43,7 +44,7 @@ PAPER = Config(
 
 CIFAR10 = Config(
     recipe="cifar10",
-    epochs=18,
+    epochs=12,
     data=DataConfig(name="cifar10", image_size=32),
     model=ModelConfig(variant="cuda_convnet_cifar10"),
     augment=AugmentConfig(crop_size=32, random_crop=False, flip=True),
@@ -53,7 +54,7 @@ CIFAR10 = Config(
         bias_rate=2.0,
         decay_biases=False,
         schedule="steps",
-        drop_epochs=(14, 17),
+        drop_epochs=(9, 11),
     ),
 )
 

@@ -84,17 +84,18 @@ def render(split: str, index: int) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """A smooth random shading: a few colours on a coarse grid, interpolated."""
-    coarse = rng.integers(0, 256, (3, 3, 3), np.uint8)
+    """A smooth random shading: a colour, and others near it on a coarse grid, interpolated."""
+    coarse = rng.integers(30, 226, 3) + rng.integers(-30, 31, (3, 3, 3))
+    coarse = coarse.astype(np.uint8)
     small = Image.fromarray(coarse).resize((_CANVAS, _CANVAS), Image.Resampling.BICUBIC)
     return np.asarray(small)
 
 
 def _clutter(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
-    for _ in range(rng.integers(3, 9)):
+    for _ in range(rng.integers(2, 7)):
         ends = tuple(rng.uniform(0, _CANVAS, 4))
         draw.line(ends, fill=_color(rng), width=int(rng.integers(1, 5)))
-    for _ in range(rng.integers(4, 12)):
+    for _ in range(rng.integers(3, 10)):
         x, y = rng.uniform(0, _CANVAS, 2)
         side = rng.uniform(2, 8)
         draw.rectangle((x, y, x + side, y + side), fill=_color(rng))
@@ -110,8 +111,8 @@ def _object(name: str, rng: np.random.Generator) -> tuple[Image.Image, Image.Ima
 
     Coordinates (u, v) are turned and centred on the object, with 1 at its radius.
     """
-    radius = rng.uniform(0.22, 0.42) * _CANVAS
-    centre = rng.uniform(0.9 * radius, _CANVAS - 0.9 * radius, 2)
+    radius = rng.uniform(0.25, 0.42) * _CANVAS
+    centre = rng.uniform(radius, _CANVAS - radius, 2)
     angle = rng.uniform(0, 2 * np.pi)
     y, x = ((np.arange(_CANVAS, dtype=np.float32) - middle) / radius for middle in centre)
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))

@@ -1,0 +1,28 @@
+"""The experiments run, in their quick form."""
+
+import csv
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+
+
+def test_figure1(shared_data, tmp_path):
+    script = runpy.run_path(str(EXPERIMENTS / "figure1_relu_vs_tanh.py"))
+    data_dir = str(shared_data / "tfds")
+    assert script["main"](["--quick", "--data-dir", data_dir, "--output", str(tmp_path)]) == 0
+    rows = list(csv.DictReader((tmp_path / "figure1_quick.csv").open()))
+    assert {row["activation"] for row in rows} == {"relu", "tanh"}
+    assert all(0 < float(row["training_error"]) <= 1 for row in rows)
+    assert (tmp_path / "figure1_quick.png").stat().st_size > 10_000
+
+
+def test_figure1_reads_a_curve():
+    script = runpy.run_path(str(EXPERIMENTS / "figure1_relu_vs_tanh.py"))
+    curve = [(1.0, 0.5), (2.0, 0.3), (3.0, 0.2)]
+    assert script["epochs_to"](0.25, curve) == pytest.approx(2.5)
+    assert script["epochs_to"](0.1, curve) == float("inf")
+    said = script["describe"]({"relu": 2.0, "tanh": float("inf")}, 30.0)
+    assert "more than 15.0 times fewer" in said
