@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             curve = curves[activation, rate] = []
             while not curve or curve[-1][0] < arguments.trial_epochs:
                 curve.append(report(activation, rate, next(points)))
-        rate = min(arguments.rates, key=lambda r: curves[activation, r][-1][1])  # noqa: B023
+        rate = min(arguments.rates, key=lambda r: curves[activation, r][-1][1])
         best[activation] = rate
         # The winner goes on; from the start, since its state was not kept: the same bits again.
         points = training_error(examples, activation, rate)

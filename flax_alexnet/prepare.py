@@ -73,7 +73,8 @@ def prepare(name: str, data_dir: Path | None = None, image_size: int = 256) -> s
         builder.download_and_prepare()
     except ModuleNotFoundError as error:
         raise UserError(
-            f"preparing {name!r} needs the package {error.name}: pip install 'flax-alexnet[prepare]'"
+            f"preparing {name!r} needs the package {error.name}: pip install "
+            "'flax-alexnet[prepare]'"
         ) from None
     counts = ", ".join(f"{n:,} {s}" for s, n in _counts(builder).items())
     return f"{prepared_name}: {counts} pictures in {builder.data_path}"

@@ -44,7 +44,7 @@ PAPER = Config(
 
 CIFAR10 = Config(
     recipe="cifar10",
-    epochs=12,
+    epochs=13,
     data=DataConfig(name="cifar10", image_size=32),
     model=ModelConfig(variant="cuda_convnet_cifar10"),
     augment=AugmentConfig(crop_size=32, random_crop=False, flip=True),
@@ -54,7 +54,7 @@ CIFAR10 = Config(
         bias_rate=2.0,
         decay_biases=False,
         schedule="steps",
-        drop_epochs=(9, 11),
+        drop_epochs=(10, 12),
     ),
 )
 

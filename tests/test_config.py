@@ -12,7 +12,8 @@ from flax_alexnet.recipes import RECIPES, parse_config
 
 
 def test_a_recipe_is_a_value_and_flags_override_it():
-    argv = "--recipe paper --data.name cifar10 --optimizer.learning-rate 0.02 --seed=3".split()
+    argv = ["--recipe", "paper", "--data.name", "cifar10", "--seed=3"]
+    argv += ["--optimizer.learning-rate", "0.02"]
     expected = dataclasses.replace(
         RECIPES["paper"],
         seed=3,

@@ -49,9 +49,13 @@ def labels(batches, count):
     return [batch["label"].tolist() for batch in itertools.islice(batches, count)]
 
 
+def joined(rows):
+    return list(itertools.chain.from_iterable(rows))
+
+
 class TestOrder:
     def test_every_epoch_is_a_permutation_and_each_is_another(self):
-        stream = sum(labels(training_batches(Numbers(30), 8, seed=1), 15), [])  # 120 = 4 epochs
+        stream = joined(labels(training_batches(Numbers(30), 8, seed=1), 15))  # 120: 4 epochs
         epochs = [stream[i : i + 30] for i in range(0, 120, 30)]
         assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -77,7 +81,7 @@ class TestOrder:
             )
             for index in range(processes)
         ]
-        assert [sum(rows, []) for rows in zip(*parts, strict=True)] == whole
+        assert [joined(rows) for rows in zip(*parts, strict=True)] == whole
 
     @pytest.mark.parametrize("processes", [1, 2])
     def test_evaluation_gives_each_picture_once(self, processes):
@@ -181,7 +185,7 @@ class TestFolders:
         ("make", "message"),
         [
             (lambda p: p.rmdir(), "no folder"),
-            (lambda p: None, "0 class folders"),
+            (lambda _: None, "0 class folders"),
             (lambda p: make_folder(p, {"cat": 20}), "1 class folders"),
             (lambda p: make_folder(p, {"cat": 4, "dog": 5}), "at least 10"),
             (lambda p: make_folder(p, {"cat": 20, "dog": 0}), "dog has no pictures"),

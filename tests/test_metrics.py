@@ -43,7 +43,7 @@ def test_logits_that_are_not_numbers_are_never_right():
 
 
 def test_fault_relu_on_the_logits():
-    """Negative logits become zero and get no gradient; a net whose logits all die is dead for good."""
+    """Negative logits get no gradient; a net whose logits all die is dead for good."""
     params_of = lambda model: model.init(jax.random.key(0), images)["params"]  # noqa: E731
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
     faulty = AlexNet("cuda_convnet_cifar10", 10, relu_logits=True)
@@ -83,7 +83,7 @@ def test_fault_dropout_outside_training():
 
 
 def test_fault_decay_scaled_by_the_rate_twice():
-    """Without gradients, weights shrink by 1 − ελ a step in the paper, by 1 − ε²λ in the notebook."""
+    """Without gradients, a step shrinks weights by ελ in the paper, by ε²λ in the notebook."""
     from flax_alexnet.optimizer import create_optimizer
 
     params = {"fc6": {"kernel": jnp.ones((1, 1))}}

@@ -24,7 +24,7 @@ def start():
     }
 
 
-def gradient(weights, step, name, layer):
+def gradient(weights, step):
     """Of a made-up loss: depends on the weights, so that a wrong update feeds back."""
     return 0.3 * weights + np.cos(step + np.arange(weights.size).reshape(weights.shape))
 
@@ -36,7 +36,7 @@ def simulate(rule, rate, *, momentum=0.9, decay=0.0005, bias_rate=1.0, decay_bia
     for step in range(STEPS):
         for layer, arrays in weights.items():
             for name, w in arrays.items():
-                g = gradient(w, step, name, layer)
+                g = gradient(w, step)
                 own_decay = decay if decay_biases or name == "kernel" else 0.0
                 own_rate = rate(step) * (bias_rate if name == "bias" else 1.0)
                 v = velocity[layer][name]
@@ -50,6 +50,10 @@ def simulate(rule, rate, *, momentum=0.9, decay=0.0005, bias_rate=1.0, decay_bia
     return weights
 
 
+def float_schedule(step):
+    return 0.05 * 0.1 ** ((step >= 20) + (step >= 35))
+
+
 def run(optimizer):
     params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), start())
     state = optimizer.init(params)
@@ -57,9 +61,7 @@ def run(optimizer):
     for step in range(STEPS):
         gradients = {
             layer: {
-                name: jnp.asarray(
-                    gradient(np.asarray(w, np.float64), step, name, layer), jnp.float32
-                )
+                name: jnp.asarray(gradient(np.asarray(w, np.float64), step), jnp.float32)
                 for name, w in arrays.items()
             }
             for layer, arrays in params.items()
@@ -85,8 +87,7 @@ def test_fifty_steps_follow_the_rule_through_a_drop_of_the_rate(rule, options):
     schedule = create_schedule(0.05, boundaries=[20, 35], drop_factor=0.1)
     params = run(create_optimizer(schedule, rule=rule, **options))
     options = {"decay" if name == "weight_decay" else name: v for name, v in options.items()}
-    rate = lambda step: 0.05 * 0.1 ** ((step >= 20) + (step >= 35))  # noqa: E731
-    assert_close(params, simulate(rule, rate, **options))
+    assert_close(params, simulate(rule, float_schedule, **options))
 
 
 def test_the_two_rules_differ_where_the_text_says_they_do():
@@ -100,7 +101,7 @@ def test_the_two_rules_differ_where_the_text_says_they_do():
     # At a constant rate ε, the paper's rule with ε times the decay is the notebook's.
     assert_close(
         run(create_optimizer(0.05, rule="notebook", weight_decay=0.1)),
-        simulate("paper", lambda step: 0.05, decay=0.1 * 0.05),
+        simulate("paper", lambda _: 0.05, decay=0.1 * 0.05),
     )
 
 

@@ -12,10 +12,10 @@ import pytest
 from flax_alexnet.data import shapes
 from flax_alexnet.train import main
 
-SMALL = (
-    "--model.width 0.05 --batch-size 8 --steps 12 --log-every 4 --epochs 100 --eval-epochs 0.75 "
-    "--no-compilation-cache"
-).split()
+SMALL = [
+    *("--model.width", "0.05", "--batch-size", "8", "--steps", "12", "--epochs", "100"),
+    *("--log-every", "4", "--eval-epochs", "0.75", "--no-compilation-cache"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ class TestMistakes:
 
     def test_a_disk_without_room(self, data_dir, tmp_path, capsys, monkeypatch):
         usage = type("usage", (), {"free": 10_000})
-        monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+        monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
         assert "GB free" in refused(capsys, arguments(tmp_path, data_dir))
 
 

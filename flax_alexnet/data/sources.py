@@ -327,7 +327,8 @@ def mean_image(examples: Examples) -> np.ndarray:
     with ThreadPoolExecutor() as pool:
         # Summed in a fixed order, so that the mean does not depend on the number of threads.
         totals = list(pool.map(total, (indices[i : i + 256] for i in range(0, count, 256))))
-    return np.divide(np.sum(totals, axis=0), count).astype(np.float32)
+    mean: np.ndarray = np.stack(totals).sum(axis=0) / count
+    return mean.astype(np.float32)
 
 
 def _decoded(source: Source, indices: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
