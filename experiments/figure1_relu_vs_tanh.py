@@ -26,14 +26,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import tyro
 
-from flax_alexnet.config import exit_code
+from flax_alexnet.build import compile_steps, make_model, make_optimizer
 from flax_alexnet.data.loader import training_batches
 from flax_alexnet.data.sources import CachedExamples, Examples, mean_image, open_dataset
-from flax_alexnet.errors import UserError
+from flax_alexnet.errors import UserError, exit_code
 from flax_alexnet.recipes import RECIPES
 from flax_alexnet.sharding import make_mesh, put_batch, replicated
 from flax_alexnet.step import create_state, zero_totals
-from flax_alexnet.train import compile_steps, make_model, make_optimizer, use_compilation_cache
+from flax_alexnet.train import use_compilation_cache
 
 TARGET = 0.25  # training error
 CLAIM = 6.0  # times fewer epochs, in the paper

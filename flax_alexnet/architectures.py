@@ -11,12 +11,11 @@ torchvision's `alexnet` ("One weird trick", 2014); cuda-convnet's `layers-18pct.
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from flax_alexnet.errors import UserError
+from flax_alexnet.errors import UserError, unknown
 
 # "SAME" and "VALID" as in TensorFlow; "CEIL" lets the last window hang over the far edge, as Caffe
 # and cuda-convnet do; a pair is (before, after), the same for height and width.
@@ -252,14 +251,6 @@ def architecture(variant: str) -> Architecture:
     if variant not in ARCHITECTURES:
         raise UserError(unknown("variant", variant, ARCHITECTURES))
     return ARCHITECTURES[variant]
-
-
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """One line for a name that is not `known`: with the nearest one, or the list if it is short."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(known[:12])}"
-    return f"unknown {what} {name!r}: {hint}"
 
 
 class LayerInfo(NamedTuple):

@@ -9,6 +9,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
+from flax_alexnet.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -20,15 +22,14 @@ class Checkpoints:
         keep = managers.AnyPreservationPolicy(
             [
                 managers.LatestN(2),
-                managers.BestN(
-                    get_metric_fn=lambda metrics: metrics["eval_top1"],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
+                managers.BestN(get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False),
             ]
         )
-        options = ocp.CheckpointManagerOptions(preservation_policy=keep)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        # Without `best_fn` metrics stay in memory, and a resumed run would forget which is best.
+        options = ocp.CheckpointManagerOptions(preservation_policy=keep, best_fn=_top1)
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(), item_handlers=ocp.StandardCheckpointHandler(), options=options
+        )
 
     def latest_step(self) -> int | None:
         """The newest step that was saved completely."""
@@ -43,13 +44,38 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
 
     def restore(self, step: int, template: T) -> T:
-        """The state of `step`, in the shapes, types and shardings of `template`."""
+        """The state of `step`, in the shapes, types and shardings of `template`.
+
+        Raises:
+          UserError: it is of another model or optimizer; the first difference is named.
+        """
+        saved, wanted = _shapes(self._manager.item_metadata(step).tree), _shapes(template)
+        for name in sorted(saved.keys() | wanted.keys()):
+            if saved.get(name) != wanted.get(name):
+                raise UserError(
+                    f"checkpoint {self._manager.directory / str(step)} is of another model or "
+                    f"optimizer ({name} was {saved.get(name)}, is now {wanted.get(name)}): take "
+                    "another --workdir"
+                )
         return self._manager.restore(step, args=ocp.args.StandardRestore(template))
 
     def close(self) -> None:
         """Waits until all that was started is saved."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _top1(metrics: dict[str, float]) -> float:
+    return metrics["eval_top1"]
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each array by its path, such as "params/conv1/kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
 
 
 def digest(params: Any) -> str:

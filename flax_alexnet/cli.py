@@ -4,9 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from flax_alexnet.architectures import unknown
-from flax_alexnet.config import exit_code
-from flax_alexnet.errors import UserError
+from flax_alexnet.errors import UserError, exit_code, unknown
 
 COMMANDS = {
     "train": "train a net, or go on with a training",

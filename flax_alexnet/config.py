@@ -5,16 +5,16 @@ import dataclasses
 import difflib
 import io
 import json
+import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import tyro
 
-from flax_alexnet.architectures import ARCHITECTURES, unknown
-from flax_alexnet.errors import UserError
+from flax_alexnet.architectures import ARCHITECTURES
+from flax_alexnet.errors import UserError, unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +145,11 @@ def validate(config: Config) -> None:
     """Raises UserError for the first value that is out of its range."""
     if config.model.variant not in ARCHITECTURES:
         raise UserError(unknown("variant", config.model.variant, ARCHITECTURES))
+    for name, value in flatten(config).items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is {value}; expected finite numbers")
     data, model, optimizer = config.data, config.model, config.optimizer
     for flag, value, fits, expected in (
         ("batch-size", config.batch_size, config.batch_size >= 1, "1 or more"),
@@ -197,10 +202,16 @@ def validate(config: Config) -> None:
             "between 0 and 1",
         ),
         (
+            "optimizer.schedule",
+            optimizer.schedule,
+            (optimizer.schedule, optimizer.rule) != ("plateau", "notebook"),
+            "constant or steps with --optimizer.rule notebook",
+        ),
+        (
             "optimizer.drop-epochs",
             optimizer.drop_epochs,
-            (not optimizer.drop_epochs) == (optimizer.schedule != "steps"),
-            "epochs with --optimizer.schedule steps, and none without",
+            min(optimizer.drop_epochs, default=0.0 if optimizer.schedule == "steps" else 1.0) > 0,
+            "positive epochs, one or more with --optimizer.schedule steps",
         ),
         ("optimizer.patience", optimizer.patience, optimizer.patience >= 1, "1 or more"),
         ("optimizer.max-drops", optimizer.max_drops, optimizer.max_drops >= 0, "0 or more"),
@@ -274,18 +285,12 @@ def known_flags(default: Any, prefix: str = "--") -> list[str]:
 
 def value_of(flag: str, argv: Sequence[str], default: str) -> str:
     """The value that `argv` gives a flag, before it is parsed as a whole."""
-    for index, word in enumerate(argv):
+    for index, word in reversed(list(enumerate(argv))):  # the last one counts, as in tyro
         if word == flag and index + 1 < len(argv):
             return argv[index + 1]
         if word.startswith(f"{flag}="):
             return word.removeprefix(f"{flag}=")
     return default
-
-
-def exit_code(error: UserError) -> int:
-    """Says what the user did wrong, in one line, and gives the exit code for it."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
 
 
 def _first_paragraph(box: str) -> str:

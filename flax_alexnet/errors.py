@@ -1,5 +1,34 @@
-"""The one exception that a command turns into one line and exit code 2."""
+"""Mistakes of the user: one line that says what was wrong, and exit code 2."""
+
+import difflib
+import sys
+from collections.abc import Iterable
+
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
 class UserError(ValueError):
     """A mistake of the user: its message names the value, what was expected, and the remedy."""
+
+
+def exit_code(error: BaseException) -> int:
+    """Says in one line why a command ends, and gives the exit code for it."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """One line for a name that is not `known`: with the nearest one, or the list if it is short."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(known[:12])}"
+    return f"unknown {what} {name!r}: {hint}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

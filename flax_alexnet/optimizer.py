@@ -157,7 +157,8 @@ def reduce_on_plateau(
     stopped improving with the current learning rate", three times in all.
 
     Args:
-      opt_state: of an optimizer that `create_optimizer` made.
+      opt_state: of an optimizer that `create_optimizer` made, with the rule "paper" (the decay of
+        the notebook's rule follows the schedule alone).
       error: validation error, such as 1 − top-1 accuracy; smaller is better.
       patience: evaluations without a new best, at the current rate, before a drop; ≥ 1.
       drop_factor: what a drop multiplies the rate with.
@@ -166,8 +167,8 @@ def reduce_on_plateau(
     old = _rate_state(opt_state)
     error = jnp.asarray(error, jnp.float32)
     stale = jnp.where(error < old.best, 0, old.stale + 1)
-    lowest = drop_factor**max_drops
-    drop = (stale >= patience) & (old.factor > lowest * 1.5)  # 1.5: room for rounding
+    # Half a drop above the lowest factor, so that rounding cannot decide.
+    drop = (stale >= patience) & (old.factor > drop_factor ** (max_drops - 0.5))
     new = old._replace(
         factor=jnp.where(drop, old.factor * drop_factor, old.factor),
         best=jnp.minimum(error, old.best),

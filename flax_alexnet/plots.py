@@ -4,16 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # a run has no screen
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure  # without pyplot, whose backend is the user's choice
 
 
 def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     """Loss and top-1 error of training and evaluation over epochs, from lines of metrics."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     panels = (
         ("loss", "loss (nats)", lambda v: v),
         ("top1", "top-1 error (%)", lambda v: 100 - 100 * v),
@@ -50,7 +48,8 @@ def plot_kernels(kernels: np.ndarray, path: Path) -> None:
             for n, side in zip(divmod(index, columns), (height, width), strict=True)
         )
         sheet[top : top + height, left : left + width] = tile
-    figure, axis = plt.subplots(figsize=(10, 10 * sheet.shape[0] / sheet.shape[1] + 0.4))
+    figure = Figure(figsize=(10, 10 * sheet.shape[0] / sheet.shape[1] + 0.4))
+    axis = figure.subplots()
     axis.imshow(sheet, interpolation="nearest")
     axis.set_title(f"{count} kernels of conv1, {height}×{width}×3")
     axis.axis("off")
@@ -79,14 +78,8 @@ def plot_predictions(
 
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(
-        2 * rows,
-        columns,
-        figsize=(2.6 * columns, 3.9 * rows),
-        height_ratios=[2, 1] * rows,
-        layout="constrained",
-        squeeze=False,
-    )
+    figure = Figure(figsize=(2.6 * columns, 3.9 * rows), layout="constrained")
+    axes = figure.subplots(2 * rows, columns, height_ratios=[2, 1] * rows, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -103,7 +96,6 @@ def plot_predictions(
     _save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)

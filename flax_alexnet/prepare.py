@@ -1,18 +1,18 @@
 """`python -m flax_alexnet.prepare --data.name NAME`: data in the form that training reads."""
 
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from flax_alexnet.architectures import unknown
-from flax_alexnet.config import exit_code, parse
+from flax_alexnet.config import parse
 from flax_alexnet.data import shapes
 from flax_alexnet.data.prepared import PreparedFolder
 from flax_alexnet.data.sources import FOLDER, default_data_dir, open_dataset
-from flax_alexnet.errors import UserError
+from flax_alexnet.errors import UserError, exit_code, first_line, unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(PrepareConfig, arguments, PrepareConfig(), "flax_alexnet.prepare")
         print(prepare(config.data.name, config.data.data_dir, config.data.image_size))
         return 0
-    except UserError as error:
+    except (UserError, KeyboardInterrupt) as error:
         return exit_code(error)
 
 
@@ -63,19 +63,31 @@ def prepare(name: str, data_dir: Path | None = None, image_size: int = 256) -> s
     if name.startswith(FOLDER):
         dataset = open_dataset(name)
         folder = Path(name.removeprefix(FOLDER)).expanduser().resolve().name
+        if not re.fullmatch(r"\w+", folder, re.ASCII):
+            raise UserError(f"the folder's name, {folder!r}, may have only letters, digits and '_'")
         builder: tfds.core.DatasetBuilder = PreparedFolder(dataset, folder, data_dir, image_size)
         prepared_name = f"{PreparedFolder.name}/{folder}"
+        if Path(builder.data_path).exists():
+            raise UserError(
+                f"{builder.data_path} is there already; remove it to prepare {name} once more"
+            )
     elif name == shapes.NAME:
         builder, prepared_name = shapes.builder(data_dir), name
     else:
         builder, prepared_name = _tfds_builder(name, data_dir), name
     try:
         builder.download_and_prepare()
+    except UserError:
+        raise
     except ModuleNotFoundError as error:
         raise UserError(
             f"preparing {name!r} needs the package {error.name}: pip install "
             "'flax-alexnet[prepare]'"
         ) from None
+    # What TFDS and its builders raise when something is missing: files to be fetched by hand, a
+    # network, room on the disk, a folder that can be written to.
+    except (AssertionError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot prepare {name!r} in {data_dir}: {first_line(error)}") from None
     counts = ", ".join(f"{n:,} {s}" for s, n in _counts(builder).items())
     return f"{prepared_name}: {counts} pictures in {builder.data_path}"
 
@@ -89,7 +101,10 @@ def _tfds_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     base = name.partition(":")[0].partition("/")[0]
     if base not in known:
         raise UserError(unknown("dataset", base, [shapes.NAME, *known]) + " (or folder:PATH)")
-    return tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
+    try:
+        return tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
+    except (AssertionError, ValueError, OSError, tfds.core.DatasetNotFoundError) as error:
+        raise UserError(f"cannot prepare {name!r}: {first_line(error)}") from None
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 
-from flax_alexnet.architectures import unknown
 from flax_alexnet.config import (
     AugmentConfig,
     Config,
@@ -14,7 +13,7 @@ from flax_alexnet.config import (
     validate,
     value_of,
 )
-from flax_alexnet.errors import UserError
+from flax_alexnet.errors import UserError, unknown
 
 QUICKSTART = Config(
     recipe="quickstart",

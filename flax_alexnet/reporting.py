@@ -7,8 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
 import tqdm
+
+# tensorboardX imports PyTorch where it is installed, to no use here: seconds and much memory.
+_hidden = "torch" not in sys.modules
+if _hidden:
+    sys.modules["torch"] = None  # type: ignore[assignment]
+import tensorboardX  # noqa: E402
+
+if _hidden:
+    del sys.modules["torch"]
 
 
 class RunLog:
@@ -27,7 +35,9 @@ class RunLog:
     def __init__(self, workdir: Path, start_step: int, total_steps: int):
         self._path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(self._path) if line["step"] <= start_step]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial = self._path.with_name(self._path.name + ".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(self._path)  # so that a kill here loses nothing
         self._file = self._path.open("a")
         self._events = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"), purge_step=start_step + 1

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import shutil
+import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def claim(
     free_to_change: Collection[str] = (),
     allow_changes: bool = False,
 ) -> None:
-    """Makes `workdir` the place of a run with this configuration, and writes `config.json`.
+    """Makes `workdir`, and makes sure that a run of this configuration may use it.
 
     Args:
       workdir: made if it is not there.
@@ -28,36 +29,51 @@ def claim(
       allow_changes: whether any may.
 
     Raises:
-      UserError: the directory belongs to a run of another configuration (the difference is in the
-        message), or cannot be written to.
+      UserError: it holds a run of another configuration (the difference is in the message), or
+        cannot be written to.
     """
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=workdir).close()
         before = json.loads(path.read_text())["config"] if path.exists() else config
         differences = [
             f"{name} was {before.get(name)}, is now {config.get(name)}"
             for name in sorted(before.keys() | config.keys())
             if before.get(name) != config.get(name) and name not in free_to_change
         ]
-        if differences and not allow_changes:
-            raise UserError(
-                f"{workdir} holds a run of another configuration ({'; '.join(differences)}): take "
-                "another --workdir, or --allow-changes to go on with the new one"
-            )
-        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-        write_json(path, {"config": dict(config), "versions": versions})
     except OSError as error:
-        raise UserError(
-            f"cannot write to {workdir}: {error.strerror}; take another --workdir"
-        ) from None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise UserError(_cannot_write(workdir, error)) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no configuration of a run; take another --workdir") from None
+    if differences and not allow_changes:
+        raise UserError(
+            f"{workdir} holds a run of another configuration ({'; '.join(differences)}): take "
+            "another --workdir, or --allow-changes to go on with the new one"
+        )
+
+
+def record(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Writes `config.json`: the configuration, and the versions of the packages that count.
+
+    Raises:
+      UserError: the directory cannot be written to.
+    """
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    try:
+        write_json(workdir / "config.json", {"config": dict(config), "versions": versions})
+    except OSError as error:
+        raise UserError(_cannot_write(workdir, error)) from None
+
+
+def _cannot_write(workdir: Path, error: OSError) -> str:
+    return f"cannot write to {workdir}: {error.strerror}; take another --workdir"
 
 
 def need_room(workdir: Path, needed: int) -> None:
-    """Raises UserError unless the disk of `workdir` has `needed` bytes free."""
-    free = shutil.disk_usage(workdir).free
+    """Raises UserError unless the disk of `workdir` has `needed` bytes free (it may not exist)."""
+    folder = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
             f"{workdir} has {free / 1e9:.1f} GB free and the run's checkpoints need about "

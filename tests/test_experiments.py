@@ -13,7 +13,8 @@ def test_figure1(shared_data, tmp_path):
     script = runpy.run_path(str(EXPERIMENTS / "figure1_relu_vs_tanh.py"))
     data_dir = str(shared_data / "tfds")
     assert script["main"](["--quick", "--data-dir", data_dir, "--output", str(tmp_path)]) == 0
-    rows = list(csv.DictReader((tmp_path / "figure1_quick.csv").open()))
+    with (tmp_path / "figure1_quick.csv").open() as file:
+        rows = list(csv.DictReader(file))
     assert {row["activation"] for row in rows} == {"relu", "tanh"}
     assert all(0 < float(row["training_error"]) <= 1 for row in rows)
     assert (tmp_path / "figure1_quick.png").stat().st_size > 10_000

@@ -139,6 +139,17 @@ def test_plateau_divides_the_rate_three_times_and_keeps_count_in_the_state():
     assert rates == pytest.approx([1e-2] * 3 + [1e-3] * 3 + [1e-4] * 2 + [1e-5] * 4, rel=1e-5)
 
 
+@pytest.mark.parametrize("factor", [0.1, 0.5, 0.9])
+def test_a_plateau_drops_exactly_so_often(factor):
+    optimizer = create_optimizer(1.0)
+    params = {"fc6": {"kernel": jnp.ones((2, 2))}}
+    state = optimizer.init(params)
+    for _ in range(10):
+        state = reduce_on_plateau(state, 1.0, patience=1, drop_factor=factor, max_drops=3)
+    _, state = optimizer.update(params, state, params)
+    assert float(applied_rate(state)) == pytest.approx(factor**3, rel=1e-5)
+
+
 def test_an_unknown_rule_is_an_error():
     with pytest.raises(ValueError, match="unknown rule 'adam'"):
         create_optimizer(rule="adam")

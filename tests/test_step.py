@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from flax_alexnet.augment import augment, preprocess
+from flax_alexnet.build import compile_steps
 from flax_alexnet.config import AugmentConfig, Config
 from flax_alexnet.model import AlexNet
 from flax_alexnet.optimizer import create_optimizer
 from flax_alexnet.sharding import put_batch
 from flax_alexnet.step import create_state, eval_step, train_step, zero_totals
-from flax_alexnet.train import compile_steps
 
 CROP = 64
 CONFIG = Config(

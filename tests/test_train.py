@@ -1,7 +1,6 @@
 """Whole runs of the command, small: what they leave behind, how they resume, what they refuse."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -115,26 +114,23 @@ def test_training_imports_neither_tensorflow_nor_torch(finished):
 
 def interrupt_at(step, argv):
     """Runs the command, and presses Ctrl-C once it has logged `step`."""
-    process = subprocess.Popen(
+    said = []
+    with subprocess.Popen(
         [sys.executable, "-u", "-m", "flax_alexnet.train", *argv],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if line.startswith("step") and int(line.split()[1]) >= step:
-            process.send_signal(signal.SIGINT)
-            break
-    said.append(process.stdout.read())
-    return process.wait(), "".join(said)
+    ) as process:
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("step") and int(line.split()[1]) == step:
+                process.send_signal(signal.SIGINT)
+    return process.returncode, "".join(said)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(data_dir, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    long = ["--steps", "200", "--eval-epochs", "12"]
+    long = ["--steps", "80", "--eval-epochs", "6"]
     assert main(arguments(whole, data_dir, *long)) == 0
     code, said = interrupt_at(4, arguments(parts, data_dir, *long))
     assert code == 130, said
@@ -192,15 +188,15 @@ class TestMistakes:
 
     def test_an_image_that_does_not_fit(self, data_dir, tmp_path, capsys):
         said = refused(capsys, arguments(tmp_path, data_dir, "--augment.crop-size", "8"))
-        assert "--augment.crop-size 8: an image of 8×8 does not fit: pool1 is left with" in said
+        assert "--augment.crop-size 8: an image of 8×8 does not fit: pool2 is left with" in said
 
     def test_a_dataset_that_is_not_prepared(self, tmp_path, capsys):
         said = refused(capsys, arguments(tmp_path, tmp_path, "--data.name", "cifar10"))
         assert f"flax_alexnet.prepare --data.name cifar10 --data.data-dir {tmp_path}" in said
 
     def test_an_unknown_dataset(self, tmp_path, capsys):
-        said = refused(capsys, arguments(tmp_path, tmp_path, "--data.name", "cifar11"))
-        assert "unknown dataset 'cifar11': did you mean 'cifar10'?" in said
+        said = refused(capsys, arguments(tmp_path, tmp_path, "--data.name", "imagenet2013"))
+        assert "unknown dataset 'imagenet2013': did you mean 'imagenet2012'?" in said
 
     def test_an_unknown_split(self, data_dir, tmp_path, capsys):
         said = refused(capsys, arguments(tmp_path, data_dir, "--data.eval-split", "tset"))
@@ -214,6 +210,16 @@ class TestMistakes:
         said = refused(capsys, arguments(finished[0], data_dir, "--seed", "7"))
         assert "(seed was 0, is now 7)" in said
         assert "--allow-changes" in said
+
+    def test_changes_that_do_not_fit_the_checkpoint(self, finished, data_dir, capsys):
+        before = (finished[0] / "config.json").read_text()
+        argv = arguments(finished[0], data_dir, "--model.width", "0.06", "--allow-changes")
+        assert "conv1/bias was (5,), is now (6,)" in refused(capsys, argv)
+        assert (finished[0] / "config.json").read_text() == before
+
+    def test_other_data_is_another_run(self, finished, data_dir, capsys):
+        said = refused(capsys, arguments(finished[0], data_dir, "--data.train-split", "train[:60]"))
+        assert "dataset.train was 64, is now 60" in said
 
     def test_a_directory_that_cannot_be_written(self, data_dir, tmp_path, capsys):
         (tmp_path / "file").write_text("")
@@ -229,7 +235,7 @@ class TestMistakes:
 def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path, capsys):
     argv = arguments(tmp_path, data_dir, "--optimizer.learning-rate", "1e20")
     assert main(argv) == 2
-    assert "lower --optimizer.learning-rate" in capsys.readouterr().err
+    assert "with a lower --optimizer.learning-rate" in capsys.readouterr().err
 
 
 def test_photographs_in_class_folders_train(shared_data, tmp_path):

@@ -44,6 +44,9 @@ def _pixels(encoded: bytes) -> np.ndarray:
         if simplejpeg.is_jpeg(encoded):
             return simplejpeg.decode_jpeg(encoded, colorspace="RGB")
         with Image.open(io.BytesIO(encoded)) as image:
+            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey rather than scale it
+                grey = (np.asarray(image) >> 8).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=-1)
             return np.asarray(image.convert("RGB"))
     # Pillow reports a damaged picture by any of these, depending on the format.
     except (ValueError, OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import tensorflow_datasets as tfds
 
-from flax_alexnet.architectures import unknown
 from flax_alexnet.data import shapes
 from flax_alexnet.data.decode import DecodeError, decode
-from flax_alexnet.errors import UserError
+from flax_alexnet.errors import UserError, first_line, unknown
 
 FOLDER = "folder:"
 PICTURE_SUFFIXES = frozenset(
@@ -82,7 +81,13 @@ def open_dataset(
         return _open_folder(Path(name.removeprefix(FOLDER)).expanduser())
     data_dir = data_dir or default_data_dir()
     if name == shapes.NAME:
-        shapes.builder(data_dir).download_and_prepare()
+        try:
+            shapes.builder(data_dir).download_and_prepare()
+        except OSError as error:
+            raise UserError(
+                f"cannot prepare {name!r} in {data_dir} ({error.strerror}); take another "
+                "--data.data-dir"
+            ) from None
     builder = _open_builder(name, data_dir)
     splits = builder.info.splits
     if eval_split is None:
@@ -90,7 +95,7 @@ def open_dataset(
     if eval_split is None:
         raise UserError(
             f"dataset {name!r} has no validation or test split, only {', '.join(splits)}: "
-            "choose one with --data.eval-split, such as 'train[90%:]'"
+            "split one, such as --data.train-split 'train[:90%]' --data.eval-split 'train[90%:]'"
         )
     train, held_out = TfdsSource(builder, train_split), TfdsSource(builder, eval_split)
     return Dataset(name, train, held_out, train.label_names)
@@ -112,14 +117,18 @@ class TfdsSource:
             self._data = builder.as_data_source(
                 split, decoders={self._image: tfds.decode.SkipDecoding()}
             )
+            empty = len(self._data) == 0
         except NotImplementedError:
             raise UserError(
                 f"dataset {name!r} in {builder.data_path} is not stored as ArrayRecord; prepare "
-                f"it again: {prepare_command(name)}"
+                f"it into another folder: {prepare_command(name, Path('FOLDER'))}"
             ) from None
         except (ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"dataset {name!r} has no split {split!r}: {reason}") from None
+            raise UserError(
+                f"dataset {name!r} has no split {split!r}: {first_line(error)}"
+            ) from None
+        if empty:
+            raise UserError(f"split {split!r} of dataset {name!r} is empty; choose another")
 
     def __len__(self) -> int:
         return len(self._data)
@@ -189,17 +198,17 @@ def list_pictures(path: Path, label_names: Sequence[str]) -> list[tuple[Path, in
 
 
 def _open_folder(path: Path) -> Dataset:
-    """PATH/train and PATH/test (or val, validation), or PATH with a tenth of it held out.
+    """PATH/train and PATH/validation (or val, test), or PATH with a tenth of it held out.
 
     Held out is every tenth picture in the order of classes and names, so that each class gives its
     share and the same picture is held out every time.
     """
-    if not path.is_dir():
+    if not path.is_dir() or path == Path():
         raise UserError(
             f"no folder {path}: --data.name folder:PATH needs one with a folder per class"
         )
     names = class_folders(path)
-    eval_name = next((name for name in ("test", "val", "validation") if name in names), None)
+    eval_name = next((name for name in ("validation", "val", "test") if name in names), None)
     if "train" in names and eval_name:
         label_names = class_folders(path / "train")
         others = class_folders(path / eval_name)
@@ -246,12 +255,16 @@ def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     """The newest version of `name` on the disk, read without the code that prepared it."""
     try:
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=str(data_dir))
-    except tfds.core.DatasetNotFoundError:
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError):  # or not a name at all
         pass
-    prepared = [p.parent.parent.name for p in data_dir.glob("*/*/dataset_info.json")]
-    known = {shapes.NAME, *prepared, *tfds.list_builders(with_community_datasets=False)}
-    base = name.partition(":")[0].partition("/")[0]
-    if base not in known:
+    if Path(name).is_dir():
+        raise UserError(f"unknown dataset {name!r}: did you mean folder:{name}?")
+    public = tfds.list_builders(with_community_datasets=False)
+    base = name.partition(":")[0]
+    if base.partition("/")[0] not in public:
+        infos = [*data_dir.glob("*/*/dataset_info.json"), *data_dir.glob("*/*/*/dataset_info.json")]
+        prepared = [info.parent.parent.relative_to(data_dir).as_posix() for info in infos]
+        known = {shapes.NAME, *prepared, *public}
         raise UserError(unknown("dataset", base, known) + " (or folder:PATH)")
     raise UserError(
         f"dataset {name!r} is not prepared in {data_dir}; run: {prepare_command(name, data_dir)}"
@@ -322,13 +335,13 @@ def mean_image(examples: Examples) -> np.ndarray:
     indices = np.linspace(0, len(examples) - 1, count).astype(int)
 
     def total(chunk: Sequence[int]) -> np.ndarray:
-        return np.sum([examples[int(i)]["image"] for i in chunk], axis=0, dtype=np.float64)
+        return np.stack([examples[int(i)]["image"] for i in chunk]).sum(axis=0, dtype=np.float64)
 
     with ThreadPoolExecutor() as pool:
         # Summed in a fixed order, so that the mean does not depend on the number of threads.
-        totals = list(pool.map(total, (indices[i : i + 256] for i in range(0, count, 256))))
-    mean: np.ndarray = np.stack(totals).sum(axis=0) / count
-    return mean.astype(np.float32)
+        chunks = (indices[i : i + 256] for i in range(0, count, 256))
+        sums = sum(pool.map(total, chunks), np.zeros_like(examples[0]["image"], np.float64))
+    return (sums / count).astype(np.float32)
 
 
 def _decoded(source: Source, indices: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -341,5 +354,10 @@ def _decoded(source: Source, indices: Sequence[int], size: int) -> tuple[np.ndar
             raise UserError(
                 f"cannot decode picture {record.name}: {error}; remove or repair it"
             ) from None
+        if not 0 <= record.label < len(source.label_names):
+            raise UserError(
+                f"picture {record.name} has the label {record.label}, but there are only "
+                f"{len(source.label_names)} classes; take a split with labels"
+            )
         labels[row] = record.label
     return images, labels
