@@ -20,11 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import tyro
+from matplotlib.figure import Figure
 
 from flax_alexnet.build import compile_steps, make_model, make_optimizer
 from flax_alexnet.data.loader import training_batches
@@ -38,6 +35,8 @@ from flax_alexnet.train import use_compilation_cache
 TARGET = 0.25  # training error
 CLAIM = 6.0  # times fewer epochs, in the paper
 
+Curve = list[tuple[float, float]]  # (epoch, training error)
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
@@ -49,7 +48,7 @@ class Arguments:
     """Where figure1.png and figure1.csv go."""
     rates: tuple[float, ...] = (0.001, 0.002, 0.004)
     """Learning rates to choose from."""
-    trial_epochs: float = 1.0
+    trial_epochs: float = 0.5
     """Epochs that each rate is tried for."""
     max_epochs: float = 30.0
     """Where to give up waiting for 25 % training error."""
@@ -72,21 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     use_compilation_cache()
     examples = CachedExamples(dataset.train, 32)
-    curves: dict[tuple[str, float], list[tuple[float, float]]] = {}
+    curves: dict[tuple[str, float], Curve] = {}
     best = {}
     for activation in ("relu", "tanh"):
-        for rate in arguments.rates:
-            points = training_error(examples, activation, rate)
+        runs = {rate: training_error(examples, activation, rate) for rate in arguments.rates}
+        for rate, points in runs.items():
             curve = curves[activation, rate] = []
             while not curve or curve[-1][0] < arguments.trial_epochs:
                 curve.append(report(activation, rate, next(points)))
-        rate = min(arguments.rates, key=lambda r: curves[activation, r][-1][1])
-        best[activation] = rate
-        # The winner goes on; from the start, since its state was not kept: the same bits again.
-        points = training_error(examples, activation, rate)
-        curve = curves[activation, rate] = []
-        while not curve or (curve[-1][1] > TARGET and curve[-1][0] < arguments.max_epochs):
-            curve.append(report(activation, rate, next(points)))
+        trials = {rate: curves[activation, rate][-1][1] for rate in arguments.rates}
+        rate = best[activation] = min(trials, key=trials.__getitem__)
+        curve = curves[activation, rate]  # only the best goes on
+        while curve[-1][1] > TARGET and curve[-1][0] < arguments.max_epochs:
+            curve.append(report(activation, rate, next(runs[rate])))
     reached = {name: epochs_to(TARGET, curves[name, rate]) for name, rate in best.items()}
     finding = describe(reached, arguments.max_epochs)
     print(finding)
@@ -138,7 +135,7 @@ def report(activation: str, rate: float, point: tuple[float, float]) -> tuple[fl
     return point
 
 
-def epochs_to(target: float, curve: Sequence[tuple[float, float]]) -> float:
+def epochs_to(target: float, curve: Curve) -> float:
     """The epoch at which a curve falls to `target`, between its points; infinity if it does not."""
     before = (0.0, 1.0)
     for point in curve:
@@ -164,9 +161,7 @@ def describe(reached: dict[str, float], max_epochs: float) -> str:
     return f"25 % training error: {said} (the paper: {CLAIM:g} times)"
 
 
-def write_csv(
-    curves: dict[tuple[str, float], list[tuple[float, float]]], best: dict[str, float], path: Path
-) -> None:
+def write_csv(curves: dict[tuple[str, float], Curve], best: dict[str, float], path: Path) -> None:
     """One line a point."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -178,13 +173,14 @@ def write_csv(
 
 
 def plot(
-    curves: dict[tuple[str, float], list[tuple[float, float]]],
+    curves: dict[tuple[str, float], Curve],
     best: dict[str, float],
     finding: str,
     path: Path,
 ) -> None:
     """The best curves in full, the trials of other rates faintly."""
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
     for (activation, rate), curve in curves.items():
         chosen = best[activation] == rate
         color = {"relu": "tab:blue", "tanh": "tab:orange"}[activation]
@@ -196,7 +192,6 @@ def plot(
     axis.set_title(finding.replace(": ", "\n", 1), fontsize=9)
     axis.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":
