@@ -24,8 +24,9 @@ import tyro
 from matplotlib.figure import Figure
 
 from flax_alexnet.build import compile_steps, make_model, make_optimizer
+from flax_alexnet.data.examples import CachedExamples, Examples, mean_image
 from flax_alexnet.data.loader import training_batches
-from flax_alexnet.data.sources import CachedExamples, Examples, mean_image, open_dataset
+from flax_alexnet.data.sources import open_dataset
 from flax_alexnet.errors import UserError, exit_code
 from flax_alexnet.recipes import RECIPES
 from flax_alexnet.sharding import make_mesh, put_batch, replicated

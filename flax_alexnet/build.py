@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from flax_alexnet.augment import augment, preprocess
 from flax_alexnet.checkpoint import Checkpoints
 from flax_alexnet.config import Config, ModelConfig, OptimizerConfig
+from flax_alexnet.data.examples import Examples, mean_image
 from flax_alexnet.data.loader import evaluation_batches
-from flax_alexnet.data.sources import Examples, mean_image
 from flax_alexnet.model import AlexNet
 from flax_alexnet.optimizer import create_optimizer, create_schedule
 from flax_alexnet.sharding import put_batch, replicated, split_batch

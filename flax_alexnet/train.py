@@ -28,8 +28,9 @@ from flax_alexnet.build import (
 )
 from flax_alexnet.checkpoint import Checkpoints, digest
 from flax_alexnet.config import FREE_TO_CHANGE, AugmentConfig, Config, OptimizerConfig, flatten
+from flax_alexnet.data.examples import Examples, open_examples
 from flax_alexnet.data.loader import training_batches
-from flax_alexnet.data.sources import Dataset, Examples, open_dataset, open_examples
+from flax_alexnet.data.sources import Dataset, open_dataset
 from flax_alexnet.errors import INTERRUPTED, UserError, exit_code
 from flax_alexnet.optimizer import applied_rate, reduce_on_plateau
 from flax_alexnet.plots import plot_curves, plot_kernels, plot_predictions

@@ -9,14 +9,14 @@ from PIL import Image
 
 from flax_alexnet.data import shapes
 from flax_alexnet.data.decode import DecodeError, decode
-from flax_alexnet.data.loader import evaluation_batches, training_batches
-from flax_alexnet.data.sources import (
+from flax_alexnet.data.examples import (
     CachedExamples,
     DecodedExamples,
     mean_image,
-    open_dataset,
     open_examples,
 )
+from flax_alexnet.data.loader import evaluation_batches, training_batches
+from flax_alexnet.data.sources import open_dataset
 from flax_alexnet.errors import UserError
 from flax_alexnet.prepare import main as prepare_main
 from flax_alexnet.prepare import prepare
@@ -147,10 +147,13 @@ class TestExamples:
         np.testing.assert_array_equal(mean_image(cached), mean_image(decoded))
         np.testing.assert_allclose(mean_image(cached), cached.images.mean(0), rtol=1e-5)
 
-    def test_large_sets_are_not_cached(self, dataset, monkeypatch):
+    def test_large_sets_are_tried_and_not_cached(self, dataset, tmp_path, monkeypatch):
         assert isinstance(open_examples(dataset.train, 9), CachedExamples)
-        monkeypatch.setattr("flax_alexnet.data.sources.CACHE_BYTES", 1000)
+        monkeypatch.setattr("flax_alexnet.data.examples.CACHE_BYTES", 1000)
         assert isinstance(open_examples(dataset.train, 9), DecodedExamples)
+        (tmp_path / "a" / "003.png").write_bytes(b"damaged")
+        with pytest.raises(UserError, match=r"cannot decode picture .*003\.png"):
+            open_examples(dataset.train, 9)
 
 
 def make_folder(path, classes, size=20):
@@ -206,7 +209,7 @@ class TestFolders:
         if damaged is not None and damaged.suffix:
             damaged.write_bytes(b"")
         with pytest.raises(UserError, match=message):
-            open_dataset(f"folder:{path}")
+            open_examples(open_dataset(f"folder:{path}").train, 16)
 
     def test_differing_classes_are_named(self, tmp_path):
         make_folder(tmp_path / "train", {"cat": 3, "dog": 4})

@@ -5,25 +5,18 @@ Each is a `Source`: a length, encoded pictures with their labels by index, and l
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-import numpy as np
 import tensorflow_datasets as tfds
 
 from flax_alexnet.data import shapes
-from flax_alexnet.data.decode import DecodeError, decode
 from flax_alexnet.errors import UserError, first_line, unknown
 
 FOLDER = "folder:"
 PICTURE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
-# What is decoded once and kept, rather than again at each epoch, and over which pictures the mean
-# is taken when there are more.
-CACHE_BYTES = 2**30
-MEAN_PICTURES = 2**16
 
 
 class Record(NamedTuple):
@@ -38,6 +31,7 @@ class Source(Protocol):
     """Pictures by index: what any dataset is to the rest of the program."""
 
     label_names: Sequence[str]
+    prepared: bool  # whether every picture was decoded once before, when it was prepared
 
     def __len__(self) -> int: ...
 
@@ -104,6 +98,8 @@ def open_dataset(
 class TfdsSource:
     """A split of a prepared TFDS dataset of labelled pictures, still encoded."""
 
+    prepared = True
+
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
         name, info = builder.name, builder.info
         keys = info.supervised_keys
@@ -145,6 +141,8 @@ class TfdsSource:
 
 class FolderSource:
     """Picture files with the label of the folder each lies in."""
+
+    prepared = False
 
     def __init__(self, files: Sequence[tuple[Path, int]], label_names: Sequence[str]):
         self._files = files
@@ -231,8 +229,6 @@ def _open_folder(path: Path) -> Dataset:
                 f"{path} has {len(files)} pictures; at least 10 are needed to test on one"
             )
     train, test = FolderSource(train_files, label_names), FolderSource(held_out, label_names)
-    _check_pictures(train)
-    _check_pictures(test)
     return Dataset(f"{FOLDER}{path}", train, test, label_names)
 
 
@@ -242,13 +238,6 @@ def _need_classes(path: Path, label_names: Sequence[str]) -> None:
             f"{path} has {len(label_names)} class folders; expected two or more, each with the "
             "pictures of one class"
         )
-
-
-def _check_pictures(source: Source) -> None:
-    """Decodes every picture once, so that a damaged one is named before anything is compiled."""
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(lambda index: _decoded(source, [index], 16), range(len(source))):
-            pass
 
 
 def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
@@ -269,95 +258,3 @@ def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     raise UserError(
         f"dataset {name!r} is not prepared in {data_dir}; run: {prepare_command(name, data_dir)}"
     )
-
-
-Example = dict[str, Any]  # "image": uint8[size, size, 3], "label": int32[]
-
-
-class Examples(Protocol):
-    """Decoded pictures by index, as Grain reads them."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Example: ...
-
-
-class DecodedExamples:
-    """Pictures read and decoded each time they are asked for."""
-
-    def __init__(self, source: Source, size: int):
-        self._source, self._size = source, size
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Example:
-        image, label = _decoded(self._source, [index], self._size)
-        return {"image": image[0], "label": label[0]}
-
-
-class CachedExamples:
-    """Pictures decoded once and kept in memory."""
-
-    def __init__(self, source: Source, size: int):
-        self.images = np.empty((len(source), size, size, 3), np.uint8)
-        self.labels = np.empty((len(source),), np.int32)
-
-        def fill(start: int) -> None:
-            rows = range(start, min(start + 256, len(source)))
-            self.images[start : rows.stop], self.labels[start : rows.stop] = _decoded(
-                source, rows, size
-            )
-
-        with ThreadPoolExecutor() as pool:
-            for _ in pool.map(fill, range(0, len(source), 256)):
-                pass
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Example:
-        return {"image": self.images[index], "label": self.labels[index]}
-
-
-def open_examples(source: Source, size: int) -> Examples:
-    """`source` decoded to `size` × `size`: kept in memory where that takes less than 1 GiB."""
-    fits = len(source) * size * size * 3 <= CACHE_BYTES
-    return CachedExamples(source, size) if fits else DecodedExamples(source, size)
-
-
-def mean_image(examples: Examples) -> np.ndarray:
-    """The mean of each pixel over the pictures: float32[size, size, 3], in grey levels 0 … 255.
-
-    Section 2 of the paper. Of more than 65,536 pictures as many, evenly spaced, are taken.
-    """
-    count = min(len(examples), MEAN_PICTURES)
-    indices = np.linspace(0, len(examples) - 1, count).astype(int)
-
-    def total(chunk: Sequence[int]) -> np.ndarray:
-        return np.stack([examples[int(i)]["image"] for i in chunk]).sum(axis=0, dtype=np.float64)
-
-    with ThreadPoolExecutor() as pool:
-        # Summed in a fixed order, so that the mean does not depend on the number of threads.
-        chunks = (indices[i : i + 256] for i in range(0, count, 256))
-        sums = sum(pool.map(total, chunks), np.zeros_like(examples[0]["image"], np.float64))
-    return (sums / count).astype(np.float32)
-
-
-def _decoded(source: Source, indices: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
-    images = np.empty((len(indices), size, size, 3), np.uint8)
-    labels = np.empty((len(indices),), np.int32)
-    for row, record in enumerate(source.records(indices)):
-        try:
-            images[row] = decode(record.image, size)
-        except DecodeError as error:
-            raise UserError(
-                f"cannot decode picture {record.name}: {error}; remove or repair it"
-            ) from None
-        if not 0 <= record.label < len(source.label_names):
-            raise UserError(
-                f"picture {record.name} has the label {record.label}, but there are only "
-                f"{len(source.label_names)} classes; take a split with labels"
-            )
-        labels[row] = record.label
-    return images, labels

@@ -1,0 +1,46 @@
+"""What importing the package costs and gives, and that the README tells the truth about names."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import flax_alexnet
+from flax_alexnet.architectures import ARCHITECTURES, trace
+from flax_alexnet.config import Config, known_flags
+from flax_alexnet.recipes import RECIPES
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def test_importing_is_lazy():
+    code = "import sys, flax_alexnet; print('jax' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
+
+
+def test_public_names_are_there():
+    assert set(flax_alexnet.__all__) >= {
+        "AlexNet",
+        "create_optimizer",
+        "local_response_normalization",
+    }
+    for name in flax_alexnet.__all__:
+        assert getattr(flax_alexnet, name) is not None
+    assert not hasattr(flax_alexnet, "train_forever")
+
+
+def test_the_readme_names_what_exists():
+    text = README.read_text()
+    for variant, table in ARCHITECTURES.items():
+        assert f"`{variant}`" in text
+        layers = table.scaled(table.num_classes)
+        infos = trace(layers, table.image_size, table.image_size)
+        assert f"{sum(info.parameters for info in infos):,}" in text
+        assert f"{sum(info.macs for info in infos):,}" in text
+    assert all(f"`{recipe}`" in text for recipe in RECIPES)
+    own_flags = {"--help"} | set(known_flags(Config()))
+    assert set(re.findall(r"--[a-z][a-z.-]+", text)) <= own_flags
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("http"):
+            assert (README.parent / target).exists(), target
