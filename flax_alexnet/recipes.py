@@ -27,7 +27,8 @@ QUICKSTART = Config(
 )
 """The notebook's net, a quarter as wide, on 64 × 64 pixels of the embedded dataset.
 
-Cost: QS_COST. Result: QS_RESULT test accuracy.
+Cost: 3 minutes and 1 GB on two CPU cores, rendering the dataset included. Result: 96.9 % test
+accuracy.
 
 What differs from the notebook: initial values are He et al.'s and grey levels are divided by 64,
 since with N(0, 0.01) the loss of this small net stays at ln 10 = 2.303; and dropout is 0.2, since
@@ -42,7 +43,8 @@ NOTEBOOK = Config(
 """The notebook's net as it stands there, at 224 pixels with ImageNet's 1000 classes; its faults
 repaired, at the constant rate that it gives (`--optimizer.rule notebook` for its weight decay).
 
-Cost: NB_COST; 90 epochs of ImageNet are for an accelerator. Not run to the end here.
+Cost: 6.8 GB in batches of 32 on a CPU; 90 epochs of ImageNet are for an accelerator. Not run to the
+end here.
 """
 
 PAPER = Config(
@@ -79,7 +81,7 @@ CIFAR10 = Config(
 The original "18pct" net takes 120 epochs and normalizes within each map; its "80sec" net, with one
 more dense layer, reports 26 % test error. Here the decay of .004 holds for the dense layer too.
 
-Cost: C10_COST. Result: C10_RESULT test error.
+Cost: 33 minutes and 1.2 GB on two CPU cores that other programs shared. Result: 23.9 % test error.
 """
 
 RECIPES = {recipe.recipe: recipe for recipe in (QUICKSTART, NOTEBOOK, PAPER, CIFAR10)}

@@ -39,7 +39,7 @@ def test_the_readme_names_what_exists():
         assert f"{sum(info.parameters for info in infos):,}" in text
         assert f"{sum(info.macs for info in infos):,}" in text
     assert all(f"`{recipe}`" in text for recipe in RECIPES)
-    own_flags = {"--help"} | set(known_flags(Config()))
+    own_flags = {"--help", "--data-dir"} | set(known_flags(Config()))
     assert set(re.findall(r"--[a-z][a-z.-]+", text)) <= own_flags
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
