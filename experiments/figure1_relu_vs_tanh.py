@@ -18,6 +18,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 import tyro
@@ -36,7 +37,10 @@ from flax_alexnet.train import use_compilation_cache
 TARGET = 0.25  # training error
 CLAIM = 6.0  # times fewer epochs, in the paper
 
+Activation = Literal["relu", "tanh"]
+ACTIVATIONS: tuple[Activation, ...] = ("relu", "tanh")
 Curve = list[tuple[float, float]]  # (epoch, training error)
+Curves = dict[tuple[Activation, float], Curve]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Arguments:
     """Where figure1.png and figure1.csv go."""
     rates: tuple[float, ...] = (0.001, 0.002, 0.004)
     """Learning rates to choose from."""
-    trial_epochs: float = 0.5
+    trial_epochs: float = 1.0
     """Epochs that each rate is tried for."""
     max_epochs: float = 30.0
     """Where to give up waiting for 25 % training error."""
@@ -72,31 +76,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     use_compilation_cache()
     examples = CachedExamples(dataset.train, 32)
-    curves: dict[tuple[str, float], Curve] = {}
-    best = {}
-    for activation in ("relu", "tanh"):
+    curves: Curves = {}
+    path = arguments.output / ("figure1_quick" if arguments.quick else "figure1")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for activation in ACTIVATIONS:
         runs = {rate: training_error(examples, activation, rate) for rate in arguments.rates}
-        for rate, points in runs.items():
-            curve = curves[activation, rate] = []
-            while not curve or curve[-1][0] < arguments.trial_epochs:
-                curve.append(report(activation, rate, next(points)))
-        trials = {rate: curves[activation, rate][-1][1] for rate in arguments.rates}
-        rate = best[activation] = min(trials, key=trials.__getitem__)
-        curve = curves[activation, rate]  # only the best goes on
-        while curve[-1][1] > TARGET and curve[-1][0] < arguments.max_epochs:
-            curve.append(report(activation, rate, next(runs[rate])))
-    reached = {name: epochs_to(TARGET, curves[name, rate]) for name, rate in best.items()}
-    finding = describe(reached, arguments.max_epochs)
-    print(finding)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    name = "figure1_quick" if arguments.quick else "figure1"
-    write_csv(curves, best, arguments.output / f"{name}.csv")
-    plot(curves, best, finding, arguments.output / f"{name}.png")
+        for rate in runs:
+            curves[activation, rate] = []
+
+        def advance(rate: float, activation: Activation = activation, runs: dict = runs) -> None:
+            epoch, error = next(runs[rate])
+            print(
+                f"{activation} {rate:g}: epoch {epoch:5.2f}  training error {error:.2%}", flush=True
+            )
+            curves[activation, rate].append((epoch, error))
+            save(curves, path)  # each time, so that a run that is stopped leaves what it has
+
+        for rate in runs:
+            while epochs(curves[activation, rate]) < arguments.trial_epochs:
+                advance(rate)
+        rate = best_rates(curves)[activation]
+        while curves[activation, rate][-1][1] > TARGET:
+            if epochs(curves[activation, rate]) >= arguments.max_epochs:
+                break
+            advance(rate)
+    print(describe(curves))
     return 0
 
 
 def training_error(
-    examples: Examples, activation: str, rate: float
+    examples: Examples, activation: Activation, rate: float
 ) -> Iterator[tuple[float, float]]:
     """Trains for ever; yields (epoch, training error of the half epoch before it)."""
     recipe = RECIPES["cifar10"]
@@ -118,7 +127,7 @@ def training_error(
     init = functools.partial(create_state, model=model, optimizer=optimizer, crop_size=32)
     state = jax.jit(init, out_shardings=replicated(mesh))(key, mean_image(examples))
     step_fn, _ = compile_steps(config, model, optimizer, mesh)
-    every = max(1, len(examples) // config.batch_size // 2)
+    every = math.ceil(len(examples) / config.batch_size / 2)
     batches = training_batches(examples, config.batch_size, seed=0)
     for step, batch in enumerate(batches, start=1):
         state, _ = step_fn(state, put_batch(batch, mesh), key)
@@ -128,12 +137,20 @@ def training_error(
             yield step * config.batch_size / len(examples), error
 
 
-def report(activation: str, rate: float, point: tuple[float, float]) -> tuple[float, float]:
-    """Prints a point of a curve, and passes it on."""
-    print(
-        f"{activation} {rate:g}: epoch {point[0]:5.2f}  training error {point[1]:.2%}", flush=True
-    )
-    return point
+def epochs(curve: Curve) -> float:
+    """How long a curve is."""
+    return curve[-1][0] if curve else 0.0
+
+
+def best_rates(curves: Curves) -> dict[Activation, float]:
+    """The rate of each activation function with the least error at the end of the trials."""
+    best: dict[Activation, float] = {}
+    for activation in sorted({activation for activation, _ in curves}):
+        trials = {rate: curve for (name, rate), curve in curves.items() if name == activation}
+        length = min(len(curve) for curve in trials.values())
+        if length:
+            best[activation] = min(trials, key=lambda rate: trials[rate][length - 1][1])
+    return best
 
 
 def epochs_to(target: float, curve: Curve) -> float:
@@ -147,52 +164,52 @@ def epochs_to(target: float, curve: Curve) -> float:
     return math.inf
 
 
-def describe(reached: dict[str, float], max_epochs: float) -> str:
+def describe(curves: Curves) -> str:
     """What was measured, beside what the paper claims."""
+    found = {name: curves[name, rate] for name, rate in best_rates(curves).items()}
+    reached = {name: epochs_to(TARGET, curve) for name, curve in found.items()}
     said = ", ".join(
-        f"{name} after {epochs:.1f} epochs"
-        if math.isfinite(epochs)
-        else f"{name} not within {max_epochs:g} epochs"
-        for name, epochs in reached.items()
+        f"{name} after {reached[name]:.1f} epochs"
+        if math.isfinite(reached[name])
+        else f"{name} not within {epochs(curve):.1f} epochs"
+        for name, curve in found.items()
     )
-    if math.isfinite(reached["relu"]):
+    if math.isfinite(reached.get("relu", math.inf)) and "tanh" in found:
         more = "" if math.isfinite(reached["tanh"]) else "more than "
-        ratio = min(reached["tanh"], max_epochs) / reached["relu"]
+        ratio = min(reached["tanh"], epochs(found["tanh"])) / reached["relu"]
         said += f": {more}{ratio:.1f} times fewer with ReLU"
     return f"25 % training error: {said} (the paper: {CLAIM:g} times)"
 
 
-def write_csv(curves: dict[tuple[str, float], Curve], best: dict[str, float], path: Path) -> None:
-    """One line a point."""
-    with path.open("w", newline="") as file:
+def save(curves: Curves, path: Path) -> None:
+    """Writes the curves as CSV, a line a point, and draws them, the best in full."""
+    best = best_rates(curves)
+    with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["activation", "learning_rate", "best", "epoch", "training_error"])
         for (activation, rate), curve in curves.items():
-            for epoch, error in curve:
-                row = [activation, rate, int(best[activation] == rate)]
-                writer.writerow([*row, f"{epoch:.3f}", f"{error:.4f}"])
-
-
-def plot(
-    curves: dict[tuple[str, float], Curve],
-    best: dict[str, float],
-    finding: str,
-    path: Path,
-) -> None:
-    """The best curves in full, the trials of other rates faintly."""
+            chosen = int(best.get(activation) == rate)
+            writer.writerows(
+                [activation, rate, chosen, f"{epoch:.3f}", f"{error:.4f}"] for epoch, error in curve
+            )
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for (activation, rate), curve in curves.items():
-        chosen = best[activation] == rate
-        color = {"relu": "tab:blue", "tanh": "tab:orange"}[activation]
-        style = {"linestyle": "-" if activation == "relu" else "--", "color": color}
-        label = f"{activation}, rate {rate:g}" if chosen else None
-        axis.plot(*zip(*curve, strict=True), label=label, alpha=1 if chosen else 0.25, **style)
+        chosen = best.get(activation) == rate
+        color, line = {"relu": ("tab:blue", "-"), "tanh": ("tab:orange", "--")}[activation]
+        axis.plot(
+            *zip(*curve, strict=True) if curve else ((), ()),
+            label=f"{activation}, rate {rate:g}" if chosen else None,
+            color=color,
+            linestyle=line,
+            alpha=1 if chosen else 0.25,
+        )
     axis.axhline(TARGET, color="grey", linewidth=0.8)
     axis.set(xlabel="epoch", ylabel="training error", ylim=(0, 0.9), xlim=(0, None))
-    axis.set_title(finding.replace(": ", "\n", 1), fontsize=9)
-    axis.legend()
-    figure.savefig(path, dpi=120)
+    axis.set_title(describe(curves).replace(": ", "\n", 1), fontsize=9)
+    if best:
+        axis.legend()
+    figure.savefig(path.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":

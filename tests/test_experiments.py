@@ -25,5 +25,7 @@ def test_figure1_reads_a_curve():
     curve = [(1.0, 0.5), (2.0, 0.3), (3.0, 0.2)]
     assert script["epochs_to"](0.25, curve) == pytest.approx(2.5)
     assert script["epochs_to"](0.1, curve) == float("inf")
-    said = script["describe"]({"relu": 2.0, "tanh": float("inf")}, 30.0)
-    assert "more than 15.0 times fewer" in said
+    curves = {("relu", 0.1): curve, ("relu", 0.2): [(1.0, 0.6)], ("tanh", 0.1): curve[:2] * 2}
+    assert script["best_rates"](curves) == {"relu": 0.1, "tanh": 0.1}
+    said = script["describe"](curves)
+    assert "relu after 2.5 epochs, tanh not within 2.0 epochs: more than 0.8 times fewer" in said
