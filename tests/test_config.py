@@ -45,7 +45,10 @@ def test_every_recipe_is_valid_and_its_images_fit(name):
         (["--model.dtype", "float16"], "model.dtype"),
         (["--model.dropout-rate", "1"], "expected 0 to below 1"),
         (["--epochs", "inf"], "--epochs is inf; expected finite numbers"),
-        (["--recipe", "notebook", "--optimizer.schedule", "plateau"], "optimizer.schedule"),
+        (
+            ["--optimizer.rule", "notebook", "--optimizer.schedule", "plateau"],
+            "--optimizer.schedule is plateau; expected constant or steps",
+        ),
         (["--augment.crop-size", "99"], "--augment.crop-size is 99; expected 1 to"),
         (["--optimizer.schedule", "steps", "--optimizer.drop-epochs"], "drop-epochs"),
     ],
