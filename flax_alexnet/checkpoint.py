@@ -47,9 +47,16 @@ class Checkpoints:
         """The state of `step`, in the shapes, types and shardings of `template`.
 
         Raises:
-          UserError: it is of another model or optimizer; the first difference is named.
+          UserError: it is damaged, or of another model or optimizer, whose first difference is
+            named.
         """
-        saved, wanted = _shapes(self._manager.item_metadata(step).tree), _shapes(template)
+        try:
+            saved, wanted = _shapes(self._manager.item_metadata(step).tree), _shapes(template)
+        except (ValueError, AttributeError, KeyError, OSError):
+            raise UserError(
+                f"checkpoint {self._manager.directory / str(step)} is damaged: remove that folder "
+                "to go on from the one before, or take another --workdir"
+            ) from None
         for name in sorted(saved.keys() | wanted.keys()):
             if saved.get(name) != wanted.get(name):
                 raise UserError(

@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import io
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,11 @@ import tyro
 
 from flax_alexnet.architectures import ARCHITECTURES
 from flax_alexnet.errors import UserError, unknown
+
+# Beyond these a value is a slip of the keyboard.
+LARGEST_NUMBER = 1e10
+LARGEST_IMAGE = 8192
+LARGEST_BATCH = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,18 +151,28 @@ def validate(config: Config) -> None:
         raise UserError(unknown("variant", config.model.variant, ARCHITECTURES))
     for name, value in flatten(config).items():
         numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        if any(isinstance(n, int | float) and not abs(n) <= LARGEST_NUMBER for n in numbers):
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is {value}; expected finite numbers")
+            raise UserError(f"--{flag} is {value}; expected numbers up to {LARGEST_NUMBER:g}")
     data, model, optimizer = config.data, config.model, config.optimizer
     for flag, value, fits, expected in (
-        ("batch-size", config.batch_size, config.batch_size >= 1, "1 or more"),
+        (
+            "batch-size",
+            config.batch_size,
+            1 <= config.batch_size <= LARGEST_BATCH,
+            f"1 to {LARGEST_BATCH}",
+        ),
         ("epochs", config.epochs, config.epochs > 0, "more than 0"),
         ("steps", config.steps, config.steps is None or config.steps >= 1, "1 or more"),
         ("eval-epochs", config.eval_epochs, config.eval_epochs > 0, "more than 0"),
         ("log-every", config.log_every, config.log_every >= 1, "1 or more"),
         ("seed", config.seed, 0 <= config.seed < 2**32, "0 to 4294967295"),
-        ("data.image-size", data.image_size, data.image_size >= 1, "1 or more"),
+        (
+            "data.image-size",
+            data.image_size,
+            1 <= data.image_size <= LARGEST_IMAGE,
+            f"1 to {LARGEST_IMAGE}",
+        ),
         ("data.threads", data.threads, data.threads >= 1, "1 or more"),
         (
             "model.num-classes",
@@ -166,7 +180,7 @@ def validate(config: Config) -> None:
             model.num_classes is None or model.num_classes >= 2,
             "2 or more",
         ),
-        ("model.width", model.width, model.width > 0, "more than 0"),
+        ("model.width", model.width, 0 < model.width <= 100, "more than 0, at most 100"),
         ("model.dropout-rate", model.dropout_rate, 0 <= model.dropout_rate < 1, "0 to below 1"),
         (
             "augment.crop-size",
@@ -294,7 +308,9 @@ def value_of(flag: str, argv: Sequence[str], default: str) -> str:
 
 
 def _first_paragraph(box: str) -> str:
-    """What tyro says in the first part of its box of text."""
-    lines = [line.strip(" │") for line in box.splitlines()[1:]]
-    end = next((i for i, line in enumerate(lines) if re.fullmatch(r"[─╰╯]+", line)), len(lines))
-    return " ".join(lines[:end]) or "the command line could not be read; see --help"
+    """What tyro says first in its box of text, which is a title and paragraphs between rulers."""
+    text = re.sub(r"^╭.*╮$", "title\n---", box.strip(), flags=re.MULTILINE)
+    lines = [line.strip(" │|") for line in text.splitlines()]
+    paragraphs = "\n".join(line if re.search(r"\w", line) else "---" for line in lines).split("---")
+    said = [" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip()]
+    return said[1] if len(said) > 1 else "the command line could not be read; see --help"

@@ -1,6 +1,7 @@
 """`python -m flax_alexnet.prepare --data.name NAME`: data in the form that training reads."""
 
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from flax_alexnet.config import parse
+from flax_alexnet.config import LARGEST_IMAGE, parse
 from flax_alexnet.data import shapes
 from flax_alexnet.data.prepared import PreparedFolder
 from flax_alexnet.data.sources import FOLDER, default_data_dir, open_dataset
@@ -57,12 +58,12 @@ def prepare(name: str, data_dir: Path | None = None, image_size: int = 256) -> s
       UserError: a size out of range, a folder or name that is not there, a picture that cannot be
         decoded, or TensorFlow is needed and not installed.
     """
-    if image_size < 1:
-        raise UserError(f"--data.image-size is {image_size}; expected 1 or more")
+    if not 1 <= image_size <= LARGEST_IMAGE:
+        raise UserError(f"--data.image-size is {image_size}; expected 1 to {LARGEST_IMAGE}")
     data_dir = data_dir or default_data_dir()
     if name.startswith(FOLDER):
         dataset = open_dataset(name)
-        folder = Path(name.removeprefix(FOLDER)).expanduser().resolve().name
+        folder = Path(os.path.expanduser(name.removeprefix(FOLDER))).resolve().name
         if not re.fullmatch(r"\w+", folder, re.ASCII):
             raise UserError(f"the folder's name, {folder!r}, may have only letters, digits and '_'")
         builder: tfds.core.DatasetBuilder = PreparedFolder(dataset, folder, data_dir, image_size)
@@ -97,7 +98,7 @@ def _counts(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
 
 
 def _tfds_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
-    known = tfds.list_builders(with_community_datasets=False)
+    known = set(tfds.list_builders(with_community_datasets=False)) - {PreparedFolder.name}
     base = name.partition(":")[0].partition("/")[0]
     if base not in known:
         raise UserError(unknown("dataset", base, [shapes.NAME, *known]) + " (or folder:PATH)")

@@ -9,6 +9,8 @@ from typing import Any
 
 import tqdm
 
+from flax_alexnet.errors import UserError
+
 # tensorboardX imports PyTorch where it is installed, to no use here: seconds and much memory.
 _hidden = "torch" not in sys.modules
 if _hidden:
@@ -34,7 +36,10 @@ class RunLog:
 
     def __init__(self, workdir: Path, start_step: int, total_steps: int):
         self._path = workdir / "metrics.jsonl"
-        kept = [line for line in read_metrics(self._path) if line["step"] <= start_step]
+        try:
+            kept = [line for line in read_metrics(self._path) if line["step"] <= start_step]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self._path} is damaged: remove it or repair it by hand") from None
         partial = self._path.with_name(self._path.name + ".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(self._path)  # so that a kill here loses nothing
@@ -124,9 +129,9 @@ class Throughput:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a metrics file; none where there is no file."""
     result = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_text().splitlines() if path.exists() else []:
         try:
-            result.append(json.loads(line))
+            result.append(json.loads(text))
         except json.JSONDecodeError:  # cut off when the run was killed
             break
     return result

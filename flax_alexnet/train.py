@@ -31,7 +31,7 @@ from flax_alexnet.config import FREE_TO_CHANGE, AugmentConfig, Config, Optimizer
 from flax_alexnet.data.examples import Examples, open_examples
 from flax_alexnet.data.loader import training_batches
 from flax_alexnet.data.sources import Dataset, open_dataset
-from flax_alexnet.errors import INTERRUPTED, UserError, exit_code
+from flax_alexnet.errors import INTERRUPTED, UserError, exit_code, first_line
 from flax_alexnet.optimizer import applied_rate, reduce_on_plateau
 from flax_alexnet.plots import plot_curves, plot_kernels, plot_predictions
 from flax_alexnet.recipes import parse_config
@@ -173,9 +173,12 @@ def check(config: Config, dataset: Dataset, num_classes: int) -> None:
             f"--model.num-classes is {num_classes}, but {dataset.name} has "
             f"{len(dataset.label_names)} classes; give at least as many, or leave it out"
         )
+    try:
+        devices = jax.device_count()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"JAX finds no device ({first_line(error)}): see JAX_PLATFORMS") from None
     if jax.process_count() > 1:
         raise UserError("several processes are not supported yet; start one for all devices")
-    devices = jax.device_count()
     if config.batch_size % devices:
         raise UserError(
             f"--batch-size {config.batch_size} does not divide by the {devices} devices; the "

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Collection, Mapping
@@ -33,6 +34,14 @@ def claim(
         cannot be written to.
     """
     path = workdir / "config.json"
+    for name, is_right in (
+        *((name, Path.is_dir) for name in ("checkpoints", "tensorboard", "report")),
+        *((name, Path.is_file) for name in ("config.json", "metrics.jsonl", "summary.json")),
+    ):
+        if os.path.lexists(workdir / name) and not is_right(workdir / name):
+            raise UserError(
+                f"{workdir / name} is not what a run left there; take another --workdir"
+            )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=workdir).close()
@@ -72,7 +81,8 @@ def _cannot_write(workdir: Path, error: OSError) -> str:
 
 def need_room(workdir: Path, needed: int) -> None:
     """Raises UserError unless the disk of `workdir` has `needed` bytes free (it may not exist)."""
-    folder = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
+    ancestors = (workdir.absolute(), *workdir.absolute().parents)
+    folder = next(path for path in ancestors if os.path.exists(path))
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -211,6 +212,12 @@ class TestFolders:
         with pytest.raises(UserError, match=message):
             open_examples(open_dataset(f"folder:{path}").train, 16)
 
+    def test_a_pipe_is_not_waited_for(self, tmp_path):
+        make_folder(tmp_path, {"cat": 20, "dog": 20})
+        os.mkfifo(tmp_path / "cat" / "pipe.jpg")
+        with pytest.raises(UserError, match=r"pipe\.jpg is not a regular file"):
+            open_examples(open_dataset(f"folder:{tmp_path}").train, 16)
+
     def test_differing_classes_are_named(self, tmp_path):
         make_folder(tmp_path / "train", {"cat": 3, "dog": 4})
         make_folder(tmp_path / "test", {"cat": 1, "wolf": 2})
@@ -249,7 +256,7 @@ class TestPrepare:
             (["--data.name", "cifar1O"], "unknown dataset 'cifar1O': did you mean 'cifar10'?"),
             (["--data.nam", "x"], "unknown flag --data.nam: did you mean --data.name?"),
             (["--data.name", f"folder:{tmp_path}/none"], "no folder"),
-            (["--data.image-size", "0"], "expected 1 or more"),
+            (["--data.image-size", "0"], "expected 1 to 8192"),
         ):
             assert prepare_main(argv) == 2
             said = capsys.readouterr().err

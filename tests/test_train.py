@@ -1,6 +1,7 @@
 """Whole runs of the command, small: what they leave behind, how they resume, what they refuse."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -220,6 +221,32 @@ class TestMistakes:
     def test_other_data_is_another_run(self, finished, data_dir, capsys):
         said = refused(capsys, arguments(finished[0], data_dir, "--data.train-split", "train[:60]"))
         assert "dataset.train was 64, is now 60" in said
+
+    @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])
+    def test_a_directory_with_something_else_in_a_place_of_ours(
+        self, data_dir, tmp_path, capsys, name
+    ):
+        os.mkfifo(tmp_path / name)
+        said = refused(capsys, arguments(tmp_path, data_dir))
+        assert f"{tmp_path / name} is not what a run left there" in said
+
+    def test_a_damaged_checkpoint(self, data_dir, tmp_path, capsys):
+        (tmp_path / "checkpoints" / "2" / "default").mkdir(parents=True)
+        (tmp_path / "checkpoints" / "2" / "default" / "x").write_text("")
+        said = refused(capsys, arguments(tmp_path, data_dir))
+        assert "checkpoints/2 is damaged: remove that folder" in said
+
+    def test_no_device(self, data_dir, tmp_path):
+        command = [sys.executable, "-m", "flax_alexnet.train", *arguments(tmp_path, data_dir)]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"JAX_PLATFORMS": "abacus"},
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: JAX finds no device")
 
     def test_a_directory_that_cannot_be_written(self, data_dir, tmp_path, capsys):
         (tmp_path / "file").write_text("")

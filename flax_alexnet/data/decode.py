@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 
 class DecodeError(ValueError):
@@ -48,6 +48,8 @@ def _pixels(encoded: bytes) -> np.ndarray:
                 grey = (np.asarray(image) >> 8).astype(np.uint8)
                 return np.repeat(grey[..., None], 3, axis=-1)
             return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError:
+        raise DecodeError("it is no picture in a known format") from None
     # Pillow reports a damaged picture by any of these, depending on the format.
     except (ValueError, OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DecodeError(str(error).splitlines()[0] if str(error) else repr(error)) from error

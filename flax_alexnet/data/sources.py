@@ -72,7 +72,13 @@ def open_dataset(
       UserError: no such dataset, not prepared, of a form that cannot be read, or without labels.
     """
     if name.startswith(FOLDER):
-        return _open_folder(Path(name.removeprefix(FOLDER)).expanduser())
+        path = Path(os.path.expanduser(name.removeprefix(FOLDER)))
+        try:
+            return _open_folder(path)
+        except OSError as error:
+            raise UserError(
+                f"cannot read {error.filename}: {error.strerror}; take another folder"
+            ) from None
     data_dir = data_dir or default_data_dir()
     if name == shapes.NAME:
         try:
@@ -156,6 +162,8 @@ class FolderSource:
         result = []
         for path, label in (self._files[index] for index in indices):
             try:
+                if path.exists() and not path.is_file():  # a pipe would be waited for for ever
+                    raise UserError(f"{path} is not a regular file; remove it")
                 result.append(Record(path.read_bytes(), label, str(path)))
             except OSError as error:
                 raise UserError(
@@ -184,6 +192,7 @@ def list_pictures(path: Path, label_names: Sequence[str]) -> list[tuple[Path, in
     """
     result = []
     for label, name in enumerate(label_names):
+        next((path / name).iterdir(), None)  # which raises, where rglob passes over
         files = sorted(p for p in (path / name).rglob("*") if not p.name.startswith("."))
         files = [p for p in files if not p.is_dir()]
         for file in files:
@@ -246,7 +255,7 @@ def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=str(data_dir))
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError):  # or not a name at all
         pass
-    if Path(name).is_dir():
+    if name and os.path.isdir(name):
         raise UserError(f"unknown dataset {name!r}: did you mean folder:{name}?")
     public = tfds.list_builders(with_community_datasets=False)
     base = name.partition(":")[0]
@@ -255,6 +264,8 @@ def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
         prepared = [info.parent.parent.relative_to(data_dir).as_posix() for info in infos]
         known = {shapes.NAME, *prepared, *public}
         raise UserError(unknown("dataset", base, known) + " (or folder:PATH)")
+    if base.startswith("prepared_folder"):
+        name = f"{FOLDER}PATH"
     raise UserError(
         f"dataset {name!r} is not prepared in {data_dir}; run: {prepare_command(name, data_dir)}"
     )
