@@ -25,7 +25,12 @@ def test_figure1_reads_a_curve():
     curve = [(1.0, 0.5), (2.0, 0.3), (3.0, 0.2)]
     assert script["epochs_to"](0.25, curve) == pytest.approx(2.5)
     assert script["epochs_to"](0.1, curve) == float("inf")
-    curves = {("relu", 0.1): curve, ("relu", 0.2): [(1.0, 0.6)], ("tanh", 0.1): curve[:2] * 2}
+    curves = {("relu", 0.1): curve, ("relu", 0.2): [(1.0, 0.6)], ("tanh", 0.1): curve[:2]}
     assert script["best_rates"](curves) == {"relu": 0.1, "tanh": 0.1}
     said = script["describe"](curves)
-    assert "relu after 2.5 epochs, tanh not within 2.0 epochs: more than 0.8 times fewer" in said
+    assert said.startswith("30% training error: relu after 2.0 epochs, tanh after 2.0 epochs, 1.0")
+    assert said.endswith("tanh was stopped after 2.0 epochs")
+    curves["tanh", 0.1] = [(6.0, 0.3), (14.0, 0.2)]
+    said = script["describe"](curves)
+    assert said.startswith("25% training error: relu after 2.5 epochs, tanh after 10.0 epochs, 4.0")
+    assert "stopped" not in said
