@@ -6,7 +6,7 @@ for each network chosen independently to make training as fast as possible". Her
 of the original code (`cuda_convnet_cifar10`), without weight decay or augmentation; each
 activation function first tries every learning rate for a short while and goes on with the best.
 
-Run, from the project's root (about 40 minutes on two cores; `--quick` takes one):
+Run, from the project's root (about an hour and a half on two cores; `--quick` takes a minute):
 
     python experiments/figure1_relu_vs_tanh.py --data-dir ../shared/data/tfds
 """

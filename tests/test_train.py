@@ -260,7 +260,7 @@ class TestMistakes:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path, capsys):
-    argv = arguments(tmp_path, data_dir, "--optimizer.learning-rate", "1e20")
+    argv = arguments(tmp_path, data_dir, "--optimizer.learning-rate", "1e9")
     assert main(argv) == 2
     assert "with a lower --optimizer.learning-rate" in capsys.readouterr().err
 
