@@ -263,7 +263,8 @@ def parse(schema: type[T], argv: Sequence[str], default: T, program: str) -> T:
     """`default` with the flags of `argv` applied.
 
     Raises:
-      UserError: an unknown flag, with the nearest one, or a value that is not of its type.
+      UserError: an unknown flag, with the nearest one, or a value that is not of its type or
+        names another user's home that is not there.
       SystemExit: after `--help`.
     """
     if {"-h", "--help"} & set(argv):
@@ -278,9 +279,24 @@ def parse(schema: type[T], argv: Sequence[str], default: T, program: str) -> T:
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            return tyro.cli(schema, args=argv, default=default, prog=program)
+            return _expand(tyro.cli(schema, args=argv, default=default, prog=program))
     except SystemExit:
         raise UserError(_first_paragraph(output.getvalue())) from None
+
+
+def _expand(config: Any) -> Any:
+    """Paths with the home for "~", which a shell leaves alone in `--flag=~/path`."""
+    changes = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = _expand(value)
+        elif isinstance(value, Path):
+            try:
+                changes[field.name] = value.expanduser()
+            except RuntimeError as error:
+                raise UserError(f"{value}: {error}") from None
+    return dataclasses.replace(config, **changes)
 
 
 def known_flags(default: Any, prefix: str = "--") -> list[str]:

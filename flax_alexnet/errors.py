@@ -20,11 +20,15 @@ def exit_code(error: BaseException) -> int:
     return 2
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """One line for a name that is not `known`: with the nearest one, or the list if it is short."""
+def unknown(what: str, name: str, known: Iterable[str], shown: Iterable[str] = ()) -> str:
+    """One line for a name that is not `known`: with the nearest one, else with those to choose.
+
+    Where too many are known to show, these are `shown`.
+    """
     known = sorted(known)
+    choice = ", ".join([*shown] or known)
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(known[:12])}"
+    hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {choice}"
     return f"unknown {what} {name!r}: {hint}"
 
 

@@ -7,13 +7,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import absl.logging
 import tensorflow_datasets as tfds
 
 from flax_alexnet.config import LARGEST_IMAGE, parse
 from flax_alexnet.data import shapes
 from flax_alexnet.data.prepared import PreparedFolder
-from flax_alexnet.data.sources import FOLDER, default_data_dir, open_dataset
-from flax_alexnet.errors import UserError, exit_code, first_line, unknown
+from flax_alexnet.data.sources import (
+    FOLDER,
+    UNREADABLE,
+    damaged,
+    default_data_dir,
+    need_known,
+    open_dataset,
+)
+from flax_alexnet.errors import UserError, exit_code, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,22 +69,9 @@ def prepare(name: str, data_dir: Path | None = None, image_size: int = 256) -> s
     if not 1 <= image_size <= LARGEST_IMAGE:
         raise UserError(f"--data.image-size is {image_size}; expected 1 to {LARGEST_IMAGE}")
     data_dir = data_dir or default_data_dir()
-    if name.startswith(FOLDER):
-        dataset = open_dataset(name)
-        folder = Path(os.path.expanduser(name.removeprefix(FOLDER))).resolve().name
-        if not re.fullmatch(r"\w+", folder, re.ASCII):
-            raise UserError(f"the folder's name, {folder!r}, may have only letters, digits and '_'")
-        builder: tfds.core.DatasetBuilder = PreparedFolder(dataset, folder, data_dir, image_size)
-        prepared_name = f"{PreparedFolder.name}/{folder}"
-        if Path(builder.data_path).exists():
-            raise UserError(
-                f"{builder.data_path} is there already; remove it to prepare {name} once more"
-            )
-    elif name == shapes.NAME:
-        builder, prepared_name = shapes.builder(data_dir), name
-    else:
-        builder, prepared_name = _tfds_builder(name, data_dir), name
+    absl.logging.set_verbosity(absl.logging.ERROR)  # TFDS warns of what is meant so here
     try:
+        builder = _builder(name, data_dir, image_size)
         builder.download_and_prepare()
     except UserError:
         raise
@@ -85,27 +80,36 @@ def prepare(name: str, data_dir: Path | None = None, image_size: int = 256) -> s
             f"preparing {name!r} needs the package {error.name}: pip install "
             "'flax-alexnet[prepare]'"
         ) from None
-    # What TFDS and its builders raise when something is missing: files to be fetched by hand, a
-    # network, room on the disk, a folder that can be written to.
-    except (AssertionError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot prepare {name!r} in {data_dir}: {first_line(error)}") from None
-    counts = ", ".join(f"{n:,} {s}" for s, n in _counts(builder).items())
-    return f"{prepared_name}: {counts} pictures in {builder.data_path}"
+    except UNREADABLE as error:
+        raise damaged(data_dir / name.partition(":")[0], error) from None
+    # What TFDS and its builders raise when something is missing: a version of that name, files to
+    # be fetched by hand, a network, room on the disk, a folder that can be written to.
+    except (
+        *(AssertionError, OSError, ValueError, RuntimeError),
+        tfds.core.DatasetNotFoundError,
+    ) as error:
+        by_hand = str(error).startswith("Manual directory")  # and how to fetch them follows
+        reason = str(error) if by_hand else first_line(error)
+        raise UserError(f"cannot prepare {name!r} in {data_dir}: {reason}") from None
+    config = f"/{builder.builder_config.name}" if builder.builder_config else ""
+    counts = ", ".join(f"{split.num_examples:,} {s}" for s, split in builder.info.splits.items())
+    return f"{builder.name}{config}: {counts} pictures in {builder.data_path}"
 
 
-def _counts(builder: tfds.core.DatasetBuilder) -> dict[str, int]:
-    return {name: split.num_examples for name, split in builder.info.splits.items()}
-
-
-def _tfds_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
-    known = set(tfds.list_builders(with_community_datasets=False)) - {PreparedFolder.name}
-    base = name.partition(":")[0].partition("/")[0]
-    if base not in known:
-        raise UserError(unknown("dataset", base, [shapes.NAME, *known]) + " (or folder:PATH)")
-    try:
+def _builder(name: str, data_dir: Path, image_size: int) -> tfds.core.DatasetBuilder:
+    if name == shapes.NAME:
+        return shapes.builder(data_dir)
+    if not name.startswith(FOLDER):
+        need_known(name, data_dir)
         return tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
-    except (AssertionError, ValueError, OSError, tfds.core.DatasetNotFoundError) as error:
-        raise UserError(f"cannot prepare {name!r}: {first_line(error)}") from None
+    dataset = open_dataset(name)
+    folder = Path(os.path.expanduser(name.removeprefix(FOLDER))).resolve().name
+    if not re.fullmatch(r"\w+", folder, re.ASCII):
+        raise UserError(f"the folder's name, {folder!r}, may have only letters, digits and '_'")
+    path = data_dir / PreparedFolder.name / folder
+    if path.exists():
+        raise UserError(f"{path} is there already; remove it to prepare {name} once more")
+    return PreparedFolder(dataset, folder, data_dir, image_size)
 
 
 if __name__ == "__main__":

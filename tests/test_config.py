@@ -24,6 +24,14 @@ def test_a_recipe_is_a_value_and_flags_override_it():
     assert parse_config([]) == RECIPES["quickstart"]
 
 
+def test_the_home_is_found_after_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = parse_config(["--workdir=~/runs", "--data.data-dir=~/data"])
+    assert [str(config.workdir), str(config.data.data_dir)] == ["/home/me/runs", "/home/me/data"]
+    with pytest.raises(UserError, match="~nobody-there/x"):
+        parse_config(["--workdir=~nobody-there/x"])
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_valid_and_its_images_fit(name):
     config = parse_config(["--recipe", name])

@@ -133,6 +133,14 @@ class TestDecoding:
             with pytest.raises(DecodeError):
                 decode(data, 16)
 
+    @pytest.mark.parametrize("kind", ["jpeg", "png"])
+    def test_a_picture_without_measure_is_refused_before_it_is_decoded(self, kind, monkeypatch):
+        data = encoded(picture(0, 200, 300), kind)
+        monkeypatch.setattr("flax_alexnet.data.decode.LARGEST_PICTURE", 200 * 300 - 1)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", (200 * 300 - 1) // 2)
+        with pytest.raises(DecodeError, match=r"60,?000 pixels"):
+            decode(data, 20)
+
 
 class TestExamples:
     @pytest.fixture
@@ -256,12 +264,59 @@ class TestPrepare:
             (["--data.name", "cifar1O"], "unknown dataset 'cifar1O': did you mean 'cifar10'?"),
             (["--data.nam", "x"], "unknown flag --data.nam: did you mean --data.name?"),
             (["--data.name", f"folder:{tmp_path}/none"], "no folder"),
+            (["--data.name", str(tmp_path)], f"did you mean folder:{tmp_path}?"),
+            (["--data.name", ""], "choose one of: shapes_and_textures (or folder:PATH"),
+            (["--data.name", "cifar10:9.9.9"], "only: 3.0.2"),
+            (["--data.name", "imagenet2012"], "You need to register on"),  # what to fetch by hand
             (["--data.image-size", "0"], "expected 1 to 8192"),
         ):
-            assert prepare_main(argv) == 2
+            assert prepare_main([*argv, "--data.data-dir", str(tmp_path / "data")]) == 2
             said = capsys.readouterr().err
             assert message in said
             assert said.count("\n") == 1
+
+    def test_a_folder_is_not_prepared_over_an_older_one(self, tmp_path):
+        folder = make_folder(tmp_path / "pets", {"cat": 12, "dog": 13})
+        prepare(f"folder:{folder}", tmp_path / "data", image_size=16)
+        with pytest.raises(UserError, match=r"prepared_folder/pets is there already; remove it"):
+            prepare(f"folder:{folder}", tmp_path / "data", image_size=16)
+
+
+class TestPreparedDatasets:
+    @pytest.fixture
+    def data_dir(self, tmp_path):
+        folder = make_folder(tmp_path / "pets", {"cat": 12, "dog": 13})
+        prepare(f"folder:{folder}", tmp_path / "data", image_size=16)
+        return tmp_path / "data"
+
+    @pytest.mark.parametrize("damage", ["cut off", "empty", "missing"])
+    @pytest.mark.parametrize("kind", ["dataset_info.json", "features.json", "*-train.*"])
+    def test_damage_names_the_folder(self, data_dir, kind, damage):
+        (path,) = data_dir.rglob(kind)
+        contents = path.read_bytes()
+        path.write_bytes(contents[: 100 if damage == "cut off" else 0])
+        if damage == "missing":
+            path.unlink()
+        with pytest.raises(UserError, match=r"pets/1\.0\.0 is damaged \("):
+            open_dataset("prepared_folder/pets", data_dir).train.records([0])
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("prepared_folder/pets:2.0.0", "which has prepared_folder/pets:1.0.0; run"),
+            ("prepared_folder/cars", "--data.name folder:PATH"),
+            ("cifar10", "--data.name cifar10 "),
+        ],
+    )
+    def test_what_is_not_there_is_named_with_what_is(self, data_dir, name, message):
+        with pytest.raises(UserError, match="is not prepared in") as error:
+            open_dataset(name, data_dir)
+        assert message in str(error.value)
+
+    @pytest.mark.parametrize("split", ["train[:0]", "train[50%:20%]"])
+    def test_an_empty_split_is_refused(self, data_dir, split):
+        with pytest.raises(UserError, match="is empty; choose another"):
+            open_dataset("prepared_folder/pets", data_dir, split)
 
 
 def test_cifar10_as_tfds_prepared_it(shared_data):

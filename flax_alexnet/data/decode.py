@@ -1,10 +1,14 @@
 """Encoded pictures to square uint8 images, by the paper's rule."""
 
 import io
+import warnings
 
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
+
+LARGEST_PICTURE = 178_956_970  # pixels: where Pillow refuses a picture; half of that it warns at
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class DecodeError(ValueError):
@@ -19,7 +23,8 @@ def decode(encoded: bytes, size: int) -> np.ndarray:
     transparency is dropped; the EXIF orientation is not applied, as the original code did not.
 
     Raises:
-      DecodeError: the bytes are truncated, damaged, or no picture.
+      DecodeError: the bytes are truncated, damaged, no picture, or one of more than
+        `LARGEST_PICTURE` pixels.
     """
     return to_square(_pixels(encoded), size)
 
@@ -42,6 +47,9 @@ def _pixels(encoded: bytes) -> np.ndarray:
         raise DecodeError("it is empty")
     try:
         if simplejpeg.is_jpeg(encoded):
+            height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
+            if height * width > LARGEST_PICTURE:
+                raise DecodeError(f"it has {height * width:,} pixels")
             return simplejpeg.decode_jpeg(encoded, colorspace="RGB")
         with Image.open(io.BytesIO(encoded)) as image:
             if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey rather than scale it

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from flax_alexnet.data.decode import DecodeError, decode
-from flax_alexnet.data.sources import Dataset, Source
+from flax_alexnet.data.sources import PREPARED_FOLDER, Dataset, Source
 from flax_alexnet.errors import UserError
 
 
@@ -20,7 +20,7 @@ class PreparedFolder(tfds.core.GeneratorBasedBuilder):
     The dataset's name is "prepared_folder/NAME", where NAME is the folder's.
     """
 
-    name = "prepared_folder"
+    name = PREPARED_FOLDER
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, dataset: Dataset, name: str, data_dir: Path, size: int, quality: int = 90):

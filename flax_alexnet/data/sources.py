@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import tensorflow_datasets as tfds
+from google.protobuf.json_format import ParseError
 
 from flax_alexnet.data import shapes
 from flax_alexnet.errors import UserError, first_line, unknown
 
 FOLDER = "folder:"
+PREPARED_FOLDER = "prepared_folder"  # what TFDS calls folders once they are prepared
 PICTURE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
+# What TFDS raises for a prepared dataset whose description is damaged.
+UNREADABLE = (ParseError, tfds.core.dataset_info.DatasetInfoFileError)
 
 
 class Record(NamedTuple):
@@ -88,6 +92,8 @@ def open_dataset(
                 f"cannot prepare {name!r} in {data_dir} ({error.strerror}); take another "
                 "--data.data-dir"
             ) from None
+        except (AssertionError, *UNREADABLE) as error:
+            raise damaged(data_dir / name, error) from None
     builder = _open_builder(name, data_dir)
     splits = builder.info.splits
     if eval_split is None:
@@ -113,35 +119,42 @@ class TfdsSource:
         if [type(feature).__name__ for feature in features] != ["Image", "ClassLabel"]:
             raise UserError(f"dataset {name!r} does not consist of pictures with one label each")
         self._image, self._label = keys
-        self._split = split
+        self._split, self._folder = split, Path(builder.data_path)
         self.label_names: Sequence[str] = features[1].names
+        try:
+            length = info.splits[split].num_examples
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"dataset {name!r} has no split {split!r}: {first_line(error)}"
+            ) from None
+        if length <= 0:
+            raise UserError(f"split {split!r} of dataset {name!r} is empty; choose another")
         try:
             self._data = builder.as_data_source(
                 split, decoders={self._image: tfds.decode.SkipDecoding()}
             )
-            empty = len(self._data) == 0
         except NotImplementedError:
             raise UserError(
                 f"dataset {name!r} in {builder.data_path} is not stored as ArrayRecord; prepare "
                 f"it into another folder: {prepare_command(name, Path('FOLDER'))}"
             ) from None
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"dataset {name!r} has no split {split!r}: {first_line(error)}"
-            ) from None
-        if empty:
-            raise UserError(f"split {split!r} of dataset {name!r} is empty; choose another")
 
     def __len__(self) -> int:
         return len(self._data)
 
     def records(self, indices: Sequence[int]) -> list[Record]:
-        """The records at `indices`; many at once are read several times faster than one by one."""
+        """The records at `indices`; many at once are read several times faster than one by one.
+
+        Raises:
+          UserError: a file is missing, cut off, or does not agree with its checksums.
+        """
+        try:
+            items = self._data.__getitems__([int(i) for i in indices])
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise damaged(self._folder, error) from None
         return [
             Record(item[self._image], int(item[self._label]), f"{self._split}[{index}]")
-            for index, item in zip(
-                indices, self._data.__getitems__([int(i) for i in indices]), strict=True
-            )
+            for index, item in zip(indices, items, strict=True)
         ]
 
 
@@ -175,7 +188,28 @@ class FolderSource:
 def prepare_command(name: str, data_dir: Path | None = None) -> str:
     """What a user types to prepare `name`."""
     where = f" --data.data-dir {data_dir}" if data_dir else ""
+    name = f"{FOLDER}PATH" if _base(name) == PREPARED_FOLDER else name
     return f"python -m flax_alexnet.prepare --data.name {name}{where}"
+
+
+def need_known(name: str, data_dir: Path) -> None:
+    """Raises UserError with the nearest name where no dataset is called `name`."""
+    if os.path.isdir(name):
+        raise UserError(f"unknown dataset {name!r}: did you mean folder:{name}?")
+    public = tfds.list_builders(with_community_datasets=False)
+    own = {shapes.NAME, *(_base(folder) for folder in _prepared(data_dir))}
+    known = {*own, *public, PREPARED_FOLDER}
+    if _base(name) not in known:
+        said = unknown("dataset", name, known, shown=sorted(own))
+        raise UserError(f"{said} (or folder:PATH, or a name of TFDS)")
+
+
+def damaged(folder: Path, error: Exception) -> UserError:
+    """What to say where a prepared dataset cannot be read."""
+    return UserError(
+        f"the dataset in {folder} is damaged ({first_line(error)}): remove that folder and "
+        "prepare it once more"
+    )
 
 
 def class_folders(path: Path) -> list[str]:
@@ -253,19 +287,30 @@ def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     """The newest version of `name` on the disk, read without the code that prepared it."""
     try:
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=str(data_dir))
-    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError):  # or not a name at all
-        pass
-    if name and os.path.isdir(name):
-        raise UserError(f"unknown dataset {name!r}: did you mean folder:{name}?")
-    public = tfds.list_builders(with_community_datasets=False)
-    base = name.partition(":")[0]
-    if base.partition("/")[0] not in public:
-        infos = [*data_dir.glob("*/*/dataset_info.json"), *data_dir.glob("*/*/*/dataset_info.json")]
-        prepared = [info.parent.parent.relative_to(data_dir).as_posix() for info in infos]
-        known = {shapes.NAME, *prepared, *public}
-        raise UserError(unknown("dataset", base, known) + " (or folder:PATH)")
-    if base.startswith("prepared_folder"):
-        name = f"{FOLDER}PATH"
+    # None of that name; or one that cannot be read; or no name at all.
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, *UNREADABLE) as error:
+        reason = error
+    others = []
+    for prepared, folder in _prepared(data_dir).items():
+        if f"{prepared}:".startswith((f"{name}:", f"{name}/")):
+            raise damaged(folder, reason)
+        if _base(prepared) == _base(name):
+            others.append(prepared)
+    need_known(name, data_dir)
+    instead = f", which has {', '.join(others)}" if others else ""
     raise UserError(
-        f"dataset {name!r} is not prepared in {data_dir}; run: {prepare_command(name, data_dir)}"
+        f"dataset {name!r} is not prepared in {data_dir}{instead}; run: "
+        + prepare_command(name, data_dir)
     )
+
+
+def _prepared(data_dir: Path) -> dict[str, Path]:
+    """Names with versions of what is prepared in `data_dir`, such as "cifar10:3.0.2"."""
+    described = [*data_dir.glob("*/*/*.json"), *data_dir.glob("*/*/*/*.json")]
+    folders = sorted({path.parent for path in described})
+    return {f"{p.parent.relative_to(data_dir).as_posix()}:{p.name}": p for p in folders}
+
+
+def _base(name: str) -> str:
+    """A dataset's name without configuration and version."""
+    return name.partition(":")[0].partition("/")[0]
