@@ -1,5 +1,7 @@
 """AlexNet as one linen module that walks a table of layers."""
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ from flax_alexnet.architectures import (
     Conv,
     Dense,
     Dropout,
+    Layer,
     Norm,
     Pool,
     architecture,
@@ -21,6 +24,15 @@ from flax_alexnet.architectures import (
 from flax_alexnet.ops.convolution import convolve
 from flax_alexnet.ops.lrn import local_response_normalization
 from flax_alexnet.ops.pooling import adaptive_average_pool, average_pool, max_pool
+
+Operator = Callable[..., jax.Array]
+Initializer = Callable[..., Any]
+
+
+def whole(layer: Layer, operator: Operator) -> Operator:
+    """The operator of a layer as it is: where its arrays lie is left to `jit`."""
+    del layer
+    return operator
 
 
 class AlexNet(nn.Module):
@@ -56,6 +68,8 @@ class AlexNet(nn.Module):
         of variance 2 / fan in and zero biases (He et al. 2015), which also trains where N(0, 0.01)
         stalls.
       activation: the function after each layer; the paper's Figure 1 compares `nn.relu`, `nn.tanh`.
+      partition: (layer, operator) to the operator that is used instead, as `flax_alexnet.sharding`
+        makes them to split a layer's work over devices; the result must be the same.
 
     Raises:
       UserError (a ValueError): an unknown variant, or an image too small, naming the layer that
@@ -70,10 +84,12 @@ class AlexNet(nn.Module):
     relu_logits: bool = False
     initialization: Literal["published", "he"] = "published"
     activation: Callable[[jax.Array], jax.Array] = nn.relu
+    partition: Callable[[Layer, Operator], Operator] = whole
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         layers = architecture(self.variant).scaled(self.num_classes, self.width)
+        shape: tuple[int, ...]
         if images.ndim != 4:
             raise ValueError(f"images must be (batch, height, width, channels), not {images.shape}")
         trace(layers, *images.shape[1:])  # says which layer an image that is too small breaks
@@ -81,42 +97,30 @@ class AlexNet(nn.Module):
         x = images.astype(self.dtype)
         for layer in layers:
             match layer:
-                case Conv(name=name, window=window, stride=stride):
-                    fan_in = window**2 * x.shape[-1] // layer.groups
-                    convolution = nn.Conv(
-                        layer.features,
-                        (window, window),
-                        stride,
-                        padding=_padding(x, layer),
-                        feature_group_count=layer.groups,
-                        name=name,
-                        dtype=self.dtype,
-                        conv_general_dilated=convolve,
-                        **self._initializers(layer, fan_in),
+                case Conv(name=name, window=window, groups=groups):
+                    operator = functools.partial(
+                        convolve, stride=layer.stride, padding=_padding(x, layer), groups=groups
                     )
-                    x = self.activation(convolution(x))
+                    shape = (window, window, x.shape[-1] // groups, layer.features)
+                    x = self.activation(self._affine(layer, operator, shape)(x))
                 case Dense(name=name):
-                    x = x.reshape(x.shape[0], -1)
-                    dense = nn.Dense(
-                        layer.features or self.num_classes,
-                        name=name,
-                        dtype=self.dtype,
-                        **self._initializers(layer, x.shape[-1]),
-                    )
-                    x = dense(x)
+                    assert layer.features is not None, "scaled layers have their features"
+                    shape = (math.prod(x.shape[1:]), layer.features)
+                    x = self._affine(layer, _flat_product, shape)(x)
                     if layer is layers[-1]:
                         name = "logits"
                     if name != "logits" or self.relu_logits:
                         x = self.activation(x)
                 case Norm(name=name):
-                    x = local_response_normalization(
-                        x,
-                        layer.depth_radius,
-                        layer.bias,
-                        layer.alpha,
-                        layer.beta,
+                    normalize = functools.partial(
+                        local_response_normalization,
+                        depth_radius=layer.depth_radius,
+                        bias=layer.bias,
+                        alpha=layer.alpha,
+                        beta=layer.beta,
                         groups=layer.groups,
                     )
+                    x = self.partition(layer, normalize)(x)
                 case Pool(name=name):
                     pool = max_pool if layer.kind == "MAX" else average_pool
                     x = pool(x, layer.window, layer.stride, _padding(x, layer))
@@ -130,20 +134,43 @@ class AlexNet(nn.Module):
                 self.put_variable("intermediates", name, x)
         return x
 
-    def _initializers(self, layer: Conv | Dense, fan_in: int) -> dict[str, Any]:
+    def _affine(self, layer: Conv | Dense, operator: Operator, shape: tuple[int, ...]) -> nn.Module:
+        kernel_init, bias_init = self._initializers(layer, fan_in=math.prod(shape[:-1]))
+        operator = self.partition(layer, operator)
+        return Affine(operator, shape, kernel_init, bias_init, self.dtype, name=layer.name)
+
+    def _initializers(self, layer: Conv | Dense, fan_in: int) -> tuple[Initializer, Initializer]:
         if self.initialization == "he":
-            return {"kernel_init": nn.initializers.he_normal(), "bias_init": nn.initializers.zeros}
+            return nn.initializers.he_normal(), nn.initializers.zeros
         if layer.kernel_std is None or layer.bias is None:
             uniform = nn.initializers.uniform(2 * fan_in**-0.5)  # in [0, 2 / sqrt(fan in))
 
             def centred(*args: Any) -> jax.Array:
                 return uniform(*args) - fan_in**-0.5
 
-            return {"kernel_init": centred, "bias_init": centred}
-        return {
-            "kernel_init": nn.initializers.normal(layer.kernel_std),
-            "bias_init": nn.initializers.constant(layer.bias),
-        }
+            return centred, centred
+        return nn.initializers.normal(layer.kernel_std), nn.initializers.constant(layer.bias)
+
+
+class Affine(nn.Module):
+    """An operator of an array and a kernel, plus a bias: what a layer with parameters computes."""
+
+    operator: Operator
+    shape: tuple[int, ...]  # of the kernel; outputs come last
+    kernel_init: Initializer
+    bias_init: Initializer
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, self.shape, jnp.float32)
+        bias = self.param("bias", self.bias_init, self.shape[-1:], jnp.float32)
+        y = self.operator(x, kernel.astype(self.dtype))
+        return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def _flat_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return x.reshape(x.shape[0], -1) @ kernel
 
 
 def _padding(x: jax.Array, layer: Conv | Pool) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -20,7 +20,7 @@ def test_it_is_a_convolution(channels, padding, stride):
     kernel = jnp.asarray(rng.standard_normal((5, 3, channels, 6)), jnp.float32)
 
     def ours(x, kernel):
-        return convolve(x, kernel, (stride, stride), padding, dimension_numbers=LAYOUT)
+        return convolve(x, kernel, stride, padding)
 
     def theirs(x, kernel):
         return lax.conv_general_dilated(
