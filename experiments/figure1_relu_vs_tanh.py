@@ -24,14 +24,22 @@ import jax
 import tyro
 from matplotlib.figure import Figure
 
-from flax_alexnet.build import compile_steps, make_model, make_optimizer
+from flax_alexnet.architectures import architecture
+from flax_alexnet.build import (
+    compile_steps,
+    initialize,
+    make_model,
+    make_optimizer,
+    no_totals,
+    state_template,
+)
 from flax_alexnet.data.examples import CachedExamples, Examples, mean_image
 from flax_alexnet.data.loader import training_batches
 from flax_alexnet.data.sources import open_dataset
 from flax_alexnet.errors import UserError, exit_code
 from flax_alexnet.recipes import RECIPES
-from flax_alexnet.sharding import make_mesh, put_batch, replicated
-from flax_alexnet.step import create_state, zero_totals
+from flax_alexnet.sharding import make_layout
+from flax_alexnet.step import create_state
 from flax_alexnet.train import use_compilation_cache
 
 TARGET = 0.25  # training error
@@ -121,19 +129,20 @@ def training_error(
             drop_epochs=(),
         ),
     )
-    mesh, key = make_mesh(), jax.random.key(0)
-    model = make_model(config.model, 10)
+    key, model = jax.random.key(0), make_model(config.model, 10)
+    layout = make_layout("data", architecture(config.model.variant).scaled(10))
     optimizer = make_optimizer(config.optimizer, steps_per_epoch=1.0)
     init = functools.partial(create_state, model=model, optimizer=optimizer, crop_size=32)
-    state = jax.jit(init, out_shardings=replicated(mesh))(key, mean_image(examples))
-    step_fn, _ = compile_steps(config, model, optimizer, mesh)
+    template = state_template(init, 32, layout)
+    state = initialize(init, key, mean_image(examples), template)
+    step_fn, _ = compile_steps(config, model, optimizer, layout, template)
     every = math.ceil(len(examples) / config.batch_size / 2)
     batches = training_batches(examples, config.batch_size, seed=0)
     for step, batch in enumerate(batches, start=1):
-        state, _ = step_fn(state, put_batch(batch, mesh), key)
+        state, _ = step_fn(state, layout.put(batch, config.batch_size), key)
         if step % every == 0:
             error = 1 - float(state.totals["top1"] / state.totals["images"])
-            state = state.replace(totals=jax.device_put(zero_totals(), replicated(mesh)))
+            state = state.replace(totals=no_totals(layout))
             yield step * config.batch_size / len(examples), error
 
 

@@ -110,6 +110,24 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """What lies and is computed on which device, and which processes take part."""
+
+    layout: Literal["data", "zero", "hybrid", "towers"] = "data"
+    """Whole copies; dense layers stored, or computed, in shares; or the paper's two towers."""
+    mesh: tuple[int, ...] = ()
+    """Devices along each axis of the layout (data; or data and model, or tower); none: see docs."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where all processes of a run meet; none: as a known launcher says."""
+    num_processes: int | None = None
+    """Processes of the run; 1 stays alone even where a launcher started several."""
+    process_id: int | None = None
+    """Which of them this one is, from 0."""
+    heartbeat_timeout: int = 100
+    """Seconds of silence after which a process counts as lost, and the others end."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A training run."""
 
@@ -137,12 +155,28 @@ class Config:
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
 
-# What may differ when a run is resumed: it does not change the run's result.
-FREE_TO_CHANGE = frozenset(
-    {"workdir", "allow_changes", "compilation_cache", "data.data_dir", "data.threads"}
+# What may differ between the processes of a run, and when it is resumed.
+LOCAL = frozenset(
+    {
+        "compilation_cache",
+        "data.data_dir",
+        "data.threads",
+        "parallel.coordinator",  # only process 0 needs to know itself by another name
+        "parallel.num_processes",
+        "parallel.process_id",
+    }
 )
+# What may also differ when a run is resumed: the result is the same but for rounding.
+FREE_TO_CHANGE = LOCAL | {
+    "workdir",
+    "allow_changes",
+    "parallel.layout",
+    "parallel.mesh",
+    "parallel.heartbeat_timeout",
+}
 
 
 def validate(config: Config) -> None:
@@ -229,6 +263,12 @@ def validate(config: Config) -> None:
         ),
         ("optimizer.patience", optimizer.patience, optimizer.patience >= 1, "1 or more"),
         ("optimizer.max-drops", optimizer.max_drops, optimizer.max_drops >= 0, "0 or more"),
+        (
+            "parallel.heartbeat-timeout",
+            config.parallel.heartbeat_timeout,
+            config.parallel.heartbeat_timeout >= 1,
+            "1 or more",
+        ),
         (
             "optimizer.warmup-epochs",
             optimizer.warmup_epochs,

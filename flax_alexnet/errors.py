@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+LOST = 3  # exit code where another process of the run has ended
 
 
 class UserError(ValueError):

@@ -86,40 +86,52 @@ class RunLog:
         self._events.close()
 
 
+class SilentLog:
+    """In the place of a `RunLog` where another process writes it."""
+
+    def advance(self) -> None:
+        """Nothing."""
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class Throughput:
-    """Images per second of training, without compilation, evaluation and saving."""
+    """Images per second of training, without compilation, evaluation and saving.
+
+    The time from the dispatch of a first step to `pause`, before which the last must be complete.
+    """
 
     def __init__(self, batch_size: int):
         self._batch_size = batch_size
         self._seconds = self._all_seconds = 0.0
         self._steps = self._all_steps = 0
-        self._last: float | None = (
-            None  # None: the next step also compiles or waits, so is left out
-        )
+        self._started: float | None = None  # None: paused
 
     def step(self) -> None:
-        """One step was made."""
-        now = time.monotonic()
-        if self._last is not None:
-            self._seconds += now - self._last
-            self._steps += 1
-        self._last = now
+        """One step was dispatched; the first is timed from here on, without its compilation."""
+        self._started = time.monotonic() if self._started is None else self._started
+        self._steps += 1
+
+    def pause(self) -> None:
+        """All steps are complete, and something else comes next."""
+        if self._started is not None:
+            self._seconds += time.monotonic() - self._started
+        self._started = None
 
     def lap(self) -> dict[str, float]:
-        """Images per second since the last lap; nothing where no step was measured."""
-        rate = (
-            {"images_per_second": self._steps * self._batch_size / self._seconds}
-            if self._steps
-            else {}
-        )
+        """Images per second since the last lap."""
+        rate = {"images_per_second": self._steps * self._batch_size / self._seconds}
         self._all_seconds += self._seconds
         self._all_steps += self._steps
         self._seconds, self._steps = 0.0, 0
         return rate
-
-    def restart(self) -> None:
-        """Something else than training happened since the last step."""
-        self._last = None
 
     def average(self) -> float:
         """Images per second over all laps."""

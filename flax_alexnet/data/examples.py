@@ -1,8 +1,8 @@
 """Pictures decoded to equal squares, by index, and their mean."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,10 @@ from flax_alexnet.errors import UserError
 
 CACHE_BYTES = 2**30  # decoded datasets up to this are kept in memory
 MEAN_PICTURES = 2**16  # over so many the mean is taken where there are more
+CHUNK = 64  # pictures that a thread reads and decodes at once
+EVERYTHING = slice(None)
+
+T = TypeVar("T")
 
 Example = dict[str, Any]  # "image": uint8[size, size, 3], "label": int32[]
 
@@ -39,61 +43,72 @@ class DecodedExamples:
 
 
 class CachedExamples:
-    """Pictures decoded once and kept in memory."""
+    """Pictures decoded once and kept in memory: those of `share` now, others when asked for."""
 
-    def __init__(self, source: Source, size: int):
-        self.images = np.empty((len(source), size, size, 3), np.uint8)
-        self.labels = np.empty((len(source),), np.int32)
+    def __init__(self, source: Source, size: int, share: slice = EVERYTHING):
+        self._source, self._size = source, size
+        self._images = np.empty((len(source), size, size, 3), np.uint8)
+        self._labels = np.empty((len(source),), np.int32)
+        self._known = np.zeros((len(source),), bool)
+        _for_chunks(self._fill, np.arange(len(source))[share])
 
-        def fill(start: int) -> None:
-            rows = range(start, min(start + 256, len(source)))
-            self.images[start : rows.stop], self.labels[start : rows.stop] = _decoded(
-                source, rows, size
-            )
-
-        with ThreadPoolExecutor() as pool:
-            for _ in pool.map(fill, range(0, len(source), 256)):
-                pass
+    def _fill(self, rows: Sequence[int]) -> None:
+        self._images[rows], self._labels[rows] = _decoded(self._source, rows, self._size)
+        self._known[rows] = True
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._labels)
 
     def __getitem__(self, index: int) -> Example:
-        return {"image": self.images[index], "label": self.labels[index]}
+        if not self._known[index]:
+            self._fill([index])
+        return {"image": self._images[index], "label": self._labels[index]}
 
 
-def open_examples(source: Source, size: int) -> Examples:
+def open_examples(source: Source, size: int, share: slice = EVERYTHING) -> Examples:
     """`source` decoded to `size` × `size`: kept in memory where that takes less than 1 GiB.
 
     Raises:
-      UserError: a picture that cannot be decoded, named here and not in the middle of a training.
-        Every picture is tried but those of large datasets that were tried when they were prepared.
+      UserError: a picture of `share` that cannot be decoded, named here and not in the middle of a
+        training. Large datasets that were prepared were tried then, and are not here.
     """
     if len(source) * size * size * 3 <= CACHE_BYTES:
-        return CachedExamples(source, size)
+        return CachedExamples(source, size, share)
     if not source.prepared:
-        with ThreadPoolExecutor() as pool:
-            for _ in pool.map(lambda index: _decoded(source, [index], size), range(len(source))):
-                pass
+        _for_chunks(lambda rows: _decoded(source, rows, size), np.arange(len(source))[share])
     return DecodedExamples(source, size)
 
 
-def mean_image(examples: Examples) -> np.ndarray:
+def mean_image(
+    examples: Examples,
+    share: slice = EVERYTHING,
+    total: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+) -> np.ndarray:
     """The mean of each pixel over the pictures: float32[size, size, 3], in grey levels 0 … 255.
 
     Section 2 of the paper. Of more than 65,536 pictures as many, evenly spaced, are taken.
+
+    Args:
+      examples: all pictures.
+      share: those that this process looks at.
+      total: adds up int32 arrays over the processes.
     """
     count = min(len(examples), MEAN_PICTURES)
     indices = np.linspace(0, len(examples) - 1, count).astype(int)
 
-    def total(chunk: Sequence[int]) -> np.ndarray:
-        return np.stack([examples[int(i)]["image"] for i in chunk]).sum(axis=0, dtype=np.float64)
+    def add(chunk: Sequence[int]) -> np.ndarray:
+        # So few grey levels cannot overflow, and whole numbers add up the same in any order.
+        return np.stack([examples[i]["image"] for i in chunk]).sum(axis=0, dtype=np.int32)
 
+    sums = sum(_for_chunks(add, indices[share]), np.zeros_like(examples[0]["image"], np.int32))
+    return (total(sums) / count).astype(np.float32)
+
+
+def _for_chunks(function: Callable[[Sequence[int]], T], indices: np.ndarray) -> list[T]:
+    """What `function` gives for each few of the indices, in all threads."""
+    chunks = np.split(indices, range(CHUNK, len(indices), CHUNK))
     with ThreadPoolExecutor() as pool:
-        # Summed in a fixed order, so that the mean does not depend on the number of threads.
-        chunks = (indices[i : i + 256] for i in range(0, count, 256))
-        sums = sum(pool.map(total, chunks), np.zeros_like(examples[0]["image"], np.float64))
-    return (sums / count).astype(np.float32)
+        return list(pool.map(function, [chunk.tolist() for chunk in chunks]))
 
 
 def _decoded(source: Source, indices: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:

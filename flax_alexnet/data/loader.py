@@ -4,8 +4,9 @@ Which pictures a batch holds, and in which order, follows from (seed, step) alon
 number of processes or threads, nor from where a run was interrupted.
 """
 
-from collections.abc import Iterator
-from typing import Any
+import collections
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
@@ -13,6 +14,7 @@ from absl import flags
 
 from flax_alexnet.data.examples import Example, Examples
 
+T = TypeVar("T")
 Batch = dict[str, np.ndarray]  # "image": uint8[b, s, s, 3], "label": int32[b], "mask": bool[b]
 
 
@@ -23,17 +25,16 @@ def training_batches(
     seed: int,
     start_step: int = 0,
     threads: int = 2,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Batches without end, each epoch a new permutation, from the one of `start_step` on.
 
     The stream of pictures is cut into batches of `batch_size`, which may span two epochs, so
-    that every picture is seen equally often. A process reads only its own rows, `batch_size /
-    process_count` of them, one block after the other in the order of processes.
+    that every picture is seen equally often. Of each batch only `rows` are read, those of the
+    process's own devices; None is all.
     """
     dataset = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
-    return _batches(dataset, batch_size, start_step, threads, process_index, process_count)
+    return _batches(dataset, batch_size, start_step, threads, rows)
 
 
 def evaluation_batches(
@@ -41,15 +42,24 @@ def evaluation_batches(
     batch_size: int,
     *,
     threads: int = 2,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Every picture exactly once, in order; the last batch is filled up and masked.
 
     Batches have an entry "mask": bool[b], false for what was filled up.
     """
     dataset = grain.MapDataset.source(_Padded(examples, batch_size))
-    return _batches(dataset, batch_size, 0, threads, process_index, process_count)
+    return _batches(dataset, batch_size, 0, threads, rows)
+
+
+def ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
+    """The items, each asked for `count` items early: so batches are on their way to the devices."""
+    waiting: collections.deque[T] = collections.deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
 
 
 class _Padded:
@@ -67,31 +77,28 @@ class _Padded:
         return {**self._examples[index if real else 0], "mask": np.bool_(real)}
 
 
-class _ProcessRows(grain.MapDataset):
-    """A process's block of rows of each batch, as one stream."""
+class _Rows(grain.MapDataset):
+    """Some rows of each batch, as one stream."""
 
-    def __init__(self, parent: Any, batch_size: int, process_index: int, process_count: int):
+    def __init__(self, parent: Any, batch_size: int, rows: Sequence[int]):
         super().__init__(parent)
-        self._batch_size = batch_size
-        self._rows = batch_size // process_count
-        self._offset = process_index * self._rows
+        self._batch_size, self._rows = batch_size, [int(row) for row in rows]
 
     def __len__(self) -> int:
-        return len(self._parent) // self._batch_size * self._rows
+        return len(self._parent) // self._batch_size * len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
-        batch, row = divmod(index, self._rows)
-        return self._parent[batch * self._batch_size + self._offset + row]
+        batch, row = divmod(index, len(self._rows))
+        return self._parent[batch * self._batch_size + self._rows[row]]
 
 
 def _batches(
-    dataset: Any, batch_size: int, start: int, threads: int, process_index: int, process_count: int
+    dataset: Any, batch_size: int, start: int, threads: int, rows: Sequence[int] | None
 ) -> Iterator[Batch]:
     if not flags.FLAGS.is_parsed():  # Grain reads a flag of absl's, and this is no absl program
         flags.FLAGS.mark_as_parsed()
-    if process_count > 1:
-        dataset = _ProcessRows(dataset, batch_size, process_index, process_count)
-    dataset = dataset.batch(batch_size // process_count, drop_remainder=True)
+    rows = range(batch_size) if rows is None else rows
+    dataset = _Rows(dataset, batch_size, rows).batch(len(rows), drop_remainder=True)
     # Each thread makes a whole batch: two ahead of each keep the device fed without much memory.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     iterator = iter(dataset.to_iter_dataset(options))

@@ -1,0 +1,107 @@
+"""Several processes of one run: how they find each other, agree, and add up.
+
+Each function does nothing, or the obvious, where there is one process.
+"""
+
+import glob
+import importlib.util
+import os
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from flax_alexnet.errors import UserError, first_line
+
+
+def join(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    heartbeat_timeout: int = 100,
+) -> None:
+    """Joins the other processes of the run, if there are any; JAX leaves them when this one ends.
+
+    There are when `coordinator` says where to meet, or when a launcher that JAX knows started this
+    process as one of several (`detected`); with `num_processes=1` it stays alone in any case. Must
+    come before the first use of a device.
+
+    Args:
+      coordinator: "HOST:PORT" of process 0, which all can reach.
+      num_processes: of the run; None: as the launcher says, as is `process_id`.
+      process_id: of this one, from 0.
+      heartbeat_timeout: seconds of silence after which a process counts as lost; the others then
+        end with a code that is not zero.
+
+    Raises:
+      UserError: flags that are incomplete or wrong, or the others cannot be reached.
+    """
+    cluster = detected(os.environ)
+    given = {
+        "coordinator": coordinator,
+        "num-processes": num_processes,
+        "process-id": process_id,
+    }
+    missing = [f"--parallel.{name}" for name, value in given.items() if value is None]
+    asked = len(missing) < len(given)
+    if num_processes == 1 or not (asked or cluster):
+        return
+    if missing and not cluster:
+        raise UserError(f"several processes were asked for, but {' and '.join(missing)} is missing")
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+        raise UserError(f"--parallel.coordinator is {coordinator!r}; expected HOST:PORT")
+    try:
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_timeout
+        )
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"cannot join the other processes ({cluster or 'by flags'}): {first_line(error)}; give "
+            "--parallel.coordinator, --parallel.num-processes and --parallel.process-id, or "
+            "--parallel.num-processes 1 to run alone"
+        ) from None
+
+
+def detected(environment: Mapping[str, str]) -> str | None:
+    """The name of the cluster whose launcher started this process as one of several, if any."""
+
+    def several(variable: str) -> bool:
+        return environment.get(variable, "").isdecimal() and int(environment[variable]) > 1
+
+    if "SLURM_STEP_NODELIST" in environment and several("SLURM_NTASKS"):
+        return "SLURM"
+    if several("OMPI_COMM_WORLD_SIZE"):
+        return "Open MPI"
+    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+        return "Kubernetes"
+    # The number of hosts of a TPU slice is known only to its metadata, which JAX asks.
+    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    if importlib.util.find_spec("libtpu") and chips:
+        return "Cloud TPU"
+    return None
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and talks for all."""
+    return jax.process_index() == 0
+
+
+def gather(text: str) -> list[str]:
+    """What each process says, in the order of processes; all must call it."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.pad(data, (0, int(lengths.max()) - len(data)))
+    rows = multihost_utils.process_allgather(padded)
+    return [
+        bytes(row[:length]).decode() for row, length in zip(rows, lengths.tolist(), strict=True)
+    ]
+
+
+def total(values: np.ndarray) -> np.ndarray:
+    """The sum of an int32 array over all processes; all must call it."""
+    if jax.process_count() == 1:
+        return values
+    return multihost_utils.process_allgather(values).sum(axis=0)

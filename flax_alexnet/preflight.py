@@ -1,0 +1,123 @@
+"""What is opened and checked before anything is compiled: data, devices, working directory."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from flax_alexnet.architectures import Layer, architecture, trace
+from flax_alexnet.cluster import gather
+from flax_alexnet.config import FREE_TO_CHANGE, LOCAL, Config, flatten
+from flax_alexnet.data.examples import Examples, open_examples
+from flax_alexnet.data.sources import Dataset, open_dataset
+from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.sharding import Layout, make_layout
+from flax_alexnet.workdir import claim, need_room
+
+
+class Ready(NamedTuple):
+    """What a run needs, in order."""
+
+    dataset: Dataset
+    train: Examples
+    eval: Examples
+    num_classes: int
+    layout: Layout
+    share: slice  # of the pictures: those that this process tries, and adds up for their mean
+    identity: dict[str, Any]  # the configuration and the data, as JSON has them
+
+
+def check_and_open(config: Config) -> Ready:
+    """Opens what a run needs.
+
+    Raises:
+      UserError: something in `config`, the data or the working directory does not fit, here or on
+        another process of the run, or the processes' configurations differ. All processes raise.
+    """
+    error, ready, devices = "", None, use_devices()
+    try:
+        ready = _open(config, devices)
+    except UserError as mistake:
+        error = str(mistake)
+    agree(ready.identity if ready else flatten(config), error)
+    assert ready is not None, "an error has ended all processes"
+    return ready
+
+
+def use_devices() -> int:
+    """The number of devices of all processes; UserError where JAX finds none."""
+    try:
+        return jax.device_count()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"JAX finds no device ({first_line(error)}): see JAX_PLATFORMS") from None
+
+
+def agree(identity: Mapping[str, Any], error: str) -> None:
+    """Raises UserError on every process where one has an error, or another configuration."""
+    said = [json.loads(text) for text in gather(json.dumps({"error": error, "run": identity}))]
+    several = len(said) > 1
+    for process, other in enumerate(said):
+        if other["error"]:
+            where = f"process {process}: " if several else ""
+            raise UserError(where + other["error"])
+    first = said[0]["run"]
+    for process, other in enumerate(said):
+        for name in sorted((first.keys() | other["run"].keys()) - LOCAL):
+            if first.get(name) != other["run"].get(name):
+                raise UserError(
+                    f"the processes disagree: {name} is {first.get(name)} on process 0 and "
+                    f"{other['run'].get(name)} on process {process}; start all with the same flags"
+                )
+
+
+def _open(config: Config, devices: int) -> Ready:
+    data, parallel = config.data, config.parallel
+    dataset = open_dataset(data.name, data.data_dir, data.train_split, data.eval_split)
+    num_classes = config.model.num_classes or len(dataset.label_names)
+    if num_classes < len(dataset.label_names):
+        raise UserError(
+            f"--model.num-classes is {num_classes}, but {dataset.name} has "
+            f"{len(dataset.label_names)} classes; give at least as many, or leave it out"
+        )
+    layers = architecture(config.model.variant).scaled(num_classes, config.model.width)
+    layout = make_layout(parallel.layout, layers, parallel.mesh)
+    if config.batch_size % devices:
+        raise UserError(
+            f"--batch-size {config.batch_size} does not divide by the {devices} devices; the "
+            f"nearest that does is {max(1, round(config.batch_size / devices)) * devices}"
+        )
+    check_room(config, layers)
+    identity = flatten(config) | {  # with other data it would be another run
+        "dataset.train": len(dataset.train),
+        "dataset.eval": len(dataset.eval),
+        "dataset.label_names": list(dataset.label_names),
+    }
+    claim(
+        config.workdir,
+        identity,
+        free_to_change=FREE_TO_CHANGE,
+        allow_changes=config.allow_changes,
+    )
+    share = slice(jax.process_index(), None, jax.process_count())
+    return Ready(
+        dataset,
+        open_examples(dataset.train, data.image_size, share),
+        open_examples(dataset.eval, data.image_size, share),
+        num_classes,
+        layout,
+        share,
+        identity,
+    )
+
+
+def check_room(config: Config, layers: tuple[Layer, ...]) -> None:
+    """Raises UserError where the crop does not fit the net, or its checkpoints the disk."""
+    size = config.augment.crop_size
+    try:
+        parameters = sum(info.parameters for info in trace(layers, size, size))
+    except UserError as error:
+        raise UserError(f"--augment.crop-size {size}: {error}") from None
+    # Parameters and velocity in float32; two latest, a best and one that is being written.
+    checkpoints = 1 if (config.workdir / "checkpoints").exists() else 4
+    need_room(config.workdir, checkpoints * 2 * 4 * parameters)

@@ -1,0 +1,203 @@
+"""Real processes: they follow one process, end together, resume in other numbers, and agree."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flax_alexnet.cluster import detected
+from flax_alexnet.data import shapes
+
+LAUNCHER = Path(__file__).parents[1] / "launch" / "local.sh"
+HEARTBEAT = 5
+# 64 pictures make 4 steps an epoch: evaluations and checkpoints at 10, 20 and 30. The 20 pictures
+# of the test set do not divide into batches of 16.
+FLAGS = [
+    *("--model.width", "0.05", "--batch-size", "16", "--steps", "30", "--epochs", "100"),
+    *("--log-every", "1", "--eval-epochs", "2.5"),
+    *("--parallel.heartbeat-timeout", str(HEARTBEAT)),
+]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    before = dict(shapes.EXAMPLES)
+    shapes.EXAMPLES.update(train=64, test=20)
+    try:
+        shapes.builder(folder).download_and_prepare()
+    finally:
+        shapes.EXAMPLES.update(before)
+    return folder
+
+
+def start(processes, workdir, data_dir, *more, restarts=0):
+    """Starts the launcher on four CPU devices in all; its output goes to a file."""
+    flags = ["--workdir", str(workdir), "--data.data-dir", str(data_dir), *FLAGS, *more]
+    environment = os.environ | {
+        "JAX_NUM_CPU_DEVICES": str(4 // processes),
+        "JAX_COMPILATION_CACHE_DIR": str(data_dir / "compiled"),
+        "RESTARTS": str(restarts),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    with workdir.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(
+            ["bash", str(LAUNCHER), str(processes), *flags],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def finish(launcher, workdir):
+    code = launcher.wait(timeout=400)
+    assert code == 0, workdir.with_suffix(".log").read_text()[-3000:]
+    return results(workdir)
+
+
+def results(workdir):
+    """Losses of training and of evaluation, and the steps of both."""
+    lines = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+    training = [line["train_loss"] for line in lines if "train_loss" in line]
+    evaluation = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    accuracy = [line["eval_top1"] for line in lines if "eval_top1" in line]
+    steps = [(line["step"], "train_loss" in line) for line in lines]
+    return training, evaluation, accuracy, steps
+
+
+def assert_same(some, others):
+    np.testing.assert_allclose(some[0], others[0], rtol=1e-5)
+    np.testing.assert_allclose(some[1], others[1], rtol=1e-5)
+    np.testing.assert_allclose(some[2], others[2], atol=1e-6)  # of exactly 20 pictures
+    assert some[3] == others[3]
+
+
+@pytest.fixture(scope="module")
+def single(data_dir, tmp_path_factory):
+    """What one process reaches."""
+    workdir = tmp_path_factory.mktemp("single") / "run"
+    losses = finish(start(1, workdir, data_dir), workdir)
+    assert len(losses[0]) == 30
+    return losses
+
+
+def test_two_processes_follow_one(single, data_dir, tmp_path):
+    workdir = tmp_path / "run"
+    assert_same(finish(start(2, workdir, data_dir), workdir), single)
+    log = workdir.with_suffix(".log").read_text()
+    assert log.count("test accuracy") == 1, "only one process talks"
+    assert len(list((workdir / "tensorboard").iterdir())) == 1, "and writes"
+
+
+def children(launcher):
+    listed = subprocess.run(
+        ["ps", "-o", "pid=,stat=", "--ppid", str(launcher.pid)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    rows = [line.split() for line in listed.stdout.splitlines()]
+    return [int(pid) for pid, state in rows if not state.startswith("Z")]
+
+
+@pytest.fixture(scope="module")
+def lost(data_dir, tmp_path_factory):
+    """Four processes of which one is killed: how the others end, and copies of what they leave."""
+    workdir = tmp_path_factory.mktemp("lost") / "run"
+    launcher = start(4, workdir, data_dir, restarts=1)
+    deadline = time.monotonic() + 300
+    while not (workdir / "checkpoints" / "10").exists():
+        assert launcher.poll() is None, workdir.with_suffix(".log").read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    processes = children(launcher)
+    assert len(processes) == 4
+    os.kill(processes[1], signal.SIGKILL)
+    killed = time.monotonic()
+    while set(processes) & set(children(launcher)):
+        assert time.monotonic() < killed + 120
+        time.sleep(0.05)
+    seconds = time.monotonic() - killed
+    left = tmp_path_factory.mktemp("left")
+    for name in ("two", "one"):  # long before those that are started again can write
+        shutil.copytree(workdir, left / name)
+    return launcher, workdir, left, seconds
+
+
+def test_when_one_is_killed_the_others_end(lost):
+    assert lost[3] <= HEARTBEAT + 5
+
+
+def test_four_processes_start_again_and_follow_one(lost, single):
+    launcher, workdir, _, _ = lost
+    assert_same(finish(launcher, workdir), single)
+    assert "a process was lost (exit code" in workdir.with_suffix(".log").read_text()
+
+
+@pytest.mark.parametrize(("processes", "name"), [(2, "two"), (1, "one")])
+def test_what_four_saved_others_resume(lost, single, data_dir, processes, name):
+    workdir = lost[2] / name
+    saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert saved in (10, 20)
+    assert_same(finish(start(processes, workdir, data_dir), workdir), single)
+    assert f"steps {saved} to 30" in workdir.with_suffix(".log").read_text()
+
+
+def run_both(tmp_path, data_dir, *flags_of_each):
+    """Two processes with flags of their own: exit codes and last lines."""
+    port = 20_000 + os.getpid() % 20_000
+    started = []
+    for index, flags in enumerate(flags_of_each):
+        command = [
+            *(sys.executable, "-m", "flax_alexnet.train", "--workdir", str(tmp_path / "run")),
+            *("--data.data-dir", str(data_dir), *FLAGS, *flags),
+            *("--parallel.coordinator", f"localhost:{port}", "--parallel.num-processes", "2"),
+            *("--parallel.process-id", str(index)),
+        ]
+        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=200)[1] for process in started]
+    errors = [[line for line in text.splitlines() if "error" in line] for text in said]
+    return [process.returncode for process in started], errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (([], ["--seed", "1"]), "the processes disagree: seed is 0 on process 0 and 1 on process"),
+        (([], ["--data.name", "folder:gone"]), "process 1: no folder gone"),
+        (
+            (["--batch-size", "9"],) * 2,
+            "process 0: --batch-size 9 does not divide by the 16 devices",
+        ),
+    ],
+)
+def test_a_mistake_ends_every_process_with_the_same_line(tmp_path, data_dir, flags, message):
+    codes, errors = run_both(tmp_path, data_dir, *flags)
+    assert codes == [2, 2], errors
+    assert errors[0] == errors[1]
+    assert len(errors[0]) == 1
+    assert message in errors[0][0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({}, None),
+        ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "16"}, "SLURM"),
+        ({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}, None),  # an interactive shell
+        ({"SLURM_NTASKS": "16"}, None),  # the batch script itself
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod by itself
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
+    ],
+)
+def test_clusters_are_known_by_what_their_launchers_set(environment, name):
+    assert detected(environment) == name
