@@ -50,14 +50,15 @@ SPLIT: dict[LayoutName, tuple[type[Conv] | type[Dense], ...]] = {
 }
 
 # Which parameters are split, by the end of their path; those of no rule lie on every device whole.
+# The last bias does, since it is added to each device's own logits.
 RULES: dict[LayoutName, tuple[tuple[str, PartitionSpec], ...]] = {
     "data": (),
     "zero": ((r"fc\d+/kernel", P("data", None)),),
-    "hybrid": ((r"fc\d+/kernel", P(None, "model")), (r"fc\d+/bias", P("model"))),
+    "hybrid": ((r"fc\d+/kernel", P(None, "model")), (r"fc[67]/bias", P("model"))),
     "towers": (
         (r"conv\d+/kernel", P(None, None, None, "tower")),
         (r"fc\d+/kernel", P(None, "tower")),
-        (r"(conv|fc)\d+/bias", P("tower")),
+        (r"(conv\d|fc[67])/bias", P("tower")),
     ),
 }
 
@@ -113,6 +114,10 @@ class Layout:
             return self._split_features(layer, operator)
         if self.name == "towers" and isinstance(layer, Norm):
             return self._split_norm(layer, operator)
+        if isinstance(layer, Conv):
+            # Left to itself, XLA gathers the whole batch on every device for a grouped convolution.
+            pictures = self.batch.spec
+            return self._on_shares(operator, (pictures, P()), pictures)
         return operator
 
     def _gather_kernel(self, operator: Callable[..., jax.Array]) -> Callable[..., Any]:

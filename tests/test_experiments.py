@@ -34,3 +34,16 @@ def test_figure1_reads_a_curve():
     said = script["describe"](curves)
     assert said.startswith("25% training error: relu after 2.5 epochs, tanh after 10.0 epochs, 4.0")
     assert "stopped" not in said
+
+
+def test_jit_and_pmap_agree(tmp_path):
+    script = runpy.run_path(str(EXPERIMENTS / "jit_vs_pmap.py"))
+    flags = ["--output", str(tmp_path), "--batch-size", "16", "--rounds", "1"]
+    assert script["main"](flags) == 0
+    assert (tmp_path / "jit_vs_pmap.csv").read_text().count("\n") == 2
+
+
+def test_the_loop_is_timed(tmp_path):
+    script = runpy.run_path(str(EXPERIMENTS / "bench_loop.py"))
+    assert script["main"](["--quick", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "bench_loop_quick.csv").read_text().count("\n") == 3
