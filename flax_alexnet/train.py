@@ -248,8 +248,9 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         del signum, frame
         nonlocal pressed
         pressed = True
-        signal.signal(signal.SIGINT, before)
-        os.write(2, b"\nstopping after this step; Ctrl-C again to stop at once\n")
+        # The system's own action: Python's waits for the steps that the device was given already.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.write(2, b"\nstopping after the steps under way; Ctrl-C again to stop at once\n")
 
     before = signal.signal(signal.SIGINT, handle)
     try:

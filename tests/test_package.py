@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import flax_alexnet
 from flax_alexnet.architectures import ARCHITECTURES, trace
 from flax_alexnet.config import Config, known_flags
 from flax_alexnet.recipes import RECIPES
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+PAGES = [f"docs/{path.name}" for path in (README.parent / "docs").glob("*.md")]
 
 
 def test_importing_is_lazy():
@@ -39,8 +42,13 @@ def test_the_readme_names_what_exists():
         assert f"{sum(info.parameters for info in infos):,}" in text
         assert f"{sum(info.macs for info in infos):,}" in text
     assert all(f"`{recipe}`" in text for recipe in RECIPES)
-    own_flags = {"--help", "--data-dir"} | set(known_flags(Config()))
-    assert set(re.findall(r"--[a-z][a-z.-]+", text)) <= own_flags
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *PAGES])
+def test_flags_and_links_of_the_pages_exist(page):
+    path = README.parent / page
+    flags = {"--help", "--data-dir", "--requeue", "--no-skips"} | set(known_flags(Config()))
+    assert set(re.findall(r"(?<!-)--[a-z][a-z.-]+", path.read_text())) <= flags
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         if not target.startswith("http"):
-            assert (README.parent / target).exists(), target
+            assert (path.parent / target).exists(), target
