@@ -3,6 +3,8 @@
 import io
 import itertools
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -258,6 +260,21 @@ class TestPrepare:
         assert counts.tolist() == [4] * 10
         np.testing.assert_array_equal(shapes.render("train", 7), shapes.render("train", 7))
         assert (shapes.render("train", 7) != shapes.render("test", 7)).any()
+
+    def test_processes_that_prepare_at_the_same_time_all_find_it(self, tmp_path):
+        code = (
+            "import sys; from pathlib import Path; from flax_alexnet.data import shapes; "
+            "from flax_alexnet.data.sources import open_dataset; "
+            "shapes.EXAMPLES.update(train=40, test=20); "
+            "print(len(open_dataset(shapes.NAME, Path(sys.argv[1])).train))"
+        )
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+            )
+            for _ in range(3)
+        ]
+        assert [process.communicate()[0].split()[-1] for process in started] == ["40"] * 3
 
     def test_mistakes_are_one_line(self, tmp_path, capsys):
         for argv, message in (

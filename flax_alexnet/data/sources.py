@@ -88,10 +88,12 @@ def open_dataset(
         try:
             shapes.builder(data_dir).download_and_prepare()
         except OSError as error:
-            raise UserError(
-                f"cannot prepare {name!r} in {data_dir} ({error.strerror}); take another "
-                "--data.data-dir"
-            ) from None
+            # Of several processes that prepare it at the same time the first one has its way.
+            if not shapes.builder(data_dir).is_prepared():
+                raise UserError(
+                    f"cannot prepare {name!r} in {data_dir} ({first_line(error)}); take another "
+                    "--data.data-dir"
+                ) from None
         except (AssertionError, *UNREADABLE) as error:
             raise damaged(data_dir / name, error) from None
     builder = _open_builder(name, data_dir)
