@@ -6,7 +6,7 @@ for each network chosen independently to make training as fast as possible". Her
 of the original code (`cuda_convnet_cifar10`), without weight decay or augmentation; each
 activation function first tries every learning rate for a short while and goes on with the best.
 
-Run, from the project's root (about an hour and a half on two cores; `--quick` takes a minute):
+Run, from the project's root (an hour on two cores; `--quick` takes a minute):
 
     python experiments/figure1_relu_vs_tanh.py --data-dir ../shared/data/tfds
 """
@@ -59,7 +59,7 @@ class Arguments:
     """Where the prepared cifar10 lies; none: the home's tensorflow_datasets."""
     output: Path = Path("experiments/results")
     """Where figure1.png and figure1.csv go."""
-    rates: tuple[float, ...] = (0.001, 0.002, 0.004)
+    rates: tuple[float, ...] = (0.002, 0.004, 0.008, 0.016, 0.032)
     """Learning rates to choose from."""
     trial_epochs: float = 1.0
     """Epochs that each rate is tried for."""
