@@ -59,11 +59,12 @@ class Chip(NamedTuple):
 
 
 # NVIDIA's H100 SXM data sheet (NVLink 900 GB/s, both ways together) and, beyond a machine, 400 Gb/s
-# InfiniBand; Google Cloud's TPU v5e page (197 TFLOP/s, 1,600 Gb/s between chips).
+# InfiniBand for each; Google Cloud's TPU v5e page (197 TFLOP/s, 1,600 Gb/s over all links of a
+# chip, of which a ring along one axis of the torus has half).
 CHIPS = (
     Chip("H100, NVLink", 989e12, 450e9),
     Chip("H100, InfiniBand", 989e12, 50e9),
-    Chip("TPU v5e", 197e12, 200e9),
+    Chip("TPU v5e", 197e12, 100e9),
 )
 UTILIZATION = 0.4  # of the peak; a common share for convolutional nets
 
@@ -292,28 +293,32 @@ def step_seconds(
 
 
 def scaling_table(variants: Sequence[str]) -> str:
-    """Where each layout stops scaling for a given batch: computation no longer hides the rest."""
+    """How many devices pay for a batch that is given, and how long a step then takes."""
     lines = [
-        f"Devices up to which communication (theory) takes no longer than computation (at "
-        f"{UTILIZATION:.0%} of the peak), of 2, 4, … 256; hybrid splits the dense layers over 8.",
+        "Devices (of 8, 16, … 256) beyond which twice as many shorten a step by less than a "
+        "tenth, and milliseconds of that step: the larger of computation at "
+        f"{UTILIZATION:.0%} of the peak and communication, all at the speed of one kind of link. "
+        "hybrid splits the dense layers over 8 devices.",
         "",
         "| variant | batch | layout | " + " | ".join(chip.name for chip in CHIPS) + " |",
         "|---|---|---|" + "---|" * len(CHIPS),
     ]
+    counts = [count for count in (8, 16, 32, 64, 128, 256) if count <= jax.device_count()]
     for variant in variants:
         for batch_size in (1024, 8192, 32768):
             for name in LAYOUTS:
                 if name == "zero" or (name == "towers" and architecture(variant).groups == 1):
-                    continue
+                    continue  # zero sends as much as data
                 cells = []
                 for chip in CHIPS:
-                    fits = 1
-                    for count in (2, 4, 8, 16, 32, 64, 128, 256):
-                        if count > jax.device_count() or (name == "hybrid" and count < 8):
-                            continue
-                        compute, rest = step_seconds(chip, name, variant, batch_size, count)
-                        fits = count if rest <= compute else fits
-                    cells.append(f"{fits}")
+                    seconds = [
+                        max(step_seconds(chip, name, variant, batch_size, count))
+                        for count in counts
+                    ]
+                    last = 0
+                    while last + 1 < len(counts) and seconds[last + 1] <= 0.9 * seconds[last]:
+                        last += 1
+                    cells.append(f"{counts[last]}, {1e3 * seconds[last]:.2f} ms")
                 lines.append(f"| {variant} | {batch_size:,} | {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

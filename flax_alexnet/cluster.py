@@ -3,16 +3,20 @@
 Each function does nothing, or the obvious, where there is one process.
 """
 
+import contextlib
 import glob
 import importlib.util
 import os
-from collections.abc import Mapping
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.errors import LOST, UserError, exit_code, first_line
 
 
 def join(
@@ -48,14 +52,20 @@ def join(
     if num_processes == 1 or not (asked or cluster):
         return
     if missing and not cluster:
-        raise UserError(f"several processes were asked for, but {' and '.join(missing)} is missing")
+        raise UserError(f"several processes were asked for without {' and '.join(missing)}")
     if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
         raise UserError(f"--parallel.coordinator is {coordinator!r}; expected HOST:PORT")
+    # It would catch SIGTERM, and only tell those who ask.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_timeout
+            coordinator,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            cluster_detection_method=None if missing else "deactivate",
         )
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except Exception as error:  # of a dozen kinds, those of the cluster's own packages among them
         raise UserError(
             f"cannot join the other processes ({cluster or 'by flags'}): {first_line(error)}; give "
             "--parallel.coordinator, --parallel.num-processes and --parallel.process-id, or "
@@ -69,7 +79,7 @@ def detected(environment: Mapping[str, str]) -> str | None:
     def several(variable: str) -> bool:
         return environment.get(variable, "").isdecimal() and int(environment[variable]) > 1
 
-    if "SLURM_STEP_NODELIST" in environment and several("SLURM_NTASKS"):
+    if several("SLURM_STEP_NUM_TASKS"):
         return "SLURM"
     if several("OMPI_COMM_WORLD_SIZE"):
         return "Open MPI"
@@ -80,6 +90,35 @@ def detected(environment: Mapping[str, str]) -> str | None:
     if importlib.util.find_spec("libtpu") and chips:
         return "Cloud TPU"
     return None
+
+
+@contextlib.contextmanager
+def nobody_waits() -> Iterator[None]:
+    """Ends this process at once after an error, if there are others.
+
+    An orderly exit would wait for them, and they wait for this one. Exit codes: 2 for a mistake of
+    the user; 130 for Ctrl-C; `LOST` where the error is that another process is gone; else 1.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        code = 1
+        if isinstance(error, UserError | KeyboardInterrupt):
+            code = exit_code(error)
+        elif isinstance(error, jax.errors.JaxRuntimeError) and _LOSS.search(str(error)):
+            print(f"error: another process was lost: {first_line(error)}", file=sys.stderr)
+            code = LOST
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+# What collectives, and the service that processes meet at, say of one that has gone.
+_LOSS = re.compile("gloo|nccl|unavailable|aborted|deadline|coordination|connection", re.IGNORECASE)
 
 
 def is_main() -> bool:

@@ -26,6 +26,7 @@ class Ready(NamedTuple):
     layout: Layout
     share: slice  # of the pictures: those that this process tries, and adds up for their mean
     identity: dict[str, Any]  # the configuration and the data, as JSON has them
+    summarized: bool  # whether the run has been ended before
 
 
 def check_and_open(config: Config) -> Ready:
@@ -40,7 +41,9 @@ def check_and_open(config: Config) -> Ready:
         ready = _open(config, devices)
     except UserError as mistake:
         error = str(mistake)
-    agree(ready.identity if ready else flatten(config), error)
+    left = sorted(path.name for path in config.workdir.glob("checkpoints/*") if path.name.isdigit())
+    found = {"checkpoints": left, "summary": ready is not None and ready.summarized}
+    agree((ready.identity if ready else flatten(config)) | found, error)
     assert ready is not None, "an error has ended all processes"
     return ready
 
@@ -67,7 +70,8 @@ def agree(identity: Mapping[str, Any], error: str) -> None:
             if first.get(name) != other["run"].get(name):
                 raise UserError(
                     f"the processes disagree: {name} is {first.get(name)} on process 0 and "
-                    f"{other['run'].get(name)} on process {process}; start all with the same flags"
+                    f"{other['run'].get(name)} on process {process}; start all with the same flags "
+                    "and a --workdir that all share"
                 )
 
 
@@ -108,6 +112,7 @@ def _open(config: Config, devices: int) -> Ready:
         layout,
         share,
         identity,
+        (config.workdir / "summary.json").exists(),
     )
 
 

@@ -257,12 +257,19 @@ def make_layout(
             "--parallel.layout towers needs a variant whose convolutions have groups (paper, caffe "
             "or caffenet); take one, or another layout"
         )
+    if name == "towers" and count % 2 and not shape:
+        raise UserError(f"--parallel.layout towers needs an even number of devices, not {count}")
     along_last = {"hybrid": min(jax.local_device_count(), count), "towers": 2}.get(name, count)
     shape = tuple(shape) or (count // along_last, along_last)[-len(AXES[name]) :]
     if len(shape) != len(AXES[name]) or math.prod(shape) != count or min(shape) < 1:
         raise UserError(
             f"--parallel.mesh {' '.join(map(str, shape))} does not fit: --parallel.layout {name} "
             f"has the axes {', '.join(AXES[name])}, and their sizes multiply to the {count} devices"
+        )
+    if name == "hybrid" and count > 1 and shape[1] == 1:
+        raise UserError(
+            "--parallel.layout hybrid over one device along 'model' splits nothing; say over how "
+            f"many with --parallel.mesh, such as --parallel.mesh 1 {count}"
         )
     if name == "towers" and any(layer.groups % shape[1] for layer in grouped):
         raise UserError(f"--parallel.layout towers is for 1 or 2 devices a net, not {shape[1]}")

@@ -25,11 +25,11 @@ from flax_alexnet.build import (
     state_template,
 )
 from flax_alexnet.checkpoint import Checkpoints, digest
-from flax_alexnet.cluster import is_main, join, total
+from flax_alexnet.cluster import is_main, join, nobody_waits, total
 from flax_alexnet.config import Config, OptimizerConfig
 from flax_alexnet.data.examples import mean_image
 from flax_alexnet.data.loader import ahead, training_batches
-from flax_alexnet.errors import INTERRUPTED, LOST, UserError, exit_code, first_line
+from flax_alexnet.errors import INTERRUPTED, UserError, exit_code
 from flax_alexnet.optimizer import applied_rate, reduce_on_plateau
 from flax_alexnet.preflight import Ready, check_and_open
 from flax_alexnet.recipes import parse_config
@@ -53,11 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(config)
     except (UserError, KeyboardInterrupt) as error:
         return exit_code(error)
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        print(f"error: another process was lost: {first_line(error)}", file=sys.stderr, flush=True)
-        os._exit(LOST)  # an orderly exit would wait for that process
 
 
 def train(config: Config) -> int:
@@ -72,6 +67,12 @@ def train(config: Config) -> int:
     """
     started = time.monotonic()
     ready = check_and_open(config)
+    with nobody_waits():
+        return run(config, ready, started)
+
+
+def run(config: Config, ready: Ready, started: float) -> int:
+    """Trains on what is ready, as `train` says, since `started` by the monotonic clock."""
     layout, batch_size, workdir = ready.layout, config.batch_size, config.workdir
     steps_per_epoch = len(ready.train) / batch_size
     total_steps = math.ceil(config.epochs * steps_per_epoch)
@@ -91,7 +92,7 @@ def train(config: Config) -> int:
     mean_fn = functools.partial(mean_image, ready.train, ready.share, total)
     state = restore_or_create(checkpoints, init_fn, key, mean_fn, template)
     start = int(state.step)
-    complete = start >= total_steps and (workdir / "summary.json").exists()
+    complete = start >= total_steps and ready.summarized
     if is_main():
         record(workdir, ready.identity)
         print(layer_table(model, config.augment.crop_size))

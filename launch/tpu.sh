@@ -9,13 +9,16 @@
 set -uo pipefail
 
 command="python -m flax_alexnet.train --recipe paper --workdir /mnt/shared/runs/alexnet \
---data.data-dir /mnt/shared/tensorflow_datasets $*"
+--data.data-dir /mnt/shared/tensorflow_datasets$( (($#)) && printf ' %q' "$@")"
 
 for ((attempt = 0; attempt <= ${RESTARTS:-10}; attempt++)); do
   gcloud compute tpus tpu-vm ssh "${NAME:?}" --zone "${ZONE:?}" --worker=all --command "$command"
   code=$?
   case $code in
-    0 | 2 | 130) exit "$code" ;;
+    0 | 1 | 2 | 130) exit "$code" ;;
   esac
+  # A connection that broke may have left processes that hold the chips.
+  gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=all \
+    --command "pkill -KILL -f flax_alexnet.train" || true
 done
 exit "$code"
