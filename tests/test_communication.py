@@ -58,6 +58,13 @@ def test_layers_with_groups_need_nothing_of_the_other_tower(variant):
         assert {c.kind for c in of(found, layer)} <= {"all-reduce"}
 
 
+def test_the_table_and_the_plot_are_made(tmp_path):
+    table = SCRIPT["scaling_table"](("paper",)).splitlines()
+    assert len([line for line in table if line.startswith("| paper |")]) == 9
+    SCRIPT["draw"](tmp_path / "bytes.png")
+    assert (tmp_path / "bytes.png").stat().st_size > 10_000
+
+
 def test_every_notation_of_groups_is_read():
     line = '  %r = f32[8,16]{1,0} all-reduce(%x), replica_groups=%s, metadata={op_name="a/b"}'
     for groups, count in (
