@@ -15,10 +15,10 @@ for ((attempt = 0; attempt <= ${RESTARTS:-10}; attempt++)); do
   gcloud compute tpus tpu-vm ssh "${NAME:?}" --zone "${ZONE:?}" --worker=all --command "$command"
   code=$?
   case $code in
-    0 | 1 | 2 | 130) exit "$code" ;;
+    0 | 2 | 130) exit "$code" ;;
   esac
   # A connection that broke may have left processes that hold the chips.
   gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=all \
-    --command "pkill -KILL -f flax_alexnet.train" || true
+    --command "pkill -KILL -f [f]lax_alexnet.train" || true
 done
 exit "$code"

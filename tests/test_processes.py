@@ -202,6 +202,8 @@ def run_both(tmp_path, data_dir, *flags_of_each):
             (["--batch-size", "9"],) * 2,
             "process 0: --batch-size 9 does not divide by the 16 devices",
         ),
+        ((["--parallel.mesh", "3"],) * 2, "process 0: --parallel.mesh 3 does not fit"),
+        ((["--parallel.layout", "towers"],) * 2, "process 0: --parallel.layout towers needs a"),
     ],
 )
 def test_a_mistake_ends_every_process_with_the_same_line(tmp_path, data_dir, flags, message):
