@@ -100,7 +100,8 @@ def step_of(model: AlexNet, optimizer: optax.GradientTransformation) -> Callable
 def state_of(model: AlexNet, optimizer: optax.GradientTransformation) -> Any:
     """The same initial state for both."""
     mean = jnp.full((SIZE, SIZE, 3), 127.0)
-    return create_state(jax.random.key(0), mean, model=model, optimizer=optimizer, crop_size=SIZE)
+    create = functools.partial(create_state, model=model, optimizer=optimizer, crop_size=SIZE)
+    return jax.jit(create)(jax.random.key(0), mean)
 
 
 def with_jit(model: AlexNet) -> Callable[[dict[str, np.ndarray]], float]:

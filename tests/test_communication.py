@@ -1,5 +1,6 @@
 """What crosses devices in a step: what theory says, and nothing for the towers' own layers."""
 
+import functools
 import re
 import runpy
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from flax_alexnet.architectures import ARCHITECTURES
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "communication.py"))
-BATCH = 16
+BATCH, WIDTH = 16, 1 / 8
 TOWERS = [name for name, table in ARCHITECTURES.items() if table.groups == 2]
 CASES = [
     *((name, variant) for name in ("data", "zero", "hybrid") for variant in ("notebook", "paper")),
@@ -19,9 +20,10 @@ CASES = [
 ]
 
 
-def collectives(name, variant, width=1 / 8):
-    layout = SCRIPT["layout_for"](name, variant, 8, width)
-    text = SCRIPT["compiled"](layout, variant, BATCH, width)
+@functools.cache
+def collectives(name, variant):
+    layout = SCRIPT["layout_for"](name, variant, 8, WIDTH)
+    text = SCRIPT["compiled"](layout, variant, BATCH, WIDTH)
     return layout, SCRIPT["collectives"](text)
 
 

@@ -1,4 +1,4 @@
-"""The step: two devices follow one, draws derive from the step, masked images do not count."""
+"""The step: what it counts, types, draws; that layouts agree is in test_sharding.py."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 
 from flax_alexnet.architectures import architecture
 from flax_alexnet.augment import augment, preprocess
-from flax_alexnet.build import compile_steps, state_template
+from flax_alexnet.build import compile_steps, initialize, state_template
 from flax_alexnet.config import AugmentConfig, Config
 from flax_alexnet.model import AlexNet
 from flax_alexnet.optimizer import create_optimizer
@@ -17,6 +17,8 @@ from flax_alexnet.sharding import make_layout
 from flax_alexnet.step import create_state, eval_step, train_step, zero_totals
 
 CROP = 64
+MEAN = np.full((70, 70, 3), 127, np.float32)
+QUICK = {"xla_backend_optimization_level": 1}  # for what runs once
 CONFIG = Config(
     batch_size=16,
     augment=AugmentConfig(crop_size=CROP, color_noise="cuda-convnet", scale=1 / 64),
@@ -33,17 +35,16 @@ def batches(count):
 
 
 @functools.cache
-def run(devices, dtype="float32"):
+def run(dtype="float32"):
     """Losses of ten steps with dropout and augmentation, and the state after them."""
     layout = make_layout(
-        "data", architecture("notebook").scaled(10, 0.1), devices=jax.devices()[:devices]
+        "data", architecture("notebook").scaled(10, 0.1), devices=jax.devices()[:2]
     )
     model = AlexNet("notebook", 10, width=0.1, initialization="he", dtype=jnp.dtype(dtype))
     optimizer = create_optimizer(0.01)
     init = functools.partial(create_state, model=model, optimizer=optimizer, crop_size=CROP)
-    state = jax.jit(init)(jax.random.key(0), jnp.full((70, 70, 3), 127.0))
-    state = jax.device_put(state, layout.replicated)
     template = state_template(init, 70, layout)
+    state = initialize(init, jax.random.key(0), MEAN, template)
     step_fn, _ = compile_steps(CONFIG, model, optimizer, layout, template)
     losses = []
     for batch in batches(10):
@@ -52,31 +53,26 @@ def run(devices, dtype="float32"):
     return losses, state
 
 
-def test_two_devices_follow_one():
-    """Other numbers of devices, and other layouts, are in test_sharding.py."""
-    np.testing.assert_allclose(run(2)[0], run(1)[0], rtol=1e-5)
-
-
 def test_the_state_counts_steps_and_images():
-    _, state = run(2)
+    _, state = run()
     assert int(state.step) == 10
     assert float(state.totals["images"]) == 160
-    assert float(state.totals["loss"]) / 160 == pytest.approx(np.mean(run(2)[0]), rel=1e-5)
+    assert float(state.totals["loss"]) / 160 == pytest.approx(np.mean(run()[0]), rel=1e-5)
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
-    losses, state = run(1, dtype="bfloat16")
+    losses, state = run("bfloat16")
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
-    np.testing.assert_allclose(losses, run(1)[0], rtol=0.05)
-    assert losses != run(1)[0]
+    np.testing.assert_allclose(losses, run()[0], rtol=0.05)
+    assert losses != run()[0]
 
 
 def test_draws_derive_from_the_step():
     """The same batch twice gives two losses, and the same step once more gives the same one."""
     model = AlexNet("notebook", 10, width=0.1, initialization="he")
     optimizer = create_optimizer(0.01)
-    mean = jnp.full((70, 70, 3), 127.0)
-    state = create_state(jax.random.key(0), mean, model=model, optimizer=optimizer, crop_size=CROP)
+    create = functools.partial(create_state, model=model, optimizer=optimizer, crop_size=CROP)
+    state = jax.jit(create, compiler_options=QUICK)(jax.random.key(0), MEAN)
     fn = jax.jit(
         functools.partial(
             train_step,
@@ -93,8 +89,9 @@ def test_draws_derive_from_the_step():
 
 def test_evaluation_counts_each_image_once():
     model = AlexNet("notebook", 10, width=0.1, initialization="he")
-    mean = jnp.full((70, 70, 3), 127.0)
-    params = model.init(jax.random.key(0), jnp.zeros((1, CROP, CROP, 3)))["params"]
+    mean, images = MEAN, jnp.zeros((1, CROP, CROP, 3))
+    init = jax.jit(lambda key: model.init(key, images)["params"], compiler_options=QUICK)
+    params = init(jax.random.key(0))
     fn = jax.jit(
         functools.partial(
             eval_step,
