@@ -39,7 +39,8 @@ from flax_alexnet.build import (
     no_totals,
     state_template,
 )
-from flax_alexnet.data.loader import ahead, training_batches
+from flax_alexnet.data.ahead import ahead
+from flax_alexnet.data.loader import training_batches
 from flax_alexnet.optimizer import applied_rate
 from flax_alexnet.recipes import RECIPES
 from flax_alexnet.reporting import RunLog, Throughput

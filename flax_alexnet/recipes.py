@@ -1,9 +1,6 @@
 """Configurations worth starting from. A recipe is a value; flags override any part of it."""
 
-import dataclasses
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from flax_alexnet.config import (
     AugmentConfig,
@@ -100,4 +97,4 @@ def parse_config(argv: Sequence[str], program: str = "flax_alexnet.train") -> Co
         raise UserError(unknown("recipe", name, RECIPES))
     config = parse(Config, argv, RECIPES[name], program)
     validate(config)
-    return dataclasses.replace(config, workdir=Path(os.path.expanduser(config.workdir)))
+    return config

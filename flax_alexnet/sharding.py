@@ -15,6 +15,7 @@ for all layouts, and so are all random draws: they are made for the whole batch,
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -145,6 +146,7 @@ class Layout:
         data, axis = self.mesh.axis_names
         count = self.mesh.shape[axis]
         first = next(other for other in self.layers if isinstance(other, SPLIT[self.name]))
+        is_first, is_last = layer.name == first.name, layer.name == self.layers[-1].name
         groups = layer.groups if isinstance(layer, Conv) else 1
 
         def own_pictures(x: jax.Array) -> jax.Array:
@@ -153,12 +155,12 @@ class Layout:
         def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
             if groups > 1:
                 return operator(x, kernel, groups=groups // count)
-            if layer.name != first.name:
+            if not is_first:
                 x = lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True)
             elif self.name == "hybrid":
                 x = lax.all_gather(x, axis, axis=0, tiled=True)
             y = operator(x, kernel)
-            return own_pictures(y) if layer.name == self.layers[-1].name else y
+            return own_pictures(y) if is_last else y
 
         def local_with_whole_kernel(x: jax.Array, kernel: jax.Array) -> jax.Array:
             return operator(own_pictures(x), kernel)
@@ -166,17 +168,17 @@ class Layout:
         def split(x: jax.Array, kernel: jax.Array) -> jax.Array:
             by_features = P(data, *[None] * (x.ndim - 2), axis)
             whole = kernel.shape[-1] % count != 0
-            if whole and layer.name == first.name:
+            if whole and is_first:
                 return operator(x, kernel)
             if whole:
                 return self._on_shares(
                     local_with_whole_kernel, (by_features, P()), P((data, axis))
                 )(x, kernel)
             kernel_spec = P(*[None] * (kernel.ndim - 1), axis)
-            source = self.batch.spec if layer.name == first.name else by_features
+            source = self.batch.spec if is_first else by_features
             rank = 2 if isinstance(layer, Dense) else x.ndim
             target = P(data, *[None] * (rank - 2), axis)
-            if layer.name == self.layers[-1].name:
+            if is_last:
                 target = P((data, axis))
             return self._on_shares(local, (source, kernel_spec), target)(x, kernel)
 
@@ -211,13 +213,11 @@ class Layout:
 
     def rows(self, batch_size: int) -> list[int]:
         """Which rows of each batch this process's devices hold, in increasing order."""
-        blocks = self.batch.addressable_devices_indices_map((batch_size,)).values()
-        held = [np.arange(batch_size)[block] for block in blocks]
-        return np.unique(np.concatenate(held)).tolist()
+        return list(_rows(self.batch, batch_size))
 
     def put(self, batch: Mapping[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
         """Puts this process's rows of a batch on its devices, as its part of the global batch."""
-        rows = self.rows(batch_size)
+        rows = _rows(self.batch, batch_size)
 
         def put(values: np.ndarray) -> jax.Array:
             def block(index: Any) -> np.ndarray:
@@ -228,6 +228,13 @@ class Layout:
             return jax.make_array_from_callback(shape, self.batch, block)
 
         return {name: put(values) for name, values in batch.items()}
+
+
+@functools.cache
+def _rows(batch: NamedSharding, batch_size: int) -> tuple[int, ...]:
+    blocks = batch.addressable_devices_indices_map((batch_size,)).values()
+    held = [np.arange(batch_size)[block] for block in blocks]
+    return tuple(np.unique(np.concatenate(held)).tolist())
 
 
 def make_layout(

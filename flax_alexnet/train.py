@@ -27,9 +27,11 @@ from flax_alexnet.build import (
 from flax_alexnet.checkpoint import Checkpoints, digest
 from flax_alexnet.cluster import is_main, join, nobody_waits, total
 from flax_alexnet.config import Config, OptimizerConfig
+from flax_alexnet.data.ahead import ahead
 from flax_alexnet.data.examples import mean_image
-from flax_alexnet.data.loader import ahead, training_batches
+from flax_alexnet.data.loader import training_batches
 from flax_alexnet.errors import INTERRUPTED, UserError, exit_code
+from flax_alexnet.model import AlexNet
 from flax_alexnet.optimizer import applied_rate, reduce_on_plateau
 from flax_alexnet.preflight import Ready, check_and_open
 from flax_alexnet.recipes import parse_config
@@ -88,6 +90,14 @@ def run(config: Config, ready: Ready, started: float) -> int:
     )
     template = state_template(init_fn, config.data.image_size, layout)
     step_fn, eval_fn = compile_steps(config, model, optimizer, layout, template)
+    evaluate_fn = functools.partial(
+        evaluate,
+        eval_fn,
+        examples=ready.eval,
+        batch_size=batch_size,
+        threads=config.data.threads,
+        layout=layout,
+    )
     checkpoints = Checkpoints(workdir / "checkpoints")
     mean_fn = functools.partial(mean_image, ready.train, ready.share, total)
     state = restore_or_create(checkpoints, init_fn, key, mean_fn, template)
@@ -138,9 +148,7 @@ def run(config: Config, ready: Ready, started: float) -> int:
                 log.write({"step": step, "epoch": epoch, **means, **rate.lap()})
                 state = state.replace(totals=no_totals(layout))
             if due or last:
-                evaluated = evaluate(
-                    eval_fn, state, ready.eval, batch_size, config.data.threads, layout
-                )
+                evaluated = evaluate_fn(state)
                 need_finite(evaluated["eval_loss"], step)
                 log.write({"step": step, "epoch": epoch, **evaluated})
                 if due and config.optimizer.schedule == "plateau":
@@ -152,33 +160,47 @@ def run(config: Config, ready: Ready, started: float) -> int:
                 return INTERRUPTED
 
     if not evaluated:  # all steps had been made, but the run was killed before its report
-        evaluated = evaluate(eval_fn, state, ready.eval, batch_size, config.data.threads, layout)
-    collect = jax.jit(lambda tree: tree, out_shardings=layout.replicated)
-    params = jax.tree.map(np.asarray, collect(state.params))
-    if is_main():
-        draw_report(
-            workdir,
-            params,
-            jnp.asarray(np.asarray(state.mean)),
-            model,
-            ready.eval,
-            ready.dataset.label_names,
-            config.augment,
-        )
-        summary = {
-            "step": int(state.step),
-            **evaluated,
-            "seconds": time.monotonic() - started,
-            "images_per_second": rate.average(),
-            "peak_memory_bytes": peak_memory(),
-            "params_sha256": digest(params),
-        }
-        write_json(workdir / "summary.json", summary)
-        print(
-            f"test accuracy {evaluated['eval_top1']:.2%} after {summary['step']:,} steps and "
-            f"{summary['seconds']:.0f} s; everything is in {workdir}"
-        )
+        evaluated = evaluate_fn(state)
+    finish(config, ready, model, state, evaluated, rate.average(), started)
     return 0
+
+
+def finish(
+    config: Config,
+    ready: Ready,
+    model: AlexNet,
+    state: TrainState,
+    evaluated: dict[str, float],
+    images_per_second: float,
+    started: float,
+) -> None:
+    """Draws the report, writes the summary, and prints the last line."""
+    collect = jax.jit(lambda tree: tree, out_shardings=ready.layout.replicated)
+    params = jax.tree.map(np.asarray, collect(state.params))
+    if not is_main():
+        return
+    draw_report(
+        config.workdir,
+        params,
+        jnp.asarray(np.asarray(state.mean)),
+        model,
+        ready.eval,
+        ready.dataset.label_names,
+        config.augment,
+    )
+    summary = {
+        "step": int(state.step),
+        **evaluated,
+        "seconds": time.monotonic() - started,
+        "images_per_second": images_per_second,
+        "peak_memory_bytes": peak_memory(),
+        "params_sha256": digest(params),
+    }
+    write_json(config.workdir / "summary.json", summary)
+    print(
+        f"test accuracy {evaluated['eval_top1']:.2%} after {summary['step']:,} steps and "
+        f"{summary['seconds']:.0f} s; everything is in {config.workdir}"
+    )
 
 
 def introduce(config: Config, ready: Ready, start: int, total_steps: int) -> None:

@@ -11,6 +11,8 @@ os.environ["MPLBACKEND"] = "Agg"
 import jax
 import pytest
 
+from flax_alexnet.data import shapes
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -51,3 +53,14 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no sample data: {SHARED_DATA} does not exist")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """The embedded dataset, but smaller: 64 pictures to train on, 20 to test."""
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(shapes.EXAMPLES, "train", 64)
+        patch.setitem(shapes.EXAMPLES, "test", 20)
+        shapes.builder(folder).download_and_prepare()
+    return folder

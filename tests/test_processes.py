@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from flax_alexnet.cluster import detected
-from flax_alexnet.data import shapes
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "local.sh"
 HEARTBEAT = 5
@@ -24,18 +23,6 @@ FLAGS = [
     *("--log-every", "1", "--eval-epochs", "2.5", "--optimizer.schedule", "plateau"),
     *("--parallel.heartbeat-timeout", str(HEARTBEAT)),
 ]
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    before = dict(shapes.EXAMPLES)
-    shapes.EXAMPLES.update(train=64, test=20)
-    try:
-        shapes.builder(folder).download_and_prepare()
-    finally:
-        shapes.EXAMPLES.update(before)
-    return folder
 
 
 def start(processes, workdir, data_dir, *more, restarts=0):

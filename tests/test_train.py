@@ -9,26 +9,12 @@ import sys
 import numpy as np
 import pytest
 
-from flax_alexnet.data import shapes
 from flax_alexnet.train import main
 
 SMALL = [
     *("--model.width", "0.05", "--batch-size", "8", "--steps", "12", "--epochs", "100"),
     *("--log-every", "4", "--eval-epochs", "0.75", "--no-compilation-cache"),
 ]
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    """The embedded dataset, but smaller."""
-    folder = tmp_path_factory.mktemp("data")
-    before = dict(shapes.EXAMPLES)
-    shapes.EXAMPLES.update(train=64, test=20)
-    try:
-        shapes.builder(folder).download_and_prepare()
-    finally:
-        shapes.EXAMPLES.update(before)
-    return folder
 
 
 def arguments(workdir, data_dir, *more):

@@ -1,11 +1,12 @@
 """Pictures decoded to equal squares, by index, and their mean."""
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import collections
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from flax_alexnet.data.ahead import map_threads
 from flax_alexnet.data.decode import DecodeError, decode
 from flax_alexnet.data.sources import Source
 from flax_alexnet.errors import UserError
@@ -50,7 +51,7 @@ class CachedExamples:
         self._images = np.empty((len(source), size, size, 3), np.uint8)
         self._labels = np.empty((len(source),), np.int32)
         self._known = np.zeros((len(source),), bool)
-        _for_chunks(self._fill, np.arange(len(source))[share])
+        _exhaust(_for_chunks(self._fill, np.arange(len(source))[share]))
 
     def _fill(self, rows: Sequence[int]) -> None:
         self._images[rows], self._labels[rows] = _decoded(self._source, rows, self._size)
@@ -75,7 +76,11 @@ def open_examples(source: Source, size: int, share: slice = EVERYTHING) -> Examp
     if len(source) * size * size * 3 <= CACHE_BYTES:
         return CachedExamples(source, size, share)
     if not source.prepared:
-        _for_chunks(lambda rows: _decoded(source, rows, size), np.arange(len(source))[share])
+
+        def attempt(rows: Sequence[int]) -> None:
+            _decoded(source, rows, size)
+
+        _exhaust(_for_chunks(attempt, np.arange(len(source))[share]))
     return DecodedExamples(source, size)
 
 
@@ -104,11 +109,14 @@ def mean_image(
     return (total(sums) / count).astype(np.float32)
 
 
-def _for_chunks(function: Callable[[Sequence[int]], T], indices: np.ndarray) -> list[T]:
+def _for_chunks(function: Callable[[Sequence[int]], T], indices: np.ndarray) -> Iterator[T]:
     """What `function` gives for each few of the indices, in all threads."""
     chunks = np.split(indices, range(CHUNK, len(indices), CHUNK))
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(function, [chunk.tolist() for chunk in chunks]))
+    return map_threads(lambda chunk: function(chunk.tolist()), chunks)
+
+
+def _exhaust(items: Iterator[object]) -> None:
+    collections.deque(items, maxlen=0)
 
 
 def _decoded(source: Source, indices: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,9 +4,8 @@ Which pictures a batch holds, and in which order, follows from (seed, step) alon
 number of processes or threads, nor from where a run was interrupted.
 """
 
-import collections
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -14,7 +13,6 @@ from absl import flags
 
 from flax_alexnet.data.examples import Example, Examples
 
-T = TypeVar("T")
 Batch = dict[str, np.ndarray]  # "image": uint8[b, s, s, 3], "label": int32[b], "mask": bool[b]
 
 
@@ -50,16 +48,6 @@ def evaluation_batches(
     """
     dataset = grain.MapDataset.source(_Padded(examples, batch_size))
     return _batches(dataset, batch_size, 0, threads, rows)
-
-
-def ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
-    """The items, each asked for `count` items early: so batches are on their way to the devices."""
-    waiting: collections.deque[T] = collections.deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > count:
-            yield waiting.popleft()
-    yield from waiting
 
 
 class _Padded:

@@ -2,13 +2,13 @@
 
 import io
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from flax_alexnet.data.ahead import map_threads
 from flax_alexnet.data.decode import DecodeError, decode
 from flax_alexnet.data.sources import PREPARED_FOLDER, Dataset, Source
 from flax_alexnet.errors import UserError
@@ -63,8 +63,4 @@ class PreparedFolder(tfds.core.GeneratorBasedBuilder):
             encoded.seek(0)
             return {"image": encoded, "label": record.label, "name": record.name}
 
-        # A few pictures ahead in all threads, never the whole folder in memory.
-        with ThreadPoolExecutor() as pool:
-            for start in range(0, len(source), 256):
-                rows = range(start, min(start + 256, len(source)))
-                yield from zip(rows, pool.map(example, rows), strict=True)
+        yield from enumerate(map_threads(example, range(len(source))))
