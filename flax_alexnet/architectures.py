@@ -253,6 +253,40 @@ def architecture(variant: str) -> Architecture:
     return ARCHITECTURES[variant]
 
 
+def activation_names(layers: Iterable[Layer]) -> tuple[str, ...]:
+    """The names of the activations in their order, of which the last is "logits"."""
+    names = [layer.name for layer in layers if not isinstance(layer, Dropout)]
+    return (*names[:-1], "logits")
+
+
+def layers_until(layers: tuple[Layer, ...], last: str) -> tuple[Layer, ...]:
+    """The layers up to the one that gives the activation `last`; UserError where there is none."""
+    names = activation_names(layers)
+    if last not in names:
+        raise UserError(unknown("activation", last, names))
+    kept = [layer for layer in layers if not isinstance(layer, Dropout)][names.index(last)]
+    return layers[: layers.index(kept) + 1]
+
+
+def parameter_shapes(
+    layers: Iterable[Layer], height: int, width: int, channels: int = 3
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter by its path, such as "conv1/kernel", for images of one size."""
+    layers = tuple(layers)
+    result: dict[str, tuple[int, ...]] = {}
+    before: tuple[int, ...] = (height, width, channels)
+    for info in trace(layers, height, width, channels):
+        layer = info.layer
+        if isinstance(layer, Conv):
+            kernel = (layer.window, layer.window, before[-1] // layer.groups, layer.features)
+            result |= {f"{layer.name}/kernel": kernel, f"{layer.name}/bias": (layer.features,)}
+        elif isinstance(layer, Dense):
+            shape = (math.prod(before), *info.shape)
+            result |= {f"{layer.name}/kernel": shape, f"{layer.name}/bias": info.shape}
+        before = info.shape
+    return result
+
+
 class LayerInfo(NamedTuple):
     """What a layer gives and costs for one image; `shape` is (h, w, c), or (c,) once flattened."""
 

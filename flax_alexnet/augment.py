@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_alexnet.preprocessing import Scale
+
 ColorNoise = Literal["none", "cuda-convnet", "eigenvalues"]
 
 # Principal components of the RGB values of ImageNet's training pixels, one a column; the first is
@@ -34,6 +36,13 @@ COLOR_SCALES = {
 def subtract_mean(images: jax.Array, mean: jax.Array) -> jax.Array:
     """uint8 or float[b, h, w, 3] less float32[h, w, 3] (or a colour, float32[3]): float32."""
     return images.astype(jnp.float32) - jnp.broadcast_to(mean, images.shape[1:])[None]
+
+
+def rescale(images: jax.Array, scale: Scale) -> jax.Array:
+    """float32[b, h, w, 3] times a number, or times one for each channel."""
+    if isinstance(scale, tuple):
+        return images * np.array(scale, np.float32).reshape(1, 1, 1, 3)
+    return images * scale
 
 
 def center_crop(images: jax.Array, size: int) -> jax.Array:
@@ -87,7 +96,7 @@ def augment(
     crop: bool = True,
     flip: bool = True,
     noise: ColorNoise = "none",
-    scale: float = 1.0,
+    scale: Scale = 1.0,
 ) -> jax.Array:
     """What training sees: mean subtracted, random crop and flip, colour noise, all times `scale`.
 
@@ -98,11 +107,11 @@ def augment(
     images = random_crop(crop_key, images, crop_size) if crop else center_crop(images, crop_size)
     if flip:
         images = random_flip(flip_key, images)
-    return color_noise(noise_key, images, noise) * scale
+    return rescale(color_noise(noise_key, images, noise), scale)
 
 
 def preprocess(
-    images: jax.Array, mean: jax.Array, *, crop_size: int, scale: float = 1.0
+    images: jax.Array, mean: jax.Array, *, crop_size: int, scale: Scale = 1.0
 ) -> jax.Array:
     """What evaluation sees: mean subtracted, central crop, times `scale`; shapes as above."""
-    return center_crop(subtract_mean(images, mean), crop_size) * scale
+    return rescale(center_crop(subtract_mean(images, mean), crop_size), scale)

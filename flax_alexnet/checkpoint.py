@@ -66,6 +66,29 @@ class Checkpoints:
                 )
         return self._manager.restore(step, args=ocp.args.StandardRestore(template))
 
+    def restore_model(self, step: int) -> tuple[Any, np.ndarray]:
+        """The parameters and the mean image of `step` alone, in memory, without its optimizer.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        folder = self._manager.directory / str(step)
+        try:
+            saved = self._manager.item_metadata(step).tree
+            wanted = {name: saved[name] for name in ("params", "mean")}
+            with ocp.PyTreeCheckpointer() as reader:
+                restore = ocp.args.PyTreeRestore(
+                    item=jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), wanted),
+                    restore_args=jax.tree.map(
+                        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+                    ),
+                    partial_restore=True,
+                )
+                tree = reader.restore(folder / "default", args=restore)
+        except (ValueError, AttributeError, KeyError, OSError, TypeError):
+            raise UserError(f"checkpoint {folder} is damaged; remove that folder") from None
+        return tree["params"], tree["mean"]
+
     def close(self) -> None:
         """Waits until all that was started is saved."""
         self._manager.wait_until_finished()

@@ -19,6 +19,7 @@ from flax_alexnet.architectures import (
     Pool,
     architecture,
     explicit_padding,
+    layers_until,
     trace,
 )
 from flax_alexnet.ops.convolution import convolve
@@ -87,8 +88,14 @@ class AlexNet(nn.Module):
     partition: Callable[[Layer, Operator], Operator] = whole
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, last: str | None = None
+    ) -> jax.Array:
+        """Logits, or the activation called `last`: then nothing after it is computed or needed."""
         layers = architecture(self.variant).scaled(self.num_classes, self.width)
+        logits = layers[-1]
+        if last is not None:
+            layers = layers_until(layers, last)
         shape: tuple[int, ...]
         if images.ndim != 4:
             raise ValueError(f"images must be (batch, height, width, channels), not {images.shape}")
@@ -107,7 +114,7 @@ class AlexNet(nn.Module):
                     assert layer.features is not None, "scaled layers have their features"
                     shape = (math.prod(x.shape[1:]), layer.features)
                     x = self._affine(layer, _flat_product, shape)(x)
-                    if layer is layers[-1]:
+                    if layer is logits:
                         name = "logits"
                     if name != "logits" or self.relu_logits:
                         x = self.activation(x)

@@ -1,4 +1,4 @@
-"""Encoded pictures to square uint8 images, by the paper's rule."""
+"""Encoded pictures to square uint8 images, by the rule that a net was trained with."""
 
 import io
 import warnings
@@ -7,7 +7,13 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from flax_alexnet.preprocessing import ResizeRule
+
 LARGEST_PICTURE = 178_956_970  # pixels: where Pillow refuses a picture; half of that it warns at
+# Pixels up to which a picture is decoded whole, which takes up to 14 bytes each. A larger JPEG is
+# decoded at a half, a quarter or an eighth of its size; other formats cannot be.
+LARGEST_WHOLE = 25_000_000
+EXIF_ORIENTATION = 0x0112
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -15,49 +21,88 @@ class DecodeError(ValueError):
     """Bytes that are not a picture that can be read; the message says why."""
 
 
-def decode(encoded: bytes, size: int) -> np.ndarray:
+def decode(encoded: bytes, size: int, resize: ResizeRule = "paper") -> np.ndarray:
     """A picture in any usual format to uint8[size, size, 3], RGB.
 
-    The shorter side is brought to `size` and the central square cut out (section 2 of the paper);
-    a picture that is `size` × `size` already keeps its pixels. Grey and CMYK become RGB, and
-    transparency is dropped; the EXIF orientation is not applied, as the original code did not.
+    What is inside counts, not what a file's name says. Grey and CMYK become RGB, 16 bits a channel
+    become 8, transparency is dropped, of an animation the first frame is taken, and a picture is
+    turned as its EXIF orientation says. JPEGs of more than `LARGEST_WHOLE` pixels are decoded at a
+    lower resolution, still at least twice `size`, so that no picture takes more than 400 MB.
 
     Raises:
-      DecodeError: the bytes are truncated, damaged, no picture, or one of more than
-        `LARGEST_PICTURE` pixels.
+      DecodeError: the bytes are truncated, damaged, no picture, one with 32 bits a channel, one of
+        more than `LARGEST_PICTURE` pixels, or one of more than `LARGEST_WHOLE` that is no JPEG.
     """
-    return to_square(_pixels(encoded), size)
+    return to_square(_pixels(encoded, 2 * size), size, resize)
 
 
-def to_square(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8[h, w, 3] to uint8[size, size, 3]: shorter side to `size`, then the central square."""
+def to_square(image: np.ndarray, size: int, resize: ResizeRule = "paper") -> np.ndarray:
+    """uint8[h, w, 3] to uint8[size, size, 3]; one that has this size already keeps its pixels."""
     height, width = image.shape[:2]
     if (height, width) == (size, size):
         return image
+    picture = Image.fromarray(image)
     short = min(height, width)
-    # The square is cut out of the original's pixels and scaled once: no resized copy in between.
-    top, left = (height - short) / 2, (width - short) / 2
-    box = (left, top, left + short, top + short)
-    square = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
+    if resize == "caffe":
+        steps = (width / size, 0, 0, 0, height / size, 0)
+        square = picture.transform(
+            (size, size), Image.Transform.AFFINE, steps, Image.Resampling.BILINEAR
+        )
+    elif resize == "torchvision":
+        # torchvision's own arithmetic: int(), and Python's round() to even.
+        sides = int(size * width / short), int(size * height / short)
+        left, top = (round((side - size) / 2) for side in sides)
+        square = picture.resize(sides, Image.Resampling.BILINEAR)
+        square = square.crop((left, top, left + size, top + size))
+    else:
+        # The square is cut out of the original's pixels and scaled once: no resized copy between.
+        left, top = (width - short) / 2, (height - short) / 2
+        box = (left, top, left + short, top + short)
+        square = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
     return np.asarray(square)
 
 
-def _pixels(encoded: bytes) -> np.ndarray:
+def _pixels(encoded: bytes, enough: int) -> np.ndarray:
+    """uint8[h, w, 3], upright; of a very large JPEG with sides of at least `enough` pixels."""
     if not encoded:
         raise DecodeError("it is empty")
     try:
         if simplejpeg.is_jpeg(encoded):
             height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
-            if height * width > LARGEST_PICTURE:
-                raise DecodeError(f"it has {height * width:,} pixels")
-            return simplejpeg.decode_jpeg(encoded, colorspace="RGB")
+            _need_at_most(LARGEST_PICTURE, height * width)
+            enough = enough if height * width > LARGEST_WHOLE else max(height, width)
+            pixels = simplejpeg.decode_jpeg(encoded, "RGB", min_height=enough, min_width=enough)
+            if b"Exif" not in encoded[:4096]:
+                return pixels
+            with Image.open(io.BytesIO(encoded)) as image:
+                return _upright(pixels, image)
         with Image.open(io.BytesIO(encoded)) as image:
+            _need_at_most(LARGEST_WHOLE, image.height * image.width)
             if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey rather than scale it
                 grey = (np.asarray(image) >> 8).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=-1)
-            return np.asarray(image.convert("RGB"))
+                return _upright(np.repeat(grey[..., None], 3, axis=-1), image)
+            if image.mode in ("I", "F"):  # and of these nobody knows the range
+                raise DecodeError("it has 32 bits a channel; save it with 8 or 16")
+            return _upright(np.asarray(image.convert("RGB")), image)
     except UnidentifiedImageError:
         raise DecodeError("it is no picture in a known format") from None
     # Pillow reports a damaged picture by any of these, depending on the format.
     except (ValueError, OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DecodeError(str(error).splitlines()[0] if str(error) else repr(error)) from error
+
+
+def _need_at_most(largest: int, pixels: int) -> None:
+    if pixels > largest:
+        raise DecodeError(f"it has {pixels:,} pixels; at most {largest:,} of its format are read")
+
+
+def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+    """The pixels turned and mirrored as the orientation in the EXIF data of `image` says."""
+    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    if orientation in (5, 6, 7, 8):  # the first row of the file is a side of the picture
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)

@@ -1,0 +1,34 @@
+"""What is done to a picture before a net sees it: a part of the model."""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+# How a picture becomes a square of `image_size` pixels:
+# - "paper": shorter side scaled (bicubic), the central square cut out, in one operation;
+# - "torchvision": `Resize` then `CenterCrop` (bilinear with antialiasing, sides in whole pixels);
+# - "caffe": warped to the square, whatever its shape (bilinear, no antialiasing), as
+#   `convert_imageset --resize_height=256 --resize_width=256` does.
+ResizeRule = Literal["paper", "torchvision", "caffe"]
+
+Scale = float | tuple[float, float, float]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Preprocessing:
+    """From a picture to what the net was trained on: RGB, mean subtracted, centre cut, scaled.
+
+    Attributes:
+      image_size: side of the square that a picture is brought to, in pixels.
+      resize: how.
+      crop_size: side of the central part that the net sees.
+      mean: float32[3], or float32[image_size, image_size, 3], in grey levels 0 … 255, RGB.
+      scale: what the difference is multiplied with; one number, or one for each channel.
+    """
+
+    image_size: int
+    resize: ResizeRule
+    crop_size: int
+    mean: np.ndarray
+    scale: Scale = 1.0

@@ -1,0 +1,146 @@
+"""The project's own weight files: safetensors with the model and its preprocessing inside.
+
+Tensors are `params/LAYER/kernel`, `params/LAYER/bias` (float32, in Flax's layouts, for RGB images),
+`preprocessing/mean`, and `lpips/lin0` … `lpips/lin4` where there are LPIPS heads. The metadata,
+each value JSON: `format` ("flax_alexnet/1"), `model`, `preprocessing`, `label_names`, `source`.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from flax_alexnet.architectures import ARCHITECTURES
+from flax_alexnet.config import ModelConfig
+from flax_alexnet.errors import UserError, first_line, unknown
+from flax_alexnet.preprocessing import Preprocessing
+from flax_alexnet.weights.pretrained import (
+    LPIPS_HEADS,
+    Pretrained,
+    expected_shapes,
+    need_tensors,
+    unflatten,
+)
+
+FORMAT = "flax_alexnet/1"
+MODEL_FIELDS = ("variant", "num_classes", "width", "activation", "relu_logits")
+
+
+def save(net: Pretrained, path: Path) -> None:
+    """Writes a net; the file is whole even if the program is killed meanwhile.
+
+    Raises:
+      UserError: it cannot be written there.
+    """
+    rule = net.preprocessing
+    tensors = {
+        f"params/{layer}/{name}": np.asarray(value, np.float32)
+        for layer, values in net.params.items()
+        for name, value in values.items()
+    }
+    tensors["preprocessing/mean"] = np.asarray(rule.mean, np.float32)
+    tensors |= {f"lpips/{k}": np.asarray(v, np.float32) for k, v in net.lpips_heads.items()}
+    metadata = {
+        "format": FORMAT,
+        "model": {name: getattr(net.config, name) for name in MODEL_FIELDS},
+        "preprocessing": {
+            "image_size": rule.image_size,
+            "resize": rule.resize,
+            "crop_size": rule.crop_size,
+            "scale": rule.scale,
+            "channel_order": "RGB",
+        },
+        "label_names": net.label_names,
+        "source": dict(net.source),
+    }
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+        save_file(contiguous, partial, {k: json.dumps(v) for k, v in metadata.items()})
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {first_line(error)}; take another path") from None
+
+
+def is_native(path: Path) -> bool:
+    """Whether a safetensors file is one of ours; UserError where it cannot be read."""
+    return "format" in _open(path)[0]
+
+
+def read(path: Path) -> Pretrained:
+    """Reads what `save` wrote.
+
+    Raises:
+      UserError: the file is damaged, of another version, or its tensors do not fit its model; all
+        that do not are listed.
+    """
+    metadata, tensors = _open(path)
+    try:
+        said = {name: json.loads(value) for name, value in metadata.items()}
+        if said["format"] != FORMAT:
+            raise UserError(f"{path} has the format {said['format']!r}; expected {FORMAT!r}")
+        rule = dict(said["preprocessing"])
+        if rule.pop("channel_order") != "RGB":
+            raise UserError(f"{path} is not for RGB images; convert its source once more")
+        scale = rule.pop("scale")
+        mean = tensors.pop("preprocessing/mean")
+        net = Pretrained(
+            ModelConfig(**said["model"]),
+            unflatten(_under("params/", tensors)),
+            Preprocessing(**rule, mean=mean, scale=_scale(scale)),
+            tuple(said["label_names"]),
+            said["source"],
+            _under("lpips/", tensors),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path} is damaged (its metadata: {first_line(error)}); convert its source once more"
+        ) from None
+    if net.config.variant not in ARCHITECTURES:
+        raise UserError(f"{path}: {unknown('variant', net.config.variant, ARCHITECTURES)}")
+    expected = {f"params/{name}": shape for name, shape in expected_shapes(net).items()}
+    dense = frozenset(name for name in expected if name.startswith("params/fc"))
+    if net.lpips_heads:
+        features = [shape[-1] for name, shape in expected.items() if name.endswith("kernel")]
+        heads = zip(LPIPS_HEADS, features, strict=False)
+        expected |= {f"lpips/{name}": (1, 1, count, 1) for name, count in heads}
+    need_tensors({name: value.shape for name, value in tensors.items()}, expected, path, dense)
+    return net
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The metadata of a file, decoded: cheap, since no tensor is read."""
+    metadata, _ = _open(path, tensors=False)
+    return {name: json.loads(value) for name, value in metadata.items()}
+
+
+def _open(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = file.keys() if tensors else ()
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError, TypeError) as error:
+        raise UserError(f"{path} is no safetensors file: {first_line(error)}") from None
+
+
+def _under(prefix: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _scale(value: Any) -> float | tuple[float, float, float]:
+    if isinstance(value, list):
+        red, green, blue = (float(v) for v in value)
+        return red, green, blue
+    return float(value)
+
+
+def with_source(net: Pretrained, file: Path, kind: str, sha256: str) -> Pretrained:
+    """The net with a note of the file that it was read from."""
+    return dataclasses.replace(net, source={"file": file.name, "format": kind, "sha256": sha256})

@@ -1,0 +1,147 @@
+"""A trained net with everything that its use takes."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_alexnet.architectures import architecture, parameter_shapes
+from flax_alexnet.augment import preprocess
+from flax_alexnet.build import make_model
+from flax_alexnet.config import ModelConfig
+from flax_alexnet.data.decode import DecodeError, decode
+from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.model import AlexNet
+from flax_alexnet.preprocessing import Preprocessing
+
+Params = dict[str, dict[str, Any]]
+LPIPS_HEADS = tuple(f"lin{stage}" for stage in range(5))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A trained net: parameters, preprocessing and label names, as `flax_alexnet.load` reads it.
+
+    Example:
+      >>> net = flax_alexnet.load("alexnet.safetensors")
+      >>> images = net.open("cat.jpg")[None]  # uint8[1, 256, 256, 3]
+      >>> logits = net.model.apply({"params": net.params}, net.preprocess(images))
+
+    Attributes:
+      config: the net; `num_classes` is set.
+      params: {"conv1": {"kernel": float32[…], "bias": float32[…]}, …}; a trunk without the dense
+        layers has features but no logits.
+      preprocessing: what is done to a picture first.
+      label_names: of the classes in order; empty where unknown.
+      source: where it comes from: "file", "format", "sha256" of that file.
+      lpips_heads: {"lin0": float32[1, 1, c, 1], … "lin4"} where it has LPIPS heads, else empty.
+    """
+
+    config: ModelConfig
+    params: Params
+    preprocessing: Preprocessing
+    label_names: tuple[str, ...] = ()
+    source: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    lpips_heads: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the net."""
+        assert self.config.num_classes is not None, "it is set in every Pretrained"
+        return self.config.num_classes
+
+    @property
+    def model(self) -> AlexNet:
+        """The module that `params` belong to."""
+        return make_model(self.config, self.num_classes)
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the dense layers are there, and not the trunk alone."""
+        return self.params.keys() == {path.partition("/")[0] for path in expected_shapes(self)}
+
+    def open(self, path: str | Path) -> np.ndarray:
+        """A picture from a file, brought to this net's size: uint8[image_size, image_size, 3].
+
+        Raises:
+          UserError: there is no such file, or it cannot be decoded.
+        """
+        try:
+            encoded = Path(path).expanduser().read_bytes()
+            return decode(encoded, self.preprocessing.image_size, self.preprocessing.resize)
+        except (OSError, DecodeError) as error:
+            raise UserError(f"cannot read picture {path}: {first_line(error)}") from None
+
+    def preprocess(self, images: jax.Array) -> jax.Array:
+        """uint8[b, image_size, image_size, 3] to what the net sees: float32[b, crop, crop, 3]."""
+        rule = self.preprocessing
+        mean = jnp.asarray(rule.mean)
+        return preprocess(images, mean, crop_size=rule.crop_size, scale=rule.scale)
+
+    def name(self, label: int) -> str:
+        """The name of a class, or its number where it has none."""
+        return self.label_names[label] if label < len(self.label_names) else f"class {label}"
+
+
+def expected_shapes(net: Pretrained) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of the whole net by its path, such as "conv1/kernel"."""
+    layers = architecture(net.config.variant).scaled(net.num_classes, net.config.width)
+    return parameter_shapes(layers, net.preprocessing.crop_size, net.preprocessing.crop_size)
+
+
+def need_classifier(net: Pretrained) -> None:
+    """Raises UserError for a trunk, which has no logits."""
+    if not net.is_classifier:
+        missing = sorted({path.partition("/")[0] for path in expected_shapes(net)} - {*net.params})
+        raise UserError(
+            f"{net.source.get('file', 'these weights')} has no {', '.join(missing)}: it gives "
+            "features, but no classes; take a whole net"
+        )
+
+
+def need_tensors(
+    found: Mapping[str, Sequence[int]],
+    expected: Mapping[str, Sequence[int]],
+    file: object,
+    optional: frozenset[str] = frozenset(),
+) -> None:
+    """Raises UserError that lists every missing, surplus or misshaped tensor of a file at once.
+
+    Args:
+      found: shapes by the names of the file's own format.
+      expected: likewise.
+      file: for the message.
+      optional: names that may be missing, but only all together.
+    """
+    missing = expected.keys() - found.keys()
+    if missing == optional:
+        missing = set()
+    problems = [f"{name} is missing, expected {_shape(expected[name])}" for name in sorted(missing)]
+    problems += [
+        f"{name} {_shape(found[name])} is not expected"
+        for name in sorted(found.keys() - expected.keys())
+    ]
+    problems += [
+        f"{name} is {_shape(found[name])}, expected {_shape(expected[name])}"
+        for name in sorted(found.keys() & expected.keys())
+        if tuple(found[name]) != tuple(expected[name])
+    ]
+    if problems:
+        raise UserError(f"{file} does not fit: {'; '.join(problems)}")
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "a number"
+
+
+def unflatten(tensors: Mapping[str, np.ndarray]) -> Params:
+    """{"conv1/kernel": array} to {"conv1": {"kernel": array}}."""
+    params: Params = {}
+    for path, value in tensors.items():
+        layer, _, name = path.partition("/")
+        params.setdefault(layer, {})[name] = value
+    return params
