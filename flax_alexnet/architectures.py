@@ -261,11 +261,20 @@ def activation_names(layers: Iterable[Layer]) -> tuple[str, ...]:
 
 def layers_until(layers: tuple[Layer, ...], last: str) -> tuple[Layer, ...]:
     """The layers up to the one that gives the activation `last`; UserError where there is none."""
+    return layers[: _end(layers, last)]
+
+
+def layers_after(layers: tuple[Layer, ...], first: str) -> tuple[Layer, ...]:
+    """The layers that follow the activation `first`; UserError where there is none."""
+    return layers[_end(layers, first) :]
+
+
+def _end(layers: tuple[Layer, ...], activation: str) -> int:
     names = activation_names(layers)
-    if last not in names:
-        raise UserError(unknown("activation", last, names))
-    kept = [layer for layer in layers if not isinstance(layer, Dropout)][names.index(last)]
-    return layers[: layers.index(kept) + 1]
+    if activation not in names:
+        raise UserError(unknown("activation", activation, names))
+    kept = [layer for layer in layers if not isinstance(layer, Dropout)]
+    return layers.index(kept[names.index(activation)]) + 1
 
 
 def parameter_shapes(

@@ -33,9 +33,9 @@ COLOR_SCALES = {
 }
 
 
-def subtract_mean(images: jax.Array, mean: jax.Array) -> jax.Array:
+def subtract_mean(images: jax.Array | np.ndarray, mean: jax.Array) -> jax.Array:
     """uint8 or float[b, h, w, 3] less float32[h, w, 3] (or a colour, float32[3]): float32."""
-    return images.astype(jnp.float32) - jnp.broadcast_to(mean, images.shape[1:])[None]
+    return jnp.asarray(images, jnp.float32) - jnp.broadcast_to(mean, images.shape[1:])[None]
 
 
 def rescale(images: jax.Array, scale: Scale) -> jax.Array:
@@ -49,6 +49,18 @@ def center_crop(images: jax.Array, size: int) -> jax.Array:
     """[b, h, w, 3] → [b, size, size, 3]: the middle, with the odd pixel at the bottom and right."""
     top, left = ((side - size) // 2 for side in images.shape[1:3])
     return images[:, top : top + size, left : left + size]
+
+
+def ten_crops(images: jax.Array, size: int) -> jax.Array:
+    """[b, h, w, 3] → [b, 10, size, size, 3]: four corners and the centre, then mirrored each.
+
+    Section 4.1 of the paper, whose test averages the softmax over these.
+    """
+    height, width = images.shape[1:3]
+    corners = [(0, 0), (0, width - size), (height - size, 0), (height - size, width - size)]
+    crops = [images[:, top : top + size, left : left + size] for top, left in corners]
+    five = jnp.stack([*crops, center_crop(images, size)], axis=1)
+    return jnp.concatenate([five, five[..., ::-1, :]], axis=1)
 
 
 def random_crop(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
@@ -111,7 +123,7 @@ def augment(
 
 
 def preprocess(
-    images: jax.Array, mean: jax.Array, *, crop_size: int, scale: Scale = 1.0
+    images: jax.Array | np.ndarray, mean: jax.Array, *, crop_size: int, scale: Scale = 1.0
 ) -> jax.Array:
     """What evaluation sees: mean subtracted, central crop, times `scale`; shapes as above."""
     return rescale(center_crop(subtract_mean(images, mean), crop_size), scale)

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import tyro
 
 from flax_alexnet.architectures import ARCHITECTURES
 from flax_alexnet.errors import UserError, unknown
+from flax_alexnet.preprocessing import ResizeRule, Scale
 
 # Beyond these a value is a slip of the keyboard.
 LARGEST_NUMBER = 1e10
@@ -35,8 +37,27 @@ class DataConfig:
     """TFDS split to evaluate on; none: validation where there is one, else test."""
     image_size: int = 256
     """Side in pixels to which pictures are brought before any crop."""
+    resize: ResizeRule = "paper"
+    """How: the paper's rule, torchvision's (bilinear), or Caffe's (warped to the square)."""
     threads: int = 2
     """Threads that decode and batch pictures."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UseDataConfig:
+    """Pictures of a dataset that a trained net is used on."""
+
+    name: str = ""
+    """The embedded "shapes_and_textures", a TFDS name that has been prepared, or folder:PATH."""
+    data_dir: Path | None = None
+    """Where prepared datasets lie; none: TFDS_DATA_DIR or tensorflow_datasets in the home."""
+    split: str | None = None
+    """TFDS split; none: validation where there is one, else test. Of a folder: train, test or all;
+    none: test, which training holds out."""
+
+
+NO_DATASET = UseDataConfig()
+EMBEDDED_DATASET = UseDataConfig(name="shapes_and_textures")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +94,9 @@ class AugmentConfig:
     """Mirror half of the pictures left to right in training."""
     color_noise: Literal["none", "cuda-convnet", "eigenvalues"] = "none"
     """PCA colour noise: as strong as in the original code, or by the eigenvalues in wide use."""
-    scale: float = 1.0
-    """What grey levels are multiplied with once the mean is subtracted; 1 in the original nets."""
+    scale: Scale = 1.0
+    """What grey levels are multiplied with once the mean is subtracted, or one for each channel; 1
+    in the original nets."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +115,8 @@ class OptimizerConfig:
     """Multiplier of the rate for biases; the original code and Caffe take 2."""
     decay_biases: bool = True
     """Whether biases decay; in the original code and Caffe they do not."""
+    layer_rates: tuple[str, ...] = ()
+    """Multipliers of the rate of some layers, such as conv.*=0.1 fc8=10 (patterns of names)."""
     clip_norm: float | None = None
     """Global norm down to which gradients are scaled; none: not at all."""
     schedule: Literal["constant", "steps", "plateau"] = "constant"
@@ -132,13 +156,18 @@ class Config:
     """A training run."""
 
     recipe: str = "quickstart"
-    """Where the defaults come from: quickstart, notebook, paper or cifar10."""
+    """Where the defaults come from: quickstart, notebook, paper, cifar10 or finetune."""
     workdir: Path = Path("runs")
     """Where all that the run writes goes; starting again in the same place resumes."""
     allow_changes: bool = False
     """Resume even though the configuration differs from the one that the run was started with."""
     seed: int = 0
     """Determines initial values, the order of pictures and every random draw."""
+    init_from: Path | None = None
+    """Start from a trained net: a weight file (see convert) or a run's --workdir. Its variant and
+    preprocessing become the defaults; its last layer is replaced where the classes differ."""
+    freeze: tuple[str, ...] = ()
+    """Layers that keep their values, such as conv1,conv2 or conv.* (patterns of names)."""
     batch_size: int = 128
     """Pictures in a step, over all devices."""
     epochs: float = 90.0
@@ -222,7 +251,12 @@ def validate(config: Config) -> None:
             1 <= config.augment.crop_size <= data.image_size,
             f"1 to --data.image-size, which is {data.image_size}",
         ),
-        ("augment.scale", config.augment.scale, config.augment.scale > 0, "more than 0"),
+        (
+            "augment.scale",
+            config.augment.scale,
+            np.min(config.augment.scale) > 0,
+            "more than 0",
+        ),
         (
             "optimizer.learning-rate",
             optimizer.learning_rate,
@@ -276,8 +310,49 @@ def validate(config: Config) -> None:
             "0 or more",
         ),
     ):
-        if not fits:
-            raise UserError(f"--{flag} is {value}; expected {expected}")
+        need(flag, value, fits, expected)
+
+
+def frozen_layers(config: Config, names: Sequence[str]) -> frozenset[str]:
+    """The layers of those called `names` that `--freeze` means.
+
+    Raises:
+      UserError: a pattern that is none, or means no layer; or all are frozen.
+    """
+    patterns = [pattern for value in config.freeze for pattern in value.split(",") if pattern]
+    frozen = frozenset(n for pattern in patterns for n in _matching("freeze", pattern, names))
+    if frozen == set(names):
+        raise UserError("--freeze leaves no layer to train; name fewer")
+    return frozen
+
+
+def layer_rates(config: Config, names: Sequence[str]) -> dict[str, float]:
+    """What multiplies the rate of each layer that `--optimizer.layer-rates` means.
+
+    Raises:
+      UserError: something that is not PATTERN=NUMBER, or a pattern that means no layer.
+    """
+    flag = "optimizer.layer-rates"
+    rates: dict[str, float] = {}
+    for value in config.optimizer.layer_rates:
+        pattern, equals, number = value.rpartition("=")
+        try:
+            factor = float(number) if equals else -1.0
+        except ValueError:
+            factor = -1.0
+        need(flag, value, 0 <= factor <= LARGEST_NUMBER, "PATTERN=NUMBER, such as conv.*=0.1")
+        rates |= dict.fromkeys(_matching(flag, pattern, names), factor)
+    return rates
+
+
+def _matching(flag: str, pattern: str, names: Sequence[str]) -> list[str]:
+    try:
+        found = [name for name in names if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise UserError(f"--{flag} {pattern} is no pattern: {error}") from None
+    if not found:
+        raise UserError(f"--{flag}: {unknown('layer', pattern, names)}")
+    return found
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -299,17 +374,24 @@ def flatten(config: Any) -> dict[str, Any]:
 T = TypeVar("T")
 
 
-def parse(schema: type[T], argv: Sequence[str], default: T, program: str) -> T:
-    """`default` with the flags of `argv` applied.
+def need(flag: str, value: object, fits: bool, expected: str) -> None:
+    """Raises UserError for the value of a flag that does not fit."""
+    if not fits:
+        raise UserError(f"--{flag} is {value}; expected {expected}")
+
+
+def parse(schema: type[T], argv: Sequence[str], default: T | None, program: str) -> T:
+    """`default` with the flags of `argv` applied; None where `schema` has positional arguments.
 
     Raises:
       UserError: an unknown flag, with the nearest one, or a value that is not of its type or
         names another user's home that is not there.
       SystemExit: after `--help`.
     """
+    start: Any = tyro.MISSING_NONPROP if default is None else default
     if {"-h", "--help"} & set(argv):
-        return tyro.cli(schema, args=argv, default=default, prog=program)
-    flags = known_flags(default)
+        return tyro.cli(schema, args=argv, default=start, prog=program)
+    flags = known_flags(schema if default is None else default)
     for word in argv:
         name = word.partition("=")[0].replace("_", "-")
         if name.startswith("--") and name not in flags:
@@ -319,7 +401,7 @@ def parse(schema: type[T], argv: Sequence[str], default: T, program: str) -> T:
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            return _expand(tyro.cli(schema, args=argv, default=default, prog=program))
+            return _expand(tyro.cli(schema, args=argv, default=start, prog=program))
     except SystemExit:
         raise UserError(_first_paragraph(output.getvalue())) from None
 
@@ -340,10 +422,10 @@ def _expand(config: Any) -> Any:
 
 
 def known_flags(default: Any, prefix: str = "--") -> list[str]:
-    """Every flag of a dataclass, nested ones with their prefix, in tyro's spelling."""
+    """Every flag of a dataclass or its type, nested ones with their prefix, in tyro's spelling."""
     flags = []
     for field in dataclasses.fields(default):
-        name, value = field.name.replace("_", "-"), getattr(default, field.name)
+        name, value = field.name.replace("_", "-"), getattr(default, field.name, None)
         if dataclasses.is_dataclass(value):
             flags += known_flags(value, f"{prefix}{name}.")
         elif isinstance(value, bool):

@@ -19,6 +19,7 @@ from flax_alexnet.architectures import (
     Pool,
     architecture,
     explicit_padding,
+    layers_after,
     layers_until,
     trace,
 )
@@ -89,11 +90,21 @@ class AlexNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, *, train: bool = False, last: str | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        first: str | None = None,
+        last: str | None = None,
     ) -> jax.Array:
-        """Logits, or the activation called `last`: then nothing after it is computed or needed."""
+        """Logits, or the activation called `last`: then nothing after it is computed or needed.
+
+        With `first`, the name of a map, `images` are that activation, and what follows is computed.
+        """
         layers = architecture(self.variant).scaled(self.num_classes, self.width)
         logits = layers[-1]
+        if first is not None:
+            layers = layers_after(layers, first)
         if last is not None:
             layers = layers_until(layers, last)
         shape: tuple[int, ...]

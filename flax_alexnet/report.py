@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_alexnet.architectures import architecture
 from flax_alexnet.augment import preprocess
 from flax_alexnet.config import AugmentConfig
 from flax_alexnet.data.examples import Examples
+from flax_alexnet.model import AlexNet
 from flax_alexnet.plots import plot_curves, plot_kernels, plot_predictions
 from flax_alexnet.reporting import read_metrics
 
@@ -30,14 +32,15 @@ def draw_report(
     workdir: Path,
     params: Any,
     mean: jax.Array,
-    model: nn.Module,
+    model: AlexNet,
     examples: Examples,
     label_names: Sequence[str],
     settings: AugmentConfig,
 ) -> None:
     """Draws `report/`: the curves, the first layer's kernels, and eight predictions."""
     plot_curves(read_metrics(workdir / "metrics.jsonl"), workdir / "report" / "curves.png")
-    plot_kernels(params["conv1"]["kernel"], workdir / "report" / "conv1.png")
+    groups = architecture(model.variant).groups
+    plot_kernels(params["conv1"]["kernel"], workdir / "report" / "conv1.png", groups)
     order = np.random.default_rng(0).permutation(len(examples))
     chosen = [examples[int(index)] for index in order[:8]]
     images = np.stack([example["image"] for example in chosen])

@@ -36,6 +36,11 @@ def decode(encoded: bytes, size: int, resize: ResizeRule = "paper") -> np.ndarra
     return to_square(_pixels(encoded, 2 * size), size, resize)
 
 
+def decode_whole(encoded: bytes) -> np.ndarray:
+    """A picture of at most `LARGEST_WHOLE` pixels at its own size: uint8[h, w, 3]; see `decode`."""
+    return _pixels(encoded, None)
+
+
 def to_square(image: np.ndarray, size: int, resize: ResizeRule = "paper") -> np.ndarray:
     """uint8[h, w, 3] to uint8[size, size, 3]; one that has this size already keeps its pixels."""
     height, width = image.shape[:2]
@@ -62,16 +67,16 @@ def to_square(image: np.ndarray, size: int, resize: ResizeRule = "paper") -> np.
     return np.asarray(square)
 
 
-def _pixels(encoded: bytes, enough: int) -> np.ndarray:
+def _pixels(encoded: bytes, enough: int | None) -> np.ndarray:
     """uint8[h, w, 3], upright; of a very large JPEG with sides of at least `enough` pixels."""
     if not encoded:
         raise DecodeError("it is empty")
     try:
         if simplejpeg.is_jpeg(encoded):
             height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
-            _need_at_most(LARGEST_PICTURE, height * width)
-            enough = enough if height * width > LARGEST_WHOLE else max(height, width)
-            pixels = simplejpeg.decode_jpeg(encoded, "RGB", min_height=enough, min_width=enough)
+            _need_at_most(LARGEST_PICTURE if enough else LARGEST_WHOLE, height * width)
+            least = enough if enough and height * width > LARGEST_WHOLE else max(height, width)
+            pixels = simplejpeg.decode_jpeg(encoded, "RGB", min_height=least, min_width=least)
             if b"Exif" not in encoded[:4096]:
                 return pixels
             with Image.open(io.BytesIO(encoded)) as image:

@@ -10,6 +10,7 @@ from flax_alexnet.data.ahead import map_threads
 from flax_alexnet.data.decode import DecodeError, decode
 from flax_alexnet.data.sources import Source
 from flax_alexnet.errors import UserError
+from flax_alexnet.preprocessing import ResizeRule
 
 CACHE_BYTES = 2**30  # decoded datasets up to this are kept in memory
 MEAN_PICTURES = 2**16  # over so many the mean is taken where there are more
@@ -32,29 +33,33 @@ class Examples(Protocol):
 class DecodedExamples:
     """Pictures read and decoded each time they are asked for."""
 
-    def __init__(self, source: Source, size: int):
-        self._source, self._size = source, size
+    def __init__(self, source: Source, size: int, resize: ResizeRule = "paper"):
+        self._source, self._size, self._resize = source, size, resize
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Example:
-        image, label = _decoded(self._source, [index], self._size)
+        image, label = _decoded(self._source, [index], self._size, self._resize)
         return {"image": image[0], "label": label[0]}
 
 
 class CachedExamples:
     """Pictures decoded once and kept in memory: those of `share` now, others when asked for."""
 
-    def __init__(self, source: Source, size: int, share: slice = EVERYTHING):
-        self._source, self._size = source, size
+    def __init__(
+        self, source: Source, size: int, share: slice = EVERYTHING, resize: ResizeRule = "paper"
+    ):
+        self._source, self._size, self._resize = source, size, resize
         self._images = np.empty((len(source), size, size, 3), np.uint8)
         self._labels = np.empty((len(source),), np.int32)
         self._known = np.zeros((len(source),), bool)
         _exhaust(_for_chunks(self._fill, np.arange(len(source))[share]))
 
     def _fill(self, rows: Sequence[int]) -> None:
-        self._images[rows], self._labels[rows] = _decoded(self._source, rows, self._size)
+        self._images[rows], self._labels[rows] = _decoded(
+            self._source, rows, self._size, self._resize
+        )
         self._known[rows] = True
 
     def __len__(self) -> int:
@@ -66,22 +71,24 @@ class CachedExamples:
         return {"image": self._images[index], "label": self._labels[index]}
 
 
-def open_examples(source: Source, size: int, share: slice = EVERYTHING) -> Examples:
-    """`source` decoded to `size` × `size`: kept in memory where that takes less than 1 GiB.
+def open_examples(
+    source: Source, size: int, share: slice = EVERYTHING, resize: ResizeRule = "paper"
+) -> Examples:
+    """`source` brought to `size` × `size`: kept in memory where that takes less than 1 GiB.
 
     Raises:
       UserError: a picture of `share` that cannot be decoded, named here and not in the middle of a
         training. Large datasets that were prepared were tried then, and are not here.
     """
     if len(source) * size * size * 3 <= CACHE_BYTES:
-        return CachedExamples(source, size, share)
+        return CachedExamples(source, size, share, resize)
     if not source.prepared:
 
         def attempt(rows: Sequence[int]) -> None:
-            _decoded(source, rows, size)
+            _decoded(source, rows, size, resize)
 
         _exhaust(_for_chunks(attempt, np.arange(len(source))[share]))
-    return DecodedExamples(source, size)
+    return DecodedExamples(source, size, resize)
 
 
 def mean_image(
@@ -119,12 +126,14 @@ def _exhaust(items: Iterator[object]) -> None:
     collections.deque(items, maxlen=0)
 
 
-def _decoded(source: Source, indices: Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
+def _decoded(
+    source: Source, indices: Sequence[int], size: int, resize: ResizeRule
+) -> tuple[np.ndarray, np.ndarray]:
     images = np.empty((len(indices), size, size, 3), np.uint8)
     labels = np.empty((len(indices),), np.int32)
     for row, record in enumerate(source.records(indices)):
         try:
-            images[row] = decode(record.image, size)
+            images[row] = decode(record.image, size, resize)
         except DecodeError as error:
             raise UserError(
                 f"cannot decode picture {record.name}: {error}; remove or repair it"

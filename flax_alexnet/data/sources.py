@@ -39,6 +39,8 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def name(self, index: int, /) -> str: ...
+
     def records(self, indices: Sequence[int]) -> list[Record]: ...
 
 
@@ -144,6 +146,10 @@ class TfdsSource:
     def __len__(self) -> int:
         return len(self._data)
 
+    def name(self, index: int) -> str:
+        """What messages call the picture."""
+        return f"{self._split}[{index}]"
+
     def records(self, indices: Sequence[int]) -> list[Record]:
         """The records at `indices`; many at once are read several times faster than one by one.
 
@@ -155,7 +161,7 @@ class TfdsSource:
         except (RuntimeError, ValueError, IndexError) as error:
             raise damaged(self._folder, error) from None
         return [
-            Record(item[self._image], int(item[self._label]), f"{self._split}[{index}]")
+            Record(item[self._image], int(item[self._label]), self.name(index))
             for index, item in zip(indices, items, strict=True)
         ]
 
@@ -172,6 +178,10 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._files)
 
+    def name(self, index: int) -> str:
+        """The picture's path."""
+        return str(self._files[index][0])
+
     def records(self, indices: Sequence[int]) -> list[Record]:
         """The records at `indices`; UserError names a file that cannot be read."""
         result = []
@@ -185,6 +195,32 @@ class FolderSource:
                     f"cannot read {path}: {error.strerror}; remove or repair it"
                 ) from None
         return result
+
+
+class Joined:
+    """The pictures of two sources with the same label names, one after the other."""
+
+    def __init__(self, first: Source, second: Source):
+        self._parts = first, second
+        self.label_names = first.label_names
+        self.prepared = first.prepared and second.prepared
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        first, second = self._parts
+        return (first, index) if index < len(first) else (second, index - len(first))
+
+    def name(self, index: int) -> str:
+        """What its part calls the picture."""
+        source, index = self._find(index)
+        return source.name(index)
+
+    def records(self, indices: Sequence[int]) -> list[Record]:
+        """The records at `indices`, as their parts give them."""
+        found = [self._find(index) for index in indices]
+        return [record for source, index in found for record in source.records([index])]
 
 
 def prepare_command(name: str, data_dir: Path | None = None) -> str:

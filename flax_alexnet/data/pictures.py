@@ -1,0 +1,119 @@
+"""Pictures that a trained net is used on: each has an outcome, and a bad one stops no other."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from flax_alexnet.data.ahead import map_threads
+from flax_alexnet.data.decode import DecodeError, decode
+from flax_alexnet.data.sources import FOLDER, FolderSource, Joined, Source, open_dataset
+from flax_alexnet.errors import UserError
+from flax_alexnet.preprocessing import ResizeRule
+
+NO_LABEL = -1  # of a picture whose right class nobody said
+
+
+class Picture(NamedTuple):
+    """A picture, or why there is none."""
+
+    name: str
+    label: int
+    image: np.ndarray | None  # uint8[size, size, 3]
+    problem: str = ""
+
+
+def find_pictures(arguments: Sequence[str]) -> FolderSource:
+    """The files that paths, folders (with all below them) and globs name, in that order.
+
+    Hidden files are passed over; any other is taken, whatever its name says, so that each has an
+    outcome. A file that is named twice is taken once.
+
+    Raises:
+      UserError: an argument that names nothing.
+    """
+    if not arguments:
+        raise UserError("no pictures: name files, folders or globs")
+    files: dict[Path, int] = {}
+    for argument in arguments:
+        expanded = os.path.expanduser(argument)
+        # A name may hold the signs of a glob, so what is there goes first.
+        named = [expanded] if os.path.lexists(expanded) else glob.glob(expanded, recursive=True)
+        found = [file for path in sorted(named) for file in _files(Path(path))]
+        if not found:
+            raise UserError(f"no pictures {argument}: expected a file, a folder or a glob")
+        files |= dict.fromkeys(found, NO_LABEL)
+    return FolderSource(list(files.items()), ())
+
+
+def open_for_use(
+    name: str, data_dir: Path | None = None, split: str | None = None
+) -> tuple[Source, Sequence[str]]:
+    """Labelled pictures of one split of a dataset, and the names of its classes.
+
+    Args:
+      name: as for `open_dataset`.
+      data_dir: likewise.
+      split: of TFDS; None is "validation" where there is one, else "test". Of a folder "train",
+        "test" or "all"; None is "test".
+
+    Raises:
+      UserError: no such dataset or split.
+    """
+    if not name.startswith(FOLDER):
+        dataset = open_dataset(name, data_dir, eval_split=split)
+        return dataset.eval, dataset.label_names
+    dataset = open_dataset(name)
+    if split == "all":
+        return Joined(dataset.train, dataset.eval), dataset.label_names
+    parts = {"train": dataset.train, "test": dataset.eval, None: dataset.eval}
+    if split not in parts:
+        raise UserError(f"--data.split of a folder is train, test or all, not {split!r}")
+    return parts[split], dataset.label_names
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    below = (p.relative_to(path) for p in sorted(path.rglob("*")) if not p.is_dir())
+    return [path / p for p in below if not any(part.startswith(".") for part in p.parts)]
+
+
+def read_pictures(
+    source: Source,
+    size: int,
+    resize: ResizeRule = "paper",
+    indices: Iterable[int] | None = None,
+    threads: int | None = None,
+) -> Iterator[Picture]:
+    """The pictures of a source brought to `size` × `size`, in order; see `decode` for the rules."""
+
+    def read(index: int) -> Picture:
+        label = NO_LABEL
+        try:
+            (record,) = source.records([index])
+            label = record.label
+            image = decode(record.image, size, resize)
+        except (UserError, DecodeError) as error:
+            if source.prepared and isinstance(error, UserError):
+                raise  # the dataset as a whole is damaged
+            return Picture(source.name(index), label, None, str(error))
+        return Picture(record.name, label, image)
+
+    return map_threads(read, range(len(source)) if indices is None else indices, threads)
+
+
+def summarize(problems: Sequence[tuple[str, str]], total: int) -> str:
+    """What became of `total` pictures, of which those of `problems`, (name, why), were not read."""
+    lines = [f"{total - len(problems):,} of {total:,} pictures read"]
+    if problems:
+        lines[0] += f"; {len(problems):,} not:"
+        lines += [f"  {name}: {problem}" for name, problem in problems[:20]]
+    if len(problems) > 20:
+        kinds = Counter(problem for _, problem in problems).most_common(5)
+        lines.append("  … " + "; ".join(f"{count} times: {problem}" for problem, count in kinds))
+    return "\n".join(lines)

@@ -1,0 +1,150 @@
+"""Pictures of every kind, from bytes to squares: a stated outcome for each, and bounded memory."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image, ImageOps
+
+from flax_alexnet.data.decode import LARGEST_WHOLE, DecodeError, decode, decode_whole, to_square
+
+RNG = np.random.default_rng(0)
+NOISE = RNG.integers(0, 256, (40, 60, 3), np.uint8)
+# Half black, half coloured, so that it survives JPEG and shows its orientation.
+FLAG = np.zeros((40, 60, 3), np.uint8)
+FLAG[:, 30:] = (200, 100, 50)
+
+
+def encoded(pixels, kind="png", **options):
+    buffer = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def linear(image, size):
+    """Bilinear without antialiasing, pixel centres at (i + ½)·scale − ½, as OpenCV has it."""
+
+    def taps(length):
+        centre = (np.arange(size) + 0.5) * length / size - 0.5
+        first = np.floor(centre).astype(int)
+        low, high = (np.clip(first + step, 0, length - 1) for step in (0, 1))
+        return low, high, centre - first
+
+    (top, bottom, v), (left, right, u) = (taps(length) for length in image.shape[:2])
+    image, u, v = image.astype(float), u[None, :, None], v[:, None, None]
+    upper = image[top][:, left] * (1 - u) + image[top][:, right] * u
+    lower = image[bottom][:, left] * (1 - u) + image[bottom][:, right] * u
+    return upper * (1 - v) + lower * v
+
+
+@pytest.mark.parametrize("size", [16, 97])
+def test_caffes_rule_warps_without_antialiasing(size):
+    # Pillow cuts off fractions where OpenCV rounds: less than one grey level apart.
+    assert np.abs(to_square(NOISE, size, "caffe") - linear(NOISE, size)).max() < 1
+
+
+@pytest.mark.parametrize("shape", [(256, 300), (375, 500), (500, 333)])
+def test_torchvisions_rule_is_resize_and_center_crop(shape):
+    """What `transforms.Resize(256)` and `CenterCrop(224)` do to a PIL image, written down."""
+    image = Image.fromarray(RNG.integers(0, 256, (*shape, 3), np.uint8))
+    short = min(shape)
+    width, height = (int(256 * side / short) for side in image.size)
+    resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    top, left = round((height - 224) / 2.0), round((width - 224) / 2.0)
+    ours = to_square(np.asarray(image), 256, "torchvision")[16:240, 16:240]
+    np.testing.assert_array_equal(ours, resized[top : top + 224, left : left + 224])
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_as_its_exif_data_says(orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(FLAG, kind, exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    ours = decode_whole(data)
+    assert ours.shape == upright.shape
+    assert np.abs(ours.astype(int) - upright).max() <= 3
+
+
+def test_grey_cmyk_palette_transparency_and_16_bits_become_rgb():
+    grey = NOISE[..., 0]
+    np.testing.assert_array_equal(decode_whole(encoded(grey)), np.stack([grey] * 3, -1))
+    sixteen = (grey.astype(np.uint16) << 8) + 77
+    np.testing.assert_array_equal(decode_whole(encoded(sixteen)), np.stack([grey] * 3, -1))
+    clear = np.dstack([NOISE, grey])
+    np.testing.assert_array_equal(decode_whole(encoded(clear)), NOISE)
+    palette = Image.fromarray(NOISE).quantize(256)
+    np.testing.assert_array_equal(decode_whole(encoded(palette)), palette.convert("RGB"))
+    cmyk = decode_whole(encoded(Image.fromarray(FLAG).convert("CMYK"), "jpeg", quality=95))
+    assert np.abs(cmyk.astype(int) - FLAG)[:, [*range(28), *range(32, 60)]].max() <= 12
+
+
+def test_of_an_animation_the_first_frame_is_taken():
+    frames = [Image.fromarray(np.full((9, 9, 3), value, np.uint8)) for value in (10, 200)]
+    for kind in ("gif", "webp", "png"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        assert np.abs(decode_whole(data).astype(int) - 10).max() <= 2, kind
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        pytest.param(b"", "empty", id="empty"),
+        pytest.param(b"no picture", "no picture", id="mislabelled"),
+        *(
+            pytest.param(
+                encoded(NOISE, kind)[: int(part * len(encoded(NOISE, kind)))], ".", id=kind
+            )
+            for kind in ("jpeg", "png", "gif", "bmp")
+            for part in (0.05, 0.5, 0.95)
+        ),
+        pytest.param(
+            encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "tiff"), "32 bits", id="float"
+        ),
+        pytest.param(encoded(Image.new("1", (6000, 5000))), "30,000,000 pixels", id="large png"),
+    ],
+)
+def test_what_cannot_be_read_is_said(data, says):
+    with pytest.raises(DecodeError, match=says):
+        decode(data, 16)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_hundred_megapixels_take_less_than_500_megabytes(tmp_path):
+    """A JPEG is read, in a process whose memory nobody else has filled; a PNG is not."""
+    white = np.broadcast_to(np.uint8(255), (10_000, 10_000, 3))
+    large = tmp_path / "large.jpg"
+    large.write_bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(white), quality=50))
+    program = f"""
+import resource, sys
+from pathlib import Path
+from flax_alexnet.data.decode import decode
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+data = Path({str(large)!r}).read_bytes()
+before = peak()
+image = decode(data, 256)
+assert image.shape == (256, 256, 3) and image.min() > 250
+print(peak() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 500
+    with pytest.raises(DecodeError, match="100,000,000 pixels"):
+        decode(encoded(Image.new("1", (10_000, 10_000))), 256)
+    with pytest.raises(DecodeError, match="at most"):
+        decode_whole(large.read_bytes())
+
+
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
+    side = 5200
+    assert side * side > LARGEST_WHOLE
+    ramp = np.linspace(0, 255, side).astype(np.uint8)
+    pixels = np.stack([np.broadcast_to(ramp, (side, side))] * 3, -1)
+    ours = decode(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels)), 64).astype(float)
+    assert np.abs(ours - ramp[:: side // 64][:64][None, :, None]).max() < 6
