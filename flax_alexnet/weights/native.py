@@ -1,8 +1,9 @@
 """The project's own weight files: safetensors with the model and its preprocessing inside.
 
 Tensors are `params/LAYER/kernel`, `params/LAYER/bias` (float32, in Flax's layouts, for RGB images),
-`preprocessing/mean`, and `lpips/lin0` … `lpips/lin4` where there are LPIPS heads. The metadata,
-each value JSON: `format` ("flax_alexnet/1"), `model`, `preprocessing`, `label_names`, `source`.
+`preprocessing/mean`, and `lpips/lin0` … `lpips/lin4` where there are LPIPS heads. The metadata has
+one entry, `flax_alexnet`, since the order of several is another each time a file is written: JSON
+with `format` (1), `model`, `preprocessing`, `label_names` and `source`.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from flax_alexnet.weights.pretrained import (
     unflatten,
 )
 
-FORMAT = "flax_alexnet/1"
+KEY, FORMAT = "flax_alexnet", 1
 MODEL_FIELDS = ("variant", "num_classes", "width", "activation", "relu_logits")
 
 
@@ -61,7 +62,7 @@ def save(net: Pretrained, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-        save_file(contiguous, partial, {k: json.dumps(v) for k, v in metadata.items()})
+        save_file(contiguous, partial, {KEY: json.dumps(metadata)})
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {first_line(error)}; take another path") from None
@@ -69,7 +70,7 @@ def save(net: Pretrained, path: Path) -> None:
 
 def is_native(path: Path) -> bool:
     """Whether a safetensors file is one of ours; UserError where it cannot be read."""
-    return "format" in _open(path)[0]
+    return KEY in _open(path, tensors=False)[0]
 
 
 def read(path: Path) -> Pretrained:
@@ -81,9 +82,9 @@ def read(path: Path) -> Pretrained:
     """
     metadata, tensors = _open(path)
     try:
-        said = {name: json.loads(value) for name, value in metadata.items()}
+        said = json.loads(metadata[KEY])
         if said["format"] != FORMAT:
-            raise UserError(f"{path} has the format {said['format']!r}; expected {FORMAT!r}")
+            raise UserError(f"{path} has the format {said['format']!r}; expected {FORMAT}")
         rule = dict(said["preprocessing"])
         if rule.pop("channel_order") != "RGB":
             raise UserError(f"{path} is not for RGB images; convert its source once more")
@@ -113,12 +114,6 @@ def read(path: Path) -> Pretrained:
         expected |= {f"lpips/{name}": (1, 1, count, 1) for name, count in heads}
     need_tensors({name: value.shape for name, value in tensors.items()}, expected, path, dense)
     return net
-
-
-def describe(path: Path) -> dict[str, Any]:
-    """The metadata of a file, decoded: cheap, since no tensor is read."""
-    metadata, _ = _open(path, tensors=False)
-    return {name: json.loads(value) for name, value in metadata.items()}
 
 
 def _open(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, np.ndarray]]:

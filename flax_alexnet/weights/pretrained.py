@@ -1,7 +1,7 @@
 """A trained net with everything that its use takes."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_alexnet.architectures import architecture, parameter_shapes
-from flax_alexnet.augment import preprocess
+from flax_alexnet.architectures import Conv, Dense, architecture, layers_until, parameter_shapes
+from flax_alexnet.augment import preprocess, rescale, subtract_mean, ten_crops
 from flax_alexnet.build import make_model
 from flax_alexnet.config import ModelConfig
 from flax_alexnet.data.decode import DecodeError, decode
@@ -76,11 +76,18 @@ class Pretrained:
         except (OSError, DecodeError) as error:
             raise UserError(f"cannot read picture {path}: {first_line(error)}") from None
 
-    def preprocess(self, images: jax.Array) -> jax.Array:
+    def preprocess(self, images: jax.Array | np.ndarray) -> jax.Array:
         """uint8[b, image_size, image_size, 3] to what the net sees: float32[b, crop, crop, 3]."""
         rule = self.preprocessing
         mean = jnp.asarray(rule.mean)
         return preprocess(images, mean, crop_size=rule.crop_size, scale=rule.scale)
+
+    def ten_crops(self, images: jax.Array | np.ndarray) -> jax.Array:
+        """As `preprocess`, but the paper's ten crops of each: float32[b, 10, crop, crop, 3]."""
+        rule = self.preprocessing
+        centred = subtract_mean(images, jnp.asarray(rule.mean))
+        crops = ten_crops(centred, rule.crop_size)
+        return rescale(crops.reshape(-1, *crops.shape[2:]), rule.scale).reshape(crops.shape)
 
     def name(self, label: int) -> str:
         """The name of a class, or its number where it has none."""
@@ -98,9 +105,20 @@ def need_classifier(net: Pretrained) -> None:
     if not net.is_classifier:
         missing = sorted({path.partition("/")[0] for path in expected_shapes(net)} - {*net.params})
         raise UserError(
-            f"{net.source.get('file', 'these weights')} has no {', '.join(missing)}: it gives "
+            f"{net.source.get('file', 'this net')} has no {', '.join(missing)}: it gives "
             "features, but no classes; take a whole net"
         )
+
+
+def need_layers(net: Pretrained, layers: Iterable[str]) -> None:
+    """Raises UserError for an activation that the net has not, or has no parameters for."""
+    table = architecture(net.config.variant).layers
+    for name in layers:
+        for layer in layers_until(table, name):
+            if isinstance(layer, Conv | Dense) and layer.name not in net.params:
+                raise UserError(
+                    f"{net.source.get('file', 'this net')} has no {layer.name}, which {name} needs"
+                )
 
 
 def need_tensors(

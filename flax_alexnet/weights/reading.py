@@ -1,46 +1,192 @@
 """Any trained net from a path."""
 
 import dataclasses
-import hashlib
 import json
+import re
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 from flax_alexnet.checkpoint import Checkpoints, digest
 from flax_alexnet.config import ModelConfig
-from flax_alexnet.errors import UserError
+from flax_alexnet.errors import UserError, unknown
 from flax_alexnet.preprocessing import Preprocessing
-from flax_alexnet.weights import native
-from flax_alexnet.weights.pretrained import Pretrained
+from flax_alexnet.weights import layouts, native
+from flax_alexnet.weights.caffe_files import read_caffemodel, read_mean
+from flax_alexnet.weights.digests import mismatch, sha256
+from flax_alexnet.weights.labels import imagenet_labels
+from flax_alexnet.weights.numpy_files import read_npy, read_npz
+from flax_alexnet.weights.pretrained import LPIPS_HEADS, Pretrained
+from flax_alexnet.weights.torch_files import read_pth, read_safetensors
+
+KINDS = ".safetensors, .pth, .caffemodel, .npy, .npz, or the --workdir of a run"
+LARGEST = 2**31  # bytes; the parameters of AlexNet are 244 million
+CAFFE_VARIANTS = ("caffe", "caffenet")
+
+TORCHVISION = Preprocessing(
+    image_size=256,
+    resize="torchvision",
+    crop_size=224,
+    mean=255 * np.array([0.485, 0.456, 0.406], np.float32),
+    scale=(1 / (255 * 0.229), 1 / (255 * 0.224), 1 / (255 * 0.225)),
+)
+# The mean colour of ImageNet's training pictures, which Caffe's own examples subtract where they do
+# without the mean image.
+CAFFE = Preprocessing(
+    image_size=256,
+    resize="caffe",
+    crop_size=227,
+    mean=np.array([122.67891434, 116.66876762, 104.00698793], np.float32),
+)
 
 
 def load(path: str | Path) -> Pretrained:
     """The trained net in a file or in the working directory of a run.
 
+    Nothing that a file says is run. Weights of other systems come with the preprocessing that they
+    were trained with, for RGB pictures, and with ImageNet's label names where they have 1000
+    classes; what is worth knowing of them, such as a wrong digest, goes to the standard error.
+
     Args:
-      path: a `.safetensors` of ours (see `flax_alexnet.weights.native`), as
-        `python -m flax_alexnet.convert` makes of other systems' files; or the working directory of
-        a run, whose newest checkpoint is taken.
+      path: one of
+
+        - a `.safetensors` of ours, as `python -m flax_alexnet.convert` writes it;
+        - the working directory of a run, whose newest checkpoint is taken;
+        - torchvision's `alexnet`, a state dict as `.pth` or `.safetensors`;
+        - Caffe's bvlc_alexnet or bvlc_reference_caffenet, a `.caffemodel`;
+        - the `bvlc_alexnet.npy` of guerzh/tf_weights;
+        - an `.npz` of torchvision's layers, named as ours, perhaps with LPIPS heads.
 
     Raises:
       UserError: there is no such file, it is damaged, or it is none of these.
     """
-    path = Path(path).expanduser()
+    net, notes = read(Path(path).expanduser())
+    for note in notes:
+        print(note, file=sys.stderr)
+    return net
+
+
+def read(
+    path: Path, variant: str | None = None, mean: Path | None = None
+) -> tuple[Pretrained, list[str]]:
+    """As `load`, but returns what is worth knowing, in lines.
+
+    Args:
+      path: as there.
+      variant: which of Caffe's two nets a file is, where it does not say so itself.
+      mean: for one of these, a `.binaryproto` of the mean image; None for Caffe's mean colour.
+
+    Raises:
+      UserError: as `load`; or the file is of another variant, or has its mean already.
+    """
+    suffix = path.suffix.lower()
+    if mean and suffix not in (".caffemodel", ".npy"):
+        raise UserError(f"--mean is for Caffe's nets; the mean of {path} is known without it")
+    notes: list[str] = []
     if path.is_dir():
-        return _read_run(path)
+        net = _read_run(path)
+    elif not path.is_file():
+        raise UserError(f"no weights {path}: expected {KINDS}")
+    elif not 0 < path.stat().st_size <= LARGEST:
+        raise UserError(f"{path} is empty or larger than 2 GiB; expected weights of AlexNet")
+    elif suffix == ".safetensors" and native.is_native(path):
+        net = native.read(path)
+    else:
+        net, notes = _read_foreign(path, variant, mean)
+    if variant not in (None, net.config.variant):
+        raise UserError(f"{path} is of the variant {net.config.variant}, not {variant}")
+    return net, notes
+
+
+def with_heads(net: Pretrained, path: Path) -> Pretrained:
+    """The net with LPIPS heads, from the `alex.pth` of the package lpips or a `.safetensors`.
+
+    Raises:
+      UserError: the file is damaged or has no such heads, or the net is not torchvision's.
+    """
+    if net.config.variant != "torchvision":
+        raise UserError(f"LPIPS heads are for the variant torchvision, not {net.config.variant}")
     if not path.is_file():
-        raise UserError(f"no weights {path}: expected a .safetensors file or a run's --workdir")
-    if path.suffix == ".safetensors" and native.is_native(path):
-        return native.read(path)
-    raise UserError(
-        f"{path} is not a weight file of flax_alexnet; bring it into that form with: "
-        f"python -m flax_alexnet.convert {path} {path.with_suffix('.safetensors')}"
-    )
+        raise UserError(f"no LPIPS heads {path}: expected a .pth or .safetensors")
+    tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_pth(path)
+    heads = layouts.read_heads(layouts.LPIPS, tensors, net.params, path)
+    return dataclasses.replace(net, lpips_heads=heads)
 
 
-def sha256(path: Path) -> str:
-    """The digest of a file's bytes, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _read_foreign(
+    path: Path, variant: str | None, mean: Path | None
+) -> tuple[Pretrained, list[str]]:
+    rule, heads = TORCHVISION, {}
+    match path.suffix.lower():
+        case ".pth" | ".pt":
+            kind, layout, tensors = "PyTorch", layouts.TORCHVISION, read_pth(path)
+            variant = "torchvision"
+        case ".safetensors":
+            kind, layout, tensors = "PyTorch", layouts.TORCHVISION, read_safetensors(path)
+            variant = "torchvision"
+        case ".npz":
+            kind, layout, tensors = "NumPy", layouts.FLAX, read_npz(path)
+            heads = {name: tensors.pop(name) for name in LPIPS_HEADS if name in tensors}
+            variant = "torchvision"
+        case ".npy":
+            kind, layout, tensors = "caffe-tensorflow", layouts.CAFFE_TENSORFLOW, read_npy(path)
+            rule, variant = _caffe_rule(mean), variant or "caffe"
+        case ".caffemodel":
+            caffe = read_caffemodel(path)
+            kind, layout, tensors = "Caffe", layouts.CAFFE, _with_fc8(caffe.tensors)
+            rule, variant = _caffe_rule(mean), caffe.variant or variant
+        case ".binaryproto":
+            raise UserError(f"{path} is a mean image; give it as --mean, with a .caffemodel")
+        case _:
+            raise UserError(f"{path} is not known as a weight file: expected {KINDS}")
+    if layouts.LPIPS.names["lin0"] in tensors:
+        raise UserError(f"{path} has LPIPS heads alone; give it as --heads, with torchvision's net")
+    if variant is None:
+        raise UserError(f"{path} does not say which net it is: give --variant caffe or caffenet")
+    if layout.bgr and variant not in CAFFE_VARIANTS:
+        raise UserError(unknown("variant of Caffe", variant, CAFFE_VARIANTS))
+
+    params, num_classes = layouts.read_params(layout, tensors, variant, path)
+    if heads:
+        heads = layouts.read_heads(layouts.FLAX_HEADS, heads, params, path)
+    names = imagenet_labels() if num_classes == len(imagenet_labels()) else ()
+    digits = sha256(path)
+    source = {"file": path.name, "format": kind, "sha256": digits}
+    config = ModelConfig(variant=variant, num_classes=num_classes)
+    net = Pretrained(config, params, rule, names, source, heads)
+
+    notes = [f"warning: {line}" for line in (mismatch(path, digits), _not_finite(net)) if line]
+    if layout.bgr and mean is None:
+        red, green, blue = (f"{value:.3f}" for value in rule.mean)
+        notes.append(f"note: no --mean, so Caffe's mean colour is taken: BGR {blue} {green} {red}")
+    return net, notes
+
+
+def _caffe_rule(mean: Path | None) -> Preprocessing:
+    if mean is None:
+        return CAFFE
+    image = read_mean(mean)
+    height, width, _ = image.shape if image.ndim == 3 else (CAFFE.image_size,) * 3
+    if height != width or height < CAFFE.crop_size:
+        raise UserError(f"{mean} is {height}×{width}; expected a square of at least 227 pixels")
+    return dataclasses.replace(CAFFE, mean=image, image_size=height)
+
+
+def _with_fc8(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Fine-tuned nets have a last layer of another name, such as fc8_flickr, lest it be copied."""
+    return {re.sub(r"^fc8[_-][^.]*", "fc8", name): value for name, value in tensors.items()}
+
+
+def _not_finite(net: Pretrained) -> str:
+    counts = {
+        f"{layer}/{part}": np.count_nonzero(~np.isfinite(value))
+        for layer, parts in net.params.items()
+        for part, value in parts.items()
+    }
+    found = ", ".join(f"{count} in {name}" for name, count in counts.items() if count)
+    return f"{net.source['file']} has values that are not finite: {found}" if found else ""
 
 
 def _read_run(workdir: Path) -> Pretrained:

@@ -1,0 +1,267 @@
+"""Pickles, read without running anything.
+
+A pickle is a program: Python's own `Unpickler` imports what it names and calls what it asks for.
+Here its instructions are only decoded (by `pickletools`) and carried out on a stack of plain values
+by the few lines below. A pickle can name nothing but what the reader of a format admits, each of
+which stands for a harmless function of ours, and NumPy's arrays; every other name is refused.
+"""
+
+import math
+import pickletools
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Weight files take some thousands; each costs a microsecond and at most some hundred bytes.
+MOST_INSTRUCTIONS = 1_000_000
+MOST_AXES = 8
+
+# What goes wrong when instructions make no sense together, and in reading any damaged file.
+NONSENSE = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError),
+    *(LookupError, MemoryError, RuntimeError, TypeError, ValueError),
+)
+
+
+class PickleError(Exception):
+    """A pickle is damaged, or asks for more than arrays and plain containers."""
+
+
+class Global(NamedTuple):
+    """A name that a pickle asks for, and the function of ours that stands for it, if any."""
+
+    name: str
+    call: Callable[..., Any] | None
+
+
+def read_pickle(
+    file: Any,
+    admitted: Mapping[str, Callable[..., Any] | None],
+    persistent: Callable[[Any], Any] | None = None,
+) -> Any:
+    """The value of one pickle, of any protocol; strings of Python 2 are read as Latin-1.
+
+    Args:
+      file: stands at the pickle's first byte, and after its last when it has been read. Reading
+        more than it has must give what is left and claim no memory: an `io.BytesIO` or a `mmap`.
+      admitted: beside NumPy's names, those that may be asked for, such as
+        "collections.OrderedDict", with a function that is called in its place; None for a name
+        that is never called.
+      persistent: from a persistent id to the value that it stands for.
+
+    Raises:
+      PickleError: in one line.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of odd escapes in text of protocol 0
+            return _run(file, {**_BASIC, **admitted}, persistent)
+    except NONSENSE as error:
+        raise PickleError(f"it is damaged ({_short(str(error) or type(error).__name__)})") from None
+
+
+def _run(file: Any, admitted: Mapping[str, Any], persistent: Any) -> Any:
+    stack: list[Any] = []
+    below: list[list[Any]] = []  # the stacks under each mark
+    memo: dict[int, Any] = {}
+    argument: Any
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if count == MOST_INSTRUCTIONS:
+            raise PickleError(f"it has more than {MOST_INSTRUCTIONS:,} instructions")
+        match opcode.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "STOP":
+                return stack.pop()
+            case "MARK":
+                below.append(stack)
+                stack = []
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(opcode.name == "NEWTRUE")
+            case name if name in _LITERALS:
+                stack.append(argument)
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                size = int(opcode.name[-1])
+                _need(len(stack) >= size)
+                stack[-size:] = [tuple(stack[-size:])]
+            case "TUPLE" | "LIST" | "DICT" as name:
+                items, stack = stack, below.pop()
+                value: Any = {"TUPLE": tuple, "LIST": list}.get(name, lambda _: {})(items)
+                if name == "DICT":
+                    _set_items(value, items)
+                stack.append(value)
+            case "APPEND":
+                item = stack.pop()
+                _extend(stack[-1], [item])
+            case "APPENDS":
+                items, stack = stack, below.pop()
+                _extend(stack[-1], items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _set_items(stack[-1], [key, value])
+            case "SETITEMS":
+                items, stack = stack, below.pop()
+                _set_items(stack[-1], items)
+            case "POP":
+                stack.pop()
+            case "POP_MARK":
+                stack = below.pop()
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL":
+                stack.append(_find(argument.replace(" ", "."), admitted))
+            case "STACK_GLOBAL":
+                name, module = stack.pop(), stack.pop()
+                _need(isinstance(name, str) and isinstance(module, str))
+                stack.append(_find(f"{module}.{name}", admitted))
+            case "REDUCE":
+                arguments, function = stack.pop(), stack.pop()
+                _need(isinstance(arguments, tuple) and isinstance(function, Global))
+                if function.call is None:
+                    raise PickleError(f"it calls {_short(function.name)}")
+                stack.append(function.call(*arguments))
+            case "BUILD":
+                state = stack.pop()
+                if isinstance(stack[-1], np.ndarray):
+                    _fill(stack[-1], state)
+                elif isinstance(stack[-1], _DType):
+                    stack[-1].order = state[1]
+                else:  # attributes of a dictionary, such as PyTorch's _metadata, are passed over
+                    _need(isinstance(stack[-1], dict))
+            case "BINPERSID" if persistent:
+                stack.append(persistent(stack.pop()))
+            case other:
+                raise PickleError(f"it has the instruction {other}, which no weights need")
+    raise ValueError("it ends too early")
+
+
+_LITERALS = frozenset(
+    {
+        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+        *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE"),
+        *("BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    }
+)
+
+
+def _find(name: str, admitted: Mapping[str, Any]) -> Global:
+    if name not in admitted:
+        raise PickleError(
+            f"it asks for {_short(name)}, and only arrays and plain containers are read from a "
+            "pickle, since anything else could run code; save the bare weights"
+        )
+    return Global(name, admitted[name])
+
+
+def _extend(items: Any, more: list[Any]) -> None:
+    _need(isinstance(items, list))
+    items.extend(more)
+
+
+def _set_items(items: Any, more: list[Any]) -> None:
+    _need(isinstance(items, dict))
+    items.update(dictionary(zip(more[::2], more[1::2], strict=True)))
+
+
+def dictionary(items: Iterable[tuple[Any, Any]] = ()) -> dict[str | int, Any]:
+    """A dictionary of pairs, for "collections.OrderedDict" too; its keys are names or numbers."""
+    result = {}
+    for key, value in items:
+        # Other keys could be nested tuples, whose hashes take as long as their author likes.
+        _need(isinstance(key, str | int))
+        result[key] = value
+    return result
+
+
+class _DType:
+    """A dtype, whose byte order follows after it was made."""
+
+    def __init__(self, code: Any, align: Any = False, copy: Any = False):
+        del align, copy
+        self.code, self.order = code, "="
+
+    def numpy(self) -> np.dtype:
+        # Python 2 wrote "O8".
+        known = isinstance(self.code, str) and self.code[:1] in ("f", "i", "u", "b", "O")
+        if known and self.order in ("<", ">", "=", "|"):
+            return np.dtype(self.order + self.code)
+        raise PickleError("it has an array of something else than numbers")
+
+
+def _new_array(kind: Any, shape: Any, code: Any) -> np.ndarray:
+    """NumPy makes an array empty; its state follows."""
+    del shape, code
+    _need(isinstance(kind, Global) and kind.name == "numpy.ndarray")
+    return np.empty(0, np.float32)
+
+
+def _fill(array: np.ndarray, state: Any) -> None:
+    data: Any
+    _, shape, kind, fortran_order, data = state
+    dtype = kind.numpy()
+    if dtype.hasobject:
+        # `np.save` wraps a dictionary so; anything else is a container that we need not know.
+        if shape != () or not isinstance(data, list) or len(data) != 1:
+            raise PickleError("it has an array of objects")
+    else:
+        data = data.encode("latin-1") if isinstance(data, str) else data
+        _need(isinstance(data, bytes) and is_shape(shape))
+        if math.prod(shape) * dtype.itemsize != len(data):
+            size = "×".join(map(str, shape))
+            raise PickleError(f"it has an array of {_short(size)}, but {len(data):,} bytes for it")
+    array.__setstate__((1, shape, dtype, int(fortran_order == 1), data))  # type: ignore[arg-type]
+
+
+def _scalar(kind: Any, data: Any) -> Any:
+    dtype = kind.numpy()
+    _need(not dtype.hasobject)
+    (value,) = np.frombuffer(data, dtype)
+    return value
+
+
+def _encode(text: Any, codec: Any) -> bytes:
+    """How Python 3 writes bytes for Python 2 to read."""
+    _need(isinstance(text, str) and codec in ("latin1", "latin-1"))
+    return text.encode("latin-1")
+
+
+_BASIC: Mapping[str, Callable[..., Any] | None] = {
+    "__builtin__.bytes": lambda: b"",  # how Python 3 writes these for Python 2
+    "numpy.ndarray": None,
+    "numpy.dtype": _DType,
+    "_codecs.encode": _encode,
+    **{
+        f"numpy.{core}.multiarray.{name}": function
+        for core in ("core", "_core")  # before NumPy 2, and since
+        for name, function in (("_reconstruct", _new_array), ("scalar", _scalar))
+    },
+}
+
+
+def is_shape(value: Any) -> bool:
+    """Whether a value of a pickle is the shape of an array: a few whole numbers, none negative."""
+    sides = isinstance(value, tuple) and len(value) <= MOST_AXES
+    return sides and all(isinstance(side, int) and side >= 0 for side in value)
+
+
+def _need(sane: bool) -> None:
+    if not sane:
+        raise ValueError("its instructions make no sense")
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

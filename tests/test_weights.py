@@ -1,0 +1,155 @@
+"""Our own weight files, the nets in them, and working directories of runs as weights."""
+
+import dataclasses
+import importlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_net
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import flax_alexnet
+from flax_alexnet.augment import center_crop
+from flax_alexnet.errors import UserError
+from flax_alexnet.weights import native
+from flax_alexnet.weights.pretrained import need_classifier
+from flax_alexnet.weights.reading import load
+
+
+def rewritten(weights, path, change):
+    """The file with its tensors and metadata changed."""
+    with safe_open(weights, framework="numpy") as file:
+        metadata = json.loads(file.metadata()[native.KEY])
+    tensors = load_file(weights)
+    change(tensors, metadata)
+    save_file(tensors, path, {native.KEY: json.dumps(metadata)})
+    return path
+
+
+def test_a_net_comes_back_as_it_was_saved(net, weights):
+    again = load(weights)
+    assert again.config == net.config
+    assert again.label_names == net.label_names
+    assert again.source == net.source
+    assert again.is_classifier
+    rules = [dataclasses.asdict(n.preprocessing) for n in (net, again)]
+    assert [rule.pop("mean").tolist() for rule in rules] == [[120, 110, 100]] * 2
+    assert rules[0] == rules[1]
+    jax.tree.map(np.testing.assert_array_equal, again.params, net.params)
+
+
+def test_the_same_net_gives_the_same_bytes(net, weights, tmp_path):
+    native.save(net, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == weights.read_bytes()
+
+
+def test_heads_and_a_mean_image_travel_too(net, tmp_path):
+    mean = np.arange(72 * 72 * 3, dtype=np.float32).reshape(72, 72, 3)
+    rule = dataclasses.replace(net.preprocessing, mean=mean, scale=0.5)
+    features = [layer["kernel"].shape[-1] for layer in net.params.values()][:5]
+    heads = {
+        f"lin{i}": np.full((1, 1, count, 1), i, np.float32) for i, count in enumerate(features)
+    }
+    native.save(dataclasses.replace(net, preprocessing=rule, lpips_heads=heads), tmp_path / "x")
+    again = native.read(tmp_path / "x")
+    np.testing.assert_array_equal(again.preprocessing.mean, mean)
+    assert again.preprocessing.scale == 0.5
+    jax.tree.map(np.testing.assert_array_equal, dict(again.lpips_heads), heads)
+
+
+def test_preprocessing_subtracts_crops_and_scales_each_channel(net):
+    images = np.random.default_rng(0).integers(0, 256, (2, 72, 72, 3), np.uint8)
+    expected = (images - np.array([120, 110, 100.0])) * np.array([0.02, 0.03, 0.04])
+    expected = expected[:, 4:68, 4:68]
+    np.testing.assert_allclose(net.preprocess(images), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_ten_crops_are_four_corners_and_the_centre_and_their_mirror_images(net):
+    images = np.random.default_rng(0).integers(0, 256, (2, 72, 72, 3), np.uint8)
+    mean = np.random.default_rng(1).uniform(0, 255, (72, 72, 3)).astype(np.float32)
+    net = dataclasses.replace(net, preprocessing=dataclasses.replace(net.preprocessing, mean=mean))
+    crops = np.asarray(net.ten_crops(images))
+    assert crops.shape == (2, 10, 64, 64, 3)
+    # The mean image is subtracted before the crop: each corner has its own part of it.
+    seen = (images - mean) * np.array([0.02, 0.03, 0.04], np.float32)
+    for place, (top, left) in enumerate([(0, 0), (0, 8), (8, 0), (8, 8), (4, 4)]):
+        expected = seen[:, top : top + 64, left : left + 64]
+        np.testing.assert_allclose(crops[:, place], expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(crops[:, 5 + place], crops[:, place, :, ::-1])
+    np.testing.assert_array_equal(crops[:, 4], center_crop(net.preprocess(images), 64))
+
+
+def test_every_tensor_that_does_not_fit_is_listed_at_once(weights, tmp_path):
+    def change(tensors, metadata):
+        del metadata
+        del tensors["params/conv2/bias"]
+        tensors["params/conv9/bias"] = np.zeros(3, np.float32)
+        tensors["params/fc8/kernel"] = np.zeros((2, 2), np.float32)
+
+    path = rewritten(weights, tmp_path / "bad.safetensors", change)
+    with pytest.raises(UserError) as error:
+        load(path)
+    said = str(error.value)
+    assert "params/conv2/bias is missing, expected 10" in said
+    assert "params/conv9/bias 3 is not expected" in said
+    assert "params/fc8/kernel is 2×2, expected 205×4" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("format", 99, "has the format 99; expected 1"),
+        ("model", {"variant": "papre", "num_classes": 4}, "did you mean 'paper'"),
+        ("model", {"size": 3}, "damaged"),
+        ("preprocessing", {"channel_order": "BGR"}, "not for RGB"),
+        ("preprocessing", [], "damaged"),
+        ("label_names", 7, "damaged"),
+    ],
+)
+def test_metadata_that_does_not_fit_is_one_line(weights, tmp_path, name, value, says):
+    def change(tensors, metadata):
+        del tensors
+        metadata[name] = value
+
+    with pytest.raises(UserError, match=says) as error:
+        load(rewritten(weights, tmp_path / "bad.safetensors", change))
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_none(weights, tmp_path):
+    with pytest.raises(UserError, match="no weights"):
+        load(tmp_path / "nothing.safetensors")
+    for part in (0, 5, 1000, -1):
+        (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:part])
+        with pytest.raises(UserError, match=r"cut\.safetensors"):
+            load(tmp_path / "cut.safetensors")
+    with pytest.raises(UserError, match="no working directory"):
+        load(tmp_path)
+    with pytest.raises(UserError, match="cannot write"):
+        native.save(make_net(), weights / "below" / "a" / "file")
+
+
+def test_a_trunk_has_features_but_no_classes(net, tmp_path):
+    trunk = {name: values for name, values in net.params.items() if name.startswith("conv")}
+    native.save(dataclasses.replace(net, params=trunk), tmp_path / "trunk.safetensors")
+    again = load(tmp_path / "trunk.safetensors")
+    assert not again.is_classifier
+    with pytest.raises(UserError, match=r"made.pth has no fc6, fc7, fc8"):
+        need_classifier(again)
+    some = {**trunk, "fc6": net.params["fc6"]}
+    native.save(dataclasses.replace(net, params=some), tmp_path / "some.safetensors")
+    with pytest.raises(UserError, match="params/fc7/bias is missing"):
+        load(tmp_path / "some.safetensors")
+
+
+def test_commands_do_not_hide_the_functions_of_their_names():
+    for name in ("features", "lpips"):
+        importlib.import_module(f"flax_alexnet.{name}")
+    assert callable(flax_alexnet.features)
+    assert callable(flax_alexnet.lpips)
+    assert flax_alexnet.load is load
+    assert jnp.ndim(flax_alexnet.AlexNet().width) == 0
