@@ -1,0 +1,232 @@
+"""`python -m flax_alexnet.evaluate WEIGHTS …`: how often a trained net, or several, are right."""
+
+import csv
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from flax_alexnet.config import EMBEDDED_DATASET, UseDataConfig, need, parse
+from flax_alexnet.data.pictures import Picture, open_for_use, read_pictures, summarize
+from flax_alexnet.data.sources import Source
+from flax_alexnet.errors import UserError, exit_code
+from flax_alexnet.inference import infer, log_probabilities
+from flax_alexnet.plots import plot_confusion
+from flax_alexnet.weights.labels import imagenet_labels, imagenet_synsets
+from flax_alexnet.weights.pretrained import Pretrained, need_classifier
+from flax_alexnet.weights.reading import load
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Measures the loss and the accuracy of a trained net; of several, with their mean."""
+
+    weights: tyro.conf.Positional[tuple[Path, ...]]
+    """Weight files (see convert), or working directories of runs; several are an ensemble, whose
+    probabilities are averaged."""
+    data: UseDataConfig = EMBEDDED_DATASET
+    crops: Literal[1, 10] = 1
+    """1 for the central crop, 10 for the mean over the paper's ten crops."""
+    output: Path = Path("evaluation")
+    """A folder for evaluation.json, classes.csv, confusion.csv and confusion.png."""
+    batch_size: int = 64
+    """Pictures that a net sees at once (ten times as many with ten crops)."""
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """What was counted, over the pictures that could be read, each once.
+
+    Attributes:
+      confusion: int64[classes, classes]; rows are the right classes, columns the likeliest ones.
+      top5: int64[classes]; pictures of a class that is among the five likeliest.
+      loss: sum of −log of the right class's probability, in nats.
+      problems: names of pictures that could not be read, and why.
+    """
+
+    confusion: np.ndarray
+    top5: np.ndarray
+    loss: float = 0.0
+    problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def add(self, label: int, log_probabilities: np.ndarray) -> None:
+        """Counts a picture: ties are decided by the class number, and NaN is never right."""
+        own = log_probabilities[label]
+        ahead = (log_probabilities > own).sum() + (log_probabilities[:label] == own).sum()
+        sane = not np.isnan(log_probabilities).any()
+        self.confusion[label, int(np.argmax(log_probabilities))] += 1
+        self.top5[label] += bool(ahead < 5 and sane)
+        self.loss -= float(own)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts and means; accuracies are fractions."""
+        images = int(self.confusion.sum())
+        return {
+            "images": images,
+            "not_read": len(self.problems),
+            "loss": self.loss / images,
+            "top1": float(np.trace(self.confusion)) / images,
+            "top5": float(self.top5.sum()) / images,
+        }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 after a mistake of the user."""
+    try:
+        arguments = sys.argv[1:] if argv is None else argv
+        config = parse(EvaluateConfig, arguments, None, "flax_alexnet.evaluate")
+        need("batch-size", config.batch_size, config.batch_size >= 1, "1 or more")
+        if not config.weights:
+            raise UserError("no weights: name weight files, or working directories of runs")
+        run(config)
+        return 0
+    except (UserError, KeyboardInterrupt) as error:
+        return exit_code(error)
+
+
+def run(config: EvaluateConfig) -> None:
+    """Measures, prints and writes what `config` asks for."""
+    nets = [load(path) for path in config.weights]
+    source, names = open_for_use(config.data.name, config.data.data_dir, config.data.split)
+    for net in nets:
+        need_classifier(net)
+        if (net.num_classes, net.label_names) != (nets[0].num_classes, nets[0].label_names):
+            raise UserError("the nets differ in their classes; evaluate them one by one")
+    labels = match_labels(names, nets[0])
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {config.output}: {error.strerror}") from None
+    evaluation = evaluate(nets, source, labels, config.crops, config.batch_size)
+    print(summarize(evaluation.problems, len(source)))
+    if not evaluation.confusion.any():
+        raise UserError(f"none of the pictures of {config.data.name} could be read")
+    summary = evaluation.summary()
+    print(
+        f"{config.data.name}, {len(nets)} net(s), {config.crops} crop(s): loss "
+        f"{summary['loss']:.4f}, top-1 {summary['top1']:.2%}, top-5 {summary['top5']:.2%}"
+    )
+    _write(config.output, evaluation, nets, config)
+    print(f"everything is in {config.output}")
+
+
+def match_labels(names: Sequence[str], net: Pretrained) -> np.ndarray:
+    """The net's class of each of a dataset's classes, int[len(names)]: by name where names agree.
+
+    A dataset may have fewer classes than the net, and in another order, if all its names are the
+    net's, or those that WordNet gives ImageNet's classes ("n01440764"). Where the net has no names, or wholly other ones, the numbers of classes must agree.
+
+    Raises:
+      UserError: the classes do not fit.
+    """
+    known = {name: label for label, name in enumerate(net.label_names)}
+    if net.label_names == imagenet_labels():
+        known |= {synset: label for label, synset in enumerate(imagenet_synsets())}
+    if all(name in known for name in names):
+        return np.array([known[name] for name in names])
+    if len(names) == net.num_classes and not any(name in known for name in names):
+        return np.arange(len(names))
+    missing = [name for name in names if name not in known]
+    raise UserError(
+        f"{len(missing)} of the dataset's {len(names)} classes are not among the net's "
+        f"{net.num_classes} (the first: {missing[0]!r}); take the dataset it was trained for"
+    )
+
+
+def evaluate(
+    nets: Sequence[Pretrained],
+    source: Source,
+    labels: np.ndarray,
+    crops: int = 1,
+    batch_size: int = 64,
+) -> Evaluation:
+    """Counts over all pictures of a source; of several nets the probabilities are averaged.
+
+    Args:
+      nets: classifiers with the same classes.
+      source: pictures with labels.
+      labels: the nets' class of each of the source's, as `match_labels` gives.
+      crops: 1 or 10.
+      batch_size: pictures at once.
+    """
+    classes = nets[0].num_classes
+    evaluation = Evaluation(np.zeros((classes, classes), np.int64), np.zeros(classes, np.int64))
+    for picture, row in _ensemble(nets, source, crops, batch_size):
+        if row is None:
+            evaluation.problems.append((picture.name, picture.problem))
+        else:
+            evaluation.add(int(labels[picture.label]), row)
+    return evaluation
+
+
+def _ensemble(
+    nets: Sequence[Pretrained], source: Source, crops: int, batch_size: int
+) -> Iterator[tuple[Picture, Any]]:
+    """Each picture with its log-probabilities; it is decoded once for all nets with one rule."""
+    rules: dict[Any, list[Pretrained]] = {}
+    for net in nets:
+        rules.setdefault((net.preprocessing.image_size, net.preprocessing.resize), []).append(net)
+    streams = []
+    for (size, resize), group in rules.items():
+        functions = [log_probabilities(net, crops) for net in group]
+        stacked = functools.partial(_stack, functions)
+        streams.append(infer(stacked, read_pictures(source, size, resize), batch_size))
+    for results in zip(*streams, strict=True):
+        rows = [row for _, row in results if row is not None]
+        mean = np.logaddexp.reduce(np.concatenate(rows)) - np.log(len(nets)) if rows else None
+        yield results[0][0], mean
+
+
+def _stack(functions: Sequence[Callable[..., jax.Array]], images: jax.Array) -> jax.Array:
+    return jnp.stack([function(images) for function in functions], axis=1)
+
+
+def _write(
+    folder: Path, evaluation: Evaluation, nets: Sequence[Pretrained], config: EvaluateConfig
+) -> None:
+    """evaluation.json, classes.csv (a line a class), confusion.csv and confusion.png."""
+    names = [nets[0].name(label) for label in range(nets[0].num_classes)]
+    counts = evaluation.confusion.sum(axis=1)
+    classes: list[Mapping[str, Any]] = [
+        {
+            "class": names[label],
+            "images": int(count),
+            "top1": evaluation.confusion[label, label] / count if count else "",
+            "top5": evaluation.top5[label] / count if count else "",
+        }
+        for label, count in enumerate(counts)
+    ]
+    report = {
+        **evaluation.summary(),
+        "dataset": config.data.name,
+        "crops": config.crops,
+        "weights": [
+            {"path": str(p), **n.source} for p, n in zip(config.weights, nets, strict=True)
+        ],
+        "problems": dict(evaluation.problems),
+    }
+    try:
+        (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+        with (folder / "classes.csv").open("w", newline="") as file:
+            table = csv.DictWriter(file, list(classes[0]))
+            table.writeheader()
+            table.writerows(classes)
+        with (folder / "confusion.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["right class", *names])
+            writer.writerows([n, *row] for n, row in zip(names, evaluation.confusion, strict=True))
+        plot_confusion(evaluation.confusion, names, folder / "confusion.png")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""`python -m flax_alexnet.features WEIGHTS …`: activations of many pictures into one file."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from flax_alexnet.activations import features
+from flax_alexnet.config import NO_DATASET, UseDataConfig, need, parse
+from flax_alexnet.data.pictures import (
+    Picture,
+    find_pictures,
+    open_for_use,
+    read_pictures,
+    summarize,
+)
+from flax_alexnet.data.sources import Source
+from flax_alexnet.errors import UserError, exit_code
+from flax_alexnet.feature_files import READ, SUFFIXES, UNREADABLE, FeatureFile, nearest
+from flax_alexnet.inference import infer
+from flax_alexnet.plots import plot_neighbours
+from flax_alexnet.weights.pretrained import Pretrained, need_layers
+from flax_alexnet.weights.reading import load
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturesConfig:
+    """Writes the features of pictures into one file; started again, it goes on where it was."""
+
+    weights: tyro.conf.Positional[Path]
+    """A weight file (see convert), or the --workdir of a run."""
+    pictures: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Files, folders with all below them, or globs; or none, and a dataset by --data.name."""
+    data: UseDataConfig = NO_DATASET
+    layers: tuple[str, ...] = ("fc7",)
+    """Activations: conv1, norm1, pool1, … conv5, fc6, fc7, logits."""
+    output: Path = Path("features.h5")
+    """The file: .h5 (HDF5) or .npy (NumPy)."""
+    nearest: Path | None = None
+    """A .png file for the nearest neighbours of some pictures by their features of the last of the
+    layers, as in the paper's Figure 4 (right)."""
+    queries: tuple[str, ...] = ()
+    """Of which pictures, by the end of their names; none: five, evenly spaced."""
+    neighbours: int = 6
+    """How many."""
+    distance: Literal["euclidean", "cosine"] = "euclidean"
+    """The paper's, or that of features scaled to unit length, which suits maps such as conv5."""
+    batch_size: int = 64
+    """Pictures that the net sees at once."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 after a mistake of the user."""
+    try:
+        arguments = sys.argv[1:] if argv is None else argv
+        config = parse(FeaturesConfig, arguments, None, "flax_alexnet.features")
+        need("batch-size", config.batch_size, config.batch_size >= 1, "1 or more")
+        need("neighbours", config.neighbours, config.neighbours >= 1, "1 or more")
+        fits = config.output.suffix in SUFFIXES
+        need("output", config.output, fits, "a .h5 or .npy file")
+        if bool(config.pictures) == bool(config.data.name):
+            raise UserError("name either pictures or a dataset with --data.name")
+        run(config)
+        return 0
+    except (UserError, KeyboardInterrupt) as error:
+        return exit_code(error)
+
+
+def run(config: FeaturesConfig) -> None:
+    """Writes and draws what `config` asks for."""
+    if config.data.name:
+        source, _ = open_for_use(config.data.name, config.data.data_dir, config.data.split)
+    else:
+        source = find_pictures(config.pictures)
+    queries = find_queries(source, config.queries)
+    net = load(config.weights)
+    with contextlib.closing(open_file(net, source, config.layers, config.output)) as file:
+        before = file.done
+        extract(net, source, config.layers, file, config.batch_size)
+        bad = np.flatnonzero(file["status"][:] == UNREADABLE)
+        problems = [(source.name(int(row)), file["problem"][row].decode()) for row in bad]
+        print(summarize(problems, len(source)))
+        found = f" ({before:,} were there)" if before else ""
+        print(f"{', '.join(config.layers)} of {len(source):,} pictures{found}: {config.output}")
+        if len(bad) == len(source):
+            raise UserError("none of the pictures could be read")
+        if config.nearest:
+            need_read(source, file, queries)
+            rows, distances = nearest(
+                file, config.layers[-1], queries, config.neighbours, config.distance
+            )
+            draw_nearest(net, source, queries, rows, distances, config.nearest)
+            print(f"wrote {config.nearest}")
+
+
+def open_file(net: Pretrained, source: Source, layers: Sequence[str], path: Path) -> FeatureFile:
+    """The file for the features of all pictures of a source, made if it is not there.
+
+    Raises:
+      UserError: an unknown layer, one that the net lacks the parameters for, or a file of something
+        else.
+    """
+    size = net.preprocessing.crop_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    function = functools.partial(features, net.model, layers=tuple(layers))
+    need_layers(net, layers)
+    shapes = jax.eval_shape(function, net.params, image)
+    names = [source.name(index) for index in range(len(source))]
+    return FeatureFile(path, names, {layer: shapes[layer].shape[1:] for layer in layers})
+
+
+def extract(
+    net: Pretrained, source: Source, layers: Sequence[str], file: FeatureFile, batch_size: int = 64
+) -> None:
+    """Writes the features of all pictures that `file` does not have yet, a batch at a time.
+
+    Raises:
+      UserError: those that it has are not this net's.
+    """
+    done = file.done
+    _need_same(net, source, layers, file)
+    rule = net.preprocessing
+    pictures = read_pictures(source, rule.image_size, rule.resize, range(done, len(source)))
+    results = infer(_function(net, layers), pictures, batch_size)
+    bar = tqdm(results, total=len(source), initial=done, unit="picture", disable=None)
+    rows = iter(bar)
+    for start in range(done, len(source), batch_size):
+        batch = list(itertools.islice(rows, batch_size))
+        columns = {
+            layer: np.stack(
+                [
+                    np.full(file.types[layer].shape, np.nan, np.float32)
+                    if row is None
+                    else row[layer]
+                    for _, row in batch
+                ]
+            )
+            for layer in layers
+        }
+        labels = np.array([picture.label for picture, _ in batch])
+        problems = np.array([picture.problem.encode() for picture, _ in batch])
+        status = np.array([UNREADABLE if row is None else READ for _, row in batch], np.uint8)
+        file.write(start, columns | {"label": labels, "problem": problems}, status)
+
+
+def _function(net: Pretrained, layers: Sequence[str]) -> Callable[[jax.Array], Any]:
+    @jax.jit
+    def of_batch(params: Any, images: jax.Array) -> dict[str, jax.Array]:
+        values = features(net.model, params, net.preprocess(images), layers)
+        return {layer: value.astype(jnp.float32) for layer, value in values.items()}
+
+    params = jax.device_put(net.params)
+    return lambda images: of_batch(params, images)
+
+
+def _need_same(net: Pretrained, source: Source, layers: Sequence[str], file: FeatureFile) -> None:
+    """Raises UserError unless the first picture that the file has gives what it has of it."""
+    there = np.flatnonzero(file["status"][:] == READ)[:1]
+    for row in there:
+        rule = net.preprocessing
+        pictures = read_pictures(source, rule.image_size, rule.resize, [int(row)])
+        ((_, values),) = infer(_function(net, layers), pictures, 1)
+        if values is None or not all(
+            np.allclose(
+                values[layer], file[layer][row], rtol=1e-3, atol=1e-3 * np.abs(values[layer]).max()
+            )
+            for layer in layers
+        ):
+            raise UserError(
+                f"{file.path} holds the features of another net, or the pictures have changed; "
+                "take another --output, or remove it"
+            )
+
+
+def find_queries(source: Source, endings: Sequence[str], default: int = 5) -> list[int]:
+    """The rows of the pictures whose names end so; of none, some evenly spaced ones.
+
+    Raises:
+      UserError: an ending that no name has, or several have.
+    """
+    if not endings:
+        count = min(default, len(source))
+        return [(2 * place + 1) * len(source) // (2 * count) for place in range(count)]
+    result = []
+    names = [source.name(index) for index in range(len(source))]
+    for ending in endings:
+        rows = [row for row, name in enumerate(names) if name.endswith(ending)]
+        if len(rows) != 1:
+            raise UserError(f"--queries {ending}: {len(rows)} pictures have names that end so")
+        result += rows
+    return result
+
+
+def need_read(source: Source, file: FeatureFile, queries: Sequence[int]) -> None:
+    """Raises UserError for a query that could not be read, or one that is alone."""
+    for row in queries:
+        if file["status"][row] != READ:
+            raise UserError(f"{source.name(row)} could not be read; choose other --queries")
+    if np.count_nonzero(file["status"][:] == READ) < 2:
+        raise UserError("only one picture could be read, and it has no neighbour")
+
+
+def draw_nearest(
+    net: Pretrained,
+    source: Source,
+    queries: Sequence[int],
+    rows: np.ndarray,
+    distances: np.ndarray,
+    path: Path,
+) -> None:
+    """Draws the pictures of `queries` with their neighbours, which `nearest` has found.
+
+    Raises:
+      UserError: a path that is none.
+    """
+    rule = net.preprocessing
+    shown = np.concatenate([np.array(queries)[:, None], rows], axis=1)
+    pictures = read_pictures(source, rule.image_size, rule.resize, shown.reshape(-1).tolist())
+    images = np.stack([_shown(picture, rule.image_size) for picture in pictures])
+    images = images.reshape(*shown.shape, *images.shape[1:])
+    names = [[Path(source.name(int(row))).stem for row in line] for line in shown]
+    try:
+        plot_neighbours(
+            images[:, 0],
+            images[:, 1:],
+            distances,
+            [line[0] for line in names],
+            [line[1:] for line in names],
+            path,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {error}; take another path") from None
+
+
+def _shown(picture: Picture, size: int) -> np.ndarray:
+    blank = np.full((size, size, 3), 255, np.uint8)  # for a file that has gone meanwhile
+    return blank if picture.image is None else picture.image
+
+
+if __name__ == "__main__":
+    sys.exit(main())

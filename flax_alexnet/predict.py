@@ -1,0 +1,166 @@
+"""`python -m flax_alexnet.predict WEIGHTS PICTURE …`: what pictures show, by a trained net."""
+
+import csv
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from flax_alexnet.config import need, parse
+from flax_alexnet.data.pictures import Picture, find_pictures, read_pictures, summarize
+from flax_alexnet.errors import UserError, exit_code
+from flax_alexnet.inference import infer, log_probabilities
+from flax_alexnet.plots import plot_predictions
+from flax_alexnet.weights.pretrained import Pretrained, need_classifier
+from flax_alexnet.weights.reading import load
+
+MOST_PLOTTED = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictConfig:
+    """Classifies pictures with a trained net."""
+
+    weights: tyro.conf.Positional[Path]
+    """A weight file (see convert), or the --workdir of a run."""
+    pictures: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders with all below them, or globs."""
+    top: int = 5
+    """Classes shown for each picture, the likeliest first."""
+    crops: int = 1
+    """1 for the central crop, 10 for the mean over the paper's ten crops."""
+    output: Path | None = None
+    """A .json or .csv file for the predictions; none: only the table."""
+    plot: Path | None = None
+    """A .png file for the pictures with their classes as bars, as in Figure 4 (left)."""
+    batch_size: int = 32
+    """Pictures that the net sees at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """A picture and its likeliest classes."""
+
+    picture: Picture
+    probabilities: np.ndarray | None  # float32[classes]; None where it could not be read
+
+    def best(self, count: int) -> list[tuple[int, float]]:
+        """The likeliest classes with their probabilities, the likeliest first."""
+        if self.probabilities is None:
+            return []
+        order = np.argsort(-self.probabilities, kind="stable")[:count]
+        return [(int(label), float(self.probabilities[label])) for label in order]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 after a mistake of the user."""
+    try:
+        arguments = sys.argv[1:] if argv is None else argv
+        config = parse(PredictConfig, arguments, None, "flax_alexnet.predict")
+        need("top", config.top, config.top >= 1, "1 or more")
+        need("crops", config.crops, config.crops in (1, 10), "1 or 10")
+        need("batch-size", config.batch_size, config.batch_size >= 1, "1 or more")
+        suffix = config.output.suffix if config.output else ".json"
+        need("output", config.output, suffix in (".json", ".csv"), "a .json or .csv file")
+        predict(config)
+        return 0
+    except (UserError, KeyboardInterrupt) as error:
+        return exit_code(error)
+
+
+def predict(config: PredictConfig) -> None:
+    """Prints, writes and draws what `config` asks for.
+
+    Raises:
+      UserError: weights or pictures that are not there, or not one picture that could be read.
+    """
+    source = find_pictures(config.pictures)
+    net = load(config.weights)
+    need_classifier(net)
+    kept: list[Prediction] = []
+    rows: list[dict[str, Any]] = []
+    problems: list[tuple[str, str]] = []
+    for prediction in predictions(net, source, config.crops, config.batch_size):
+        rows.append(_row(net, prediction, config.top))
+        print(_line(net, prediction, config.top), flush=True)
+        picture = prediction.picture
+        if picture.image is None:
+            problems.append((picture.name, picture.problem))
+        elif config.plot and len(kept) < MOST_PLOTTED:
+            kept.append(prediction)
+    print(summarize(problems, len(rows)))
+    if config.output:
+        _write(config.output, rows)
+        print(f"wrote {config.output}")
+    if len(problems) == len(rows):
+        raise UserError("none of the pictures could be read")
+    if config.plot:
+        _draw(net, kept, config.plot)
+        left_out = len(rows) - len(problems) - len(kept)
+        print(f"wrote {config.plot}" + (f" without the last {left_out}" if left_out else ""))
+
+
+def predictions(
+    net: Pretrained, source: Any, crops: int = 1, batch_size: int = 32
+) -> Iterator[Prediction]:
+    """Every picture of a source, in order, with the probabilities of its classes."""
+    rule = net.preprocessing
+    pictures = read_pictures(source, rule.image_size, rule.resize)
+    for picture, row in infer(log_probabilities(net, crops), pictures, batch_size):
+        yield Prediction(picture, None if row is None else np.exp(row))
+
+
+def _line(net: Pretrained, prediction: Prediction, top: int) -> str:
+    said = prediction.picture.problem or "  ".join(
+        f"{probability:6.1%} {net.name(label)}" for label, probability in prediction.best(top)
+    )
+    return f"{prediction.picture.name}: {said}"
+
+
+def _row(net: Pretrained, prediction: Prediction, top: int) -> dict[str, Any]:
+    return {
+        "name": prediction.picture.name,
+        "problem": prediction.picture.problem,
+        "predictions": [
+            {"label": label, "name": net.name(label), "probability": probability}
+            for label, probability in prediction.best(top)
+        ],
+    }
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            if path.suffix == ".json":
+                json.dump(rows, file, indent=2, ensure_ascii=False)
+                return
+            writer = csv.writer(file)
+            writer.writerow(["name", "problem", "rank", "label", "class", "probability"])
+            for row in rows:
+                start = [row["name"], row["problem"]]
+                for rank, best in enumerate(row["predictions"], 1):
+                    writer.writerow([*start, rank, *best.values()])
+                if not row["predictions"]:
+                    writer.writerow([*start, "", "", "", ""])
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; take another path") from None
+
+
+def _draw(net: Pretrained, predictions: list[Prediction], path: Path) -> None:
+    images = np.stack([p.picture.image for p in predictions if p.picture.image is not None])
+    probabilities = np.stack([p.probabilities for p in predictions if p.probabilities is not None])
+    names = [Path(p.picture.name).name for p in predictions]
+    try:
+        plot_predictions(images, None, probabilities, net.label_names, path, titles=names)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {error}; take another path") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

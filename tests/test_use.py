@@ -1,0 +1,305 @@
+"""What people do with a trained net: predict, evaluate, features. As commands, on small nets."""
+
+import csv
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import make_net
+from PIL import Image
+
+from flax_alexnet.data.pictures import find_pictures
+from flax_alexnet.errors import UserError
+from flax_alexnet.feature_files import READ, FeatureFile, nearest
+from flax_alexnet.weights import native
+from flax_alexnet.weights.labels import imagenet_labels
+
+PREDICT, EVALUATE, FEATURES = (
+    importlib.import_module(f"flax_alexnet.{name}").main
+    for name in ("predict", "evaluate", "features")
+)
+
+
+def by_hand(net, files, crops=1):
+    """Probabilities of each picture on its own, outside of any command: float64[n, classes]."""
+    result = []
+    for file in files:
+        image = net.open(file)[None]
+        seen = net.preprocess(image) if crops == 1 else net.ten_crops(image)[0]
+        logits = np.asarray(net.model.apply({"params": net.params}, seen), np.float64)
+        exp = np.exp(logits - logits.max(-1, keepdims=True))
+        result.append((exp / exp.sum(-1, keepdims=True)).mean(axis=0))
+    return np.array(result)
+
+
+def pictures(photographs):
+    return sorted(photographs.rglob("*.png"))
+
+
+@pytest.mark.parametrize("crops", [1, 10])
+def test_predict_gives_each_picture_its_probabilities(net, weights, photographs, tmp_path, crops):
+    output = tmp_path / "out" / "predictions.json"
+    flags = ["--crops", str(crops), "--top", "4", "--batch-size", "8", "--output", str(output)]
+    assert PREDICT([str(weights), str(photographs), *flags]) == 0
+    rows = json.loads(output.read_text())
+    files = pictures(photographs)
+    assert [row["name"] for row in rows] == [str(file) for file in files]
+    for row, expected in zip(rows, by_hand(net, files, crops), strict=True):
+        said = {best["label"]: best["probability"] for best in row["predictions"]}
+        assert list(said.values()) == sorted(said.values(), reverse=True)
+        np.testing.assert_allclose([said[i] for i in range(4)], expected, rtol=1e-4)
+        assert row["predictions"][0]["name"] == net.label_names[int(np.argmax(expected))]
+
+
+def test_bad_pictures_are_named_and_stop_no_other(weights, photographs, tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    good = (photographs / "class a" / "0.png").read_bytes()
+    (folder / "a.png").write_bytes(good)
+    (folder / "b.jpg").write_bytes(b"")
+    (folder / "c.png").write_bytes(good[:99])
+    (folder / "d.txt").write_text("words")
+    (folder / "e.jpg").symlink_to(folder / "nowhere")
+    (folder / "f.jpg").mkdir()
+    (folder / "f.jpg" / "g.jpg").write_bytes(good)  # a PNG by its bytes
+    (folder / ".hidden").write_text("passed over")
+    os.mkfifo(folder / "h.jpg")
+    output = tmp_path / "predictions.csv"
+    assert PREDICT([str(weights), str(folder), "--top", "1", "--output", str(output)]) == 0
+    with output.open() as file:
+        rows = {row["name"].removeprefix(f"{folder}/"): row for row in csv.DictReader(file)}
+    assert {name for name, row in rows.items() if not row["problem"]} == {"a.png", "f.jpg/g.jpg"}
+    assert rows["b.jpg"]["problem"] == "it is empty"
+    assert "no picture in a known format" in rows["d.txt"]["problem"]
+    assert "No such file" in rows["e.jpg"]["problem"]
+    assert "not a regular file" in rows["h.jpg"]["problem"]
+    assert len(rows) == 7
+    said = capsys.readouterr().out
+    assert "2 of 7 pictures read; 5 not:" in said
+    assert PREDICT([str(weights), str(folder / "b.jpg")]) == 2
+
+
+def test_arguments_are_files_folders_and_globs(photographs):
+    files = pictures(photographs)
+
+    def found(*arguments):
+        source = find_pictures(arguments)
+        return [source.name(index) for index in range(len(source))]
+
+    assert found(str(photographs)) == [str(file) for file in files]
+    assert found(f"{photographs}/*/0.png", f"{photographs}/class a") == [
+        *(str(file) for file in files if file.name == "0.png"),
+        *(str(file) for file in files[1:3]),
+    ]
+    for wrong in ([], [f"{photographs}/*.jpg"], ["nothing"]):
+        with pytest.raises(UserError, match="no pictures"):
+            found(*wrong)
+    odd = photographs.parent / "[odd].png"
+    odd.write_bytes(files[0].read_bytes())
+    assert found(str(odd)) == [str(odd)]
+
+
+def test_evaluate_counts_every_picture_once(net, weights, photographs, tmp_path, capsys):
+    flags = ["--data.name", f"folder:{photographs}", "--data.split", "all", "--batch-size", "8"]
+    output = tmp_path / "out"
+    assert EVALUATE([str(weights), *flags, "--output", str(output)]) == 0
+    source = find_pictures([str(photographs)])
+    files = [Path(source.name(index)) for index in range(len(source))]
+    labels = np.array([net.label_names.index(file.parent.name) for file in files])
+    expected = by_hand(net, files)
+    best = expected.argmax(-1)
+    report = json.loads((output / "evaluation.json").read_text())
+    assert report["images"] == len(files) == 12
+    assert report["top1"] == np.mean(best == labels)
+    assert report["top5"] == 1  # of four classes
+    loss = -np.log(expected[np.arange(12), labels]).mean()
+    np.testing.assert_allclose(report["loss"], loss, rtol=1e-4)
+    with (output / "confusion.csv").open() as file:
+        counts = np.array([row[1:] for row in csv.reader(file)][1:], int)
+    theirs = np.zeros((4, 4), int)
+    np.add.at(theirs, (labels, best), 1)
+    np.testing.assert_array_equal(counts, theirs)
+    with (output / "classes.csv").open() as file:
+        of_classes = [float(row["top1"]) for row in csv.DictReader(file)]
+    np.testing.assert_allclose(of_classes, theirs.diagonal() / 3)
+    assert (output / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert f"top-1 {report['top1']:.2%}" in capsys.readouterr().out
+
+
+def test_several_nets_are_averaged_though_their_preprocessing_differs(
+    net, weights, photographs, tmp_path
+):
+    other = make_net(seed=7)
+    rule = dataclasses.replace(other.preprocessing, resize="caffe", image_size=80)
+    other = dataclasses.replace(other, preprocessing=rule)
+    native.save(other, tmp_path / "other.safetensors")
+    flags = ["--data.name", f"folder:{photographs}", "--crops", "10", "--output", str(tmp_path)]
+    assert EVALUATE([str(weights), str(tmp_path / "other.safetensors"), *flags]) == 0
+    held_out = [pictures(photographs)[9]]
+    expected = np.mean([by_hand(n, held_out, crops=10) for n in (net, other)], axis=0)
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    np.testing.assert_allclose(report["loss"], -np.log(expected[0, 3]), rtol=1e-4)
+    assert len(report["weights"]) == 2
+
+
+def test_labels_are_matched_by_name(net):
+    match = importlib.import_module("flax_alexnet.evaluate").match_labels
+    assert match(["class c", "class a"], net).tolist() == [2, 0]
+    assert match(["w", "x", "y", "z"], net).tolist() == [0, 1, 2, 3]
+    imagenet = dataclasses.replace(net, label_names=imagenet_labels())
+    assert match(["tench", "n01443537", "crane (machine)"], imagenet).tolist() == [0, 1, 517]
+    for names in (["class c", "x"], ["w", "x", "y"], ["class a", "x", "y", "z"]):
+        with pytest.raises(UserError, match="not among the net's 4"):
+            match(names, net)
+
+
+def column(path, name):
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="r")[name]
+    with h5py.File(path) as file:
+        return file[name][:]
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".npy"])
+def test_features_of_a_folder_are_in_one_file(net, weights, photographs, tmp_path, suffix):
+    (tmp_path / "bad.png").write_bytes(b"bad")
+    output = tmp_path / f"features{suffix}"
+    flags = ["--layers", "conv5", "fc7", "--output", str(output), "--batch-size", "8"]
+    assert FEATURES([str(weights), str(tmp_path / "bad.png"), str(photographs), *flags]) == 0
+    files = pictures(photographs)
+    names = [name.decode() for name in column(output, "name")]
+    assert names == [str(tmp_path / "bad.png"), *map(str, files)]
+    assert column(output, "status").tolist() == [2] + [1] * 12
+    assert column(output, "problem")[0] == b"it is no picture in a known format"
+    images = net.preprocess(np.stack([net.open(file) for file in files]))
+    _, state = net.model.apply({"params": net.params}, images, mutable=["intermediates"])
+    for layer in ("conv5", "fc7"):
+        values = column(output, layer)
+        assert np.isnan(values[0]).all()
+        expected = state["intermediates"][layer]
+        assert values[1:].shape == expected.shape
+        np.testing.assert_allclose(values[1:], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_of_a_dataset_have_labels(weights, photographs, tmp_path):
+    output = tmp_path / "features.h5"
+    flags = ["--data.name", f"folder:{photographs}", "--data.split", "train"]
+    assert FEATURES([str(weights), *flags, "--output", str(output)]) == 0
+    assert column(output, "label").tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".npy"])
+def test_features_go_on_where_they_were_killed(weights, photographs, tmp_path, suffix):
+    """Killed between two batches, by a picture that is a pipe nobody writes to."""
+    whole, killed = (tmp_path / f"{name}{suffix}" for name in ("whole", "killed"))
+    flags = ["--batch-size", "8", "--layers", "fc7", "conv1"]
+    assert FEATURES([str(weights), str(photographs), *flags, "--output", str(whole)]) == 0
+    program = (
+        "import sys, time; from flax_alexnet.features import main; "
+        "from flax_alexnet.feature_files import FeatureFile as F; write = F.write\n"
+        "def slow(self, start, columns, status):\n"
+        "    write(self, start, columns, status); print('written', flush=True); time.sleep(60)\n"
+        "F.write = slow; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, str(weights), str(photographs), *flags]
+    with subprocess.Popen([*command, "--output", str(killed)], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"written\n"
+        process.send_signal(signal.SIGKILL)
+    assert column(killed, "status").tolist() == [1] * 8 + [0] * 4
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+        original = FeatureFile.write
+        patch.setattr(FeatureFile, "write", lambda *a: (seen.append(a[1]), original(*a)))
+        assert FEATURES([str(weights), str(photographs), *flags, "--output", str(killed)]) == 0
+    assert seen == [8]
+    for name in ("name", "label", "status", "fc7", "conv1"):
+        np.testing.assert_array_equal(column(killed, name), column(whole, name))
+
+
+def test_a_file_of_other_features_is_left_alone(weights, photographs, tmp_path, capsys):
+    output = tmp_path / "features.npy"
+    flags = ["--layers", "fc7", "--output", str(output)]
+    assert FEATURES([str(weights), str(photographs), *flags]) == 0
+    before = output.read_bytes()
+    native.save(make_net(seed=3), tmp_path / "other.safetensors")
+    for weights_of, where, more, says in (
+        (tmp_path / "other.safetensors", photographs, [], "of another net"),
+        (weights, photographs / "class a", [], "other columns or rows"),
+        (weights, photographs, ["--layers", "fc6"], "other columns or rows"),
+        (weights, photographs, ["--layers", "fc9"], "did you mean 'fc"),
+        (weights, photographs, ["--queries", "nobody"], "0 pictures have names"),
+    ):
+        assert FEATURES([str(weights_of), str(where), *flags, *more]) == 2
+        assert says in capsys.readouterr().err
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_nearest_neighbours(tmp_path, distance):
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((30, 5, 2)).astype(np.float32)
+    names = [f"{row}.png" for row in range(30)]
+    file = FeatureFile(tmp_path / "x.h5", names, {"conv5": (5, 2)})
+    status = np.full(30, READ, np.uint8)
+    status[4] = 2
+    file.write(0, {"conv5": values}, status)
+    flat = values.reshape(30, -1)
+    if distance == "cosine":
+        flat = flat / np.linalg.norm(flat, axis=1, keepdims=True)
+    rows, distances = nearest(file, "conv5", [3, 7], 28, distance, block=7)
+    for query, found, away in zip([3, 7], rows, distances, strict=True):
+        exact = np.linalg.norm(flat - flat[query], axis=1)
+        others = [row for row in np.argsort(exact, kind="stable") if row not in (query, 4)]
+        assert found.tolist() == others
+        np.testing.assert_allclose(away, exact[others], rtol=1e-5)
+    file.close()
+
+
+def test_pictures_of_predictions_and_neighbours_are_drawn(weights, photographs, tmp_path):
+    plot, near = tmp_path / "predictions.png", tmp_path / "near.png"
+    assert PREDICT([str(weights), str(photographs), "--plot", str(plot)]) == 0
+    flags = ["--output", str(tmp_path / "f.npy"), "--nearest", str(near), "--neighbours", "3"]
+    assert FEATURES([str(weights), str(photographs), *flags, "--queries", "class b/1.png"]) == 0
+    for path in (plot, near):
+        with Image.open(path) as image:
+            assert image.width > 200
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "says"),
+    [
+        (PREDICT, ["{weights}"], "no pictures"),
+        (PREDICT, ["nothing.safetensors", "{photographs}"], "no weights"),
+        (PREDICT, ["{weights}", "{photographs}", "--crops", "3"], "--crops is 3; expected 1 or 10"),
+        (PREDICT, ["{weights}", "{photographs}", "--output", "x.txt"], "a .json or .csv file"),
+        (PREDICT, ["{weights}", "{photographs}", "--batch-size", "0"], "--batch-size is 0"),
+        (PREDICT, ["{weights}", "{photographs}", "--plto", "x"], "did you mean --plot"),
+        (EVALUATE, [], "no weights"),
+        (EVALUATE, ["{weights}", "--data.name", "folder:nothing"], "no folder nothing"),
+        (
+            EVALUATE,
+            ["{weights}", "--data.name", "folder:{photographs}", "--data.split", "x"],
+            "all",
+        ),
+        (FEATURES, ["{weights}"], "name either pictures or a dataset"),
+        (FEATURES, ["{weights}", "{photographs}", "--output", "x.csv"], "a .h5 or .npy file"),
+        (FEATURES, ["{weights}", "{photographs}", "--layers", "conv6"], "did you mean 'conv5'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    weights, photographs, tmp_path, monkeypatch, capsys, command, arguments, says
+):
+    monkeypatch.chdir(tmp_path)
+    named = [a.format(weights=weights, photographs=photographs) for a in arguments]
+    assert command(named) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
