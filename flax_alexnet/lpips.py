@@ -1,0 +1,166 @@
+"""`python -m flax_alexnet.lpips WEIGHTS A B`: how different pictures look, by LPIPS."""
+
+import csv
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from flax_alexnet.config import parse
+from flax_alexnet.data.decode import DecodeError, decode_whole
+from flax_alexnet.data.pictures import find_pictures, summarize
+from flax_alexnet.errors import UserError, exit_code
+from flax_alexnet.perceptual import lpips
+from flax_alexnet.plots import plot_distance
+from flax_alexnet.weights.pretrained import LPIPS_HEADS, Pretrained
+from flax_alexnet.weights.reading import load
+
+
+@dataclasses.dataclass(frozen=True)
+class LpipsConfig:
+    """The perceptual distance (LPIPS) of two pictures, or of all pairs in two folders.
+
+    Pictures are compared as they are, so both of a pair have the same size.
+    """
+
+    weights: tyro.conf.Positional[Path]
+    """torchvision's net or its trunk, with LPIPS heads (convert --heads)."""
+    a: tyro.conf.Positional[Path]
+    """A picture, or a folder."""
+    b: tyro.conf.Positional[Path]
+    """A picture, or a folder with pictures of the same names, but for their suffixes."""
+    output: Path | None = None
+    """A .csv file for the distances; none: only the terminal."""
+    plot: Path | None = None
+    """Of two pictures: a .png file that shows where they differ."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 after a mistake of the user."""
+    try:
+        arguments = sys.argv[1:] if argv is None else argv
+        run(parse(LpipsConfig, arguments, None, "flax_alexnet.lpips"))
+        return 0
+    except (UserError, KeyboardInterrupt) as error:
+        return exit_code(error)
+
+
+def run(config: LpipsConfig) -> None:
+    """Measures, prints and writes what `config` asks for."""
+    pairs = find_pairs(config.a, config.b)
+    if config.plot and len(pairs) > 1:
+        raise UserError("--plot is for two pictures; leave it out for folders")
+    net = load(config.weights)
+    need_heads(net)
+    distance = jax.jit(lpips, static_argnames="spatial")
+    rows: list[tuple[str, str]] = []
+    values: list[float] = []
+    problems: list[tuple[str, str]] = []
+    for name, first, second in pairs:
+        try:
+            a, b = open_image(first), open_image(second)
+            if a.shape != b.shape:
+                raise DecodeError(f"{_size(a)} against {_size(b)} pixels; bring them to one size")
+            value = float(distance(net.params, net.lpips_heads, a, b)[0])
+        except (DecodeError, UserError) as error:
+            problems.append((name, str(error)))
+            rows.append((name, str(error)))
+            continue
+        values.append(value)
+        rows.append((name, f"{value:.6f}"))
+        print(f"{name}: {value:.5f}")
+        if config.plot:
+            there = distance(net.params, net.lpips_heads, a, b, spatial=True)[0]
+            plot_distance(_pixels(a), _pixels(b), np.asarray(there), config.plot)
+            print(f"wrote {config.plot}")
+    if len(pairs) > 1 or problems:
+        print(summarize(problems, len(pairs)).replace("pictures", "pairs"))
+    if config.output:
+        _write(config.output, rows)
+    if not values:
+        raise UserError("no pair of pictures could be compared")
+    if len(values) > 1:
+        print(f"mean of {len(values):,} pairs: {np.mean(values):.5f}")
+
+
+def find_pairs(a: Path, b: Path) -> list[tuple[str, Path, Path]]:
+    """(name, picture, picture) of two pictures, or of all in two folders.
+
+    Raises:
+      UserError: something that is not there, a picture and a folder, or names that differ.
+    """
+    for path in (a, b):
+        if not path.exists():
+            raise UserError(f"no picture or folder {path}")
+    if a.is_dir() != b.is_dir():
+        raise UserError(f"{a} and {b} are a folder and a picture; give two of a kind")
+    if not a.is_dir():
+        return [(f"{a} {b}", a, b)]
+    of_a, of_b = (_by_name(folder) for folder in (a, b))
+    alone = sorted(of_a.keys() ^ of_b.keys())
+    if alone:
+        raise UserError(f"pictures without a partner in {a} or {b}: {', '.join(alone)}")
+    return [(name, of_a[name], of_b[name]) for name in sorted(of_a)]
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    files = [
+        Path(find.name(i)) for find in [find_pictures([str(folder)])] for i in range(len(find))
+    ]
+    named = {str(file.relative_to(folder).with_suffix("")): file for file in files}
+    if len(named) < len(files):
+        raise UserError(f"{folder} has pictures of the same name with two suffixes")
+    return named
+
+
+def need_heads(net: Pretrained) -> None:
+    """Raises UserError for a net that LPIPS cannot be computed with."""
+    name = net.source.get("file", "this net")
+    if net.config.variant != "torchvision" or net.config.width != 1:
+        raise UserError(f"{name} is of the variant {net.config.variant}; LPIPS takes torchvision's")
+    if set(net.lpips_heads) != set(LPIPS_HEADS):
+        raise UserError(
+            f"{name} has no LPIPS heads; add them with: python -m flax_alexnet.convert WEIGHTS "
+            "OUTPUT --heads alex.pth"
+        )
+
+
+def open_image(path: Path) -> jax.Array:
+    """A picture as LPIPS takes it: float32[1, h, w, 3], RGB in [-1, 1].
+
+    Raises:
+      DecodeError: it cannot be read.
+    """
+    try:
+        if not path.is_file():
+            raise DecodeError("it is no regular file")
+        pixels = decode_whole(path.read_bytes())
+    except OSError as error:
+        raise DecodeError(f"{error.strerror}") from None
+    return jnp.asarray(pixels[None].astype(np.float32) / 127.5 - 1)
+
+
+def _pixels(image: jax.Array) -> np.ndarray:
+    return np.round((np.asarray(image[0]) + 1) * 127.5).astype(np.uint8)
+
+
+def _size(image: jax.Array) -> str:
+    return f"{image.shape[2]}×{image.shape[1]}"
+
+
+def _write(path: Path, rows: Sequence[tuple[str, str]]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([("pair", "lpips"), *rows])
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; take another path") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""LPIPS: the published example's values, what a distance must do, and the command."""
+
+import dataclasses
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_net
+from PIL import Image
+
+from flax_alexnet import lpips
+from flax_alexnet.weights import native
+from flax_alexnet.weights.pretrained import LPIPS_HEADS, unflatten
+
+main = importlib.import_module("flax_alexnet.lpips").main
+distance = jax.jit(lpips, static_argnames="spatial")
+
+
+@pytest.fixture(scope="module")
+def published(shared_data):
+    """The trunk, the heads, and the three example pictures."""
+    with np.load(shared_data / "alexnet_owt" / "features_and_lpips.npz") as file:
+        arrays = dict(file)
+    params = unflatten({name: v for name, v in arrays.items() if name.startswith("conv")})
+    heads = {name: arrays[name] for name in LPIPS_HEADS}
+    pictures = {
+        name: shared_data / "alexnet_owt" / f"ex_{name}.png" for name in ("ref", "p0", "p1")
+    }
+    return params, heads, pictures
+
+
+@pytest.fixture(scope="module")
+def full(published, tmp_path_factory):
+    params, heads, _ = published
+    net = make_net(width=1.0, num_classes=1000, image_size=256, crop_size=224)
+    path = tmp_path_factory.mktemp("lpips") / "trunk.safetensors"
+    native.save(dataclasses.replace(net, params=params, lpips_heads=heads, label_names=()), path)
+    return path
+
+
+def opened(path):
+    with Image.open(path) as image:
+        return jnp.asarray(np.asarray(image.convert("RGB"))[None] / np.float32(127.5) - 1)
+
+
+@pytest.mark.parametrize(("other", "expected"), [("p0", 0.77962), ("p1", 0.09134)])
+def test_the_published_example(published, other, expected):
+    params, heads, pictures = published
+    value = distance(params, heads, opened(pictures["ref"]), opened(pictures[other]))
+    assert value.shape == (1,)
+    assert round(float(value[0]), 5) == expected
+
+
+def test_equal_images_have_no_distance_and_the_order_does_not_matter(published):
+    params, heads, _ = published
+    rng = np.random.default_rng(0)
+    a, b = (rng.uniform(-1, 1, (2, 64, 64, 3)).astype(np.float32) for _ in range(2))
+    np.testing.assert_allclose(distance(params, heads, a, a), 0, atol=1e-12)
+    np.testing.assert_allclose(
+        distance(params, heads, a, b), distance(params, heads, b, a), rtol=1e-6
+    )
+    assert (distance(params, heads, a, b) > 0.01).all()
+    with pytest.raises(ValueError, match="same shape"):
+        lpips(params, heads, a, b[:, :63])
+
+
+def test_a_map_says_where(published):
+    params, heads, _ = published
+    a = np.zeros((1, 64, 64, 3), np.float32)
+    b = a.copy()
+    b[:, :24, :24] = np.random.default_rng(0).uniform(-1, 1, (24, 24, 3))
+    there = np.asarray(distance(params, heads, a, b, spatial=True))
+    assert there.shape == (1, 64, 64)
+    # Far away only the deepest layers, which see most of the image, notice.
+    assert there[0, :24, :24].mean() > 2 * there[0, 40:, 40:].mean()
+
+
+def test_the_gradient_is_finite_where_all_features_are_zero_and_is_the_slope(published):
+    params, heads, _ = published
+    # Such a bias makes every unit of conv1 dead: the square root of a length of zero.
+    dead = {name: dict(values) for name, values in params.items()}
+    dead["conv1"]["bias"] = np.full_like(params["conv1"]["bias"], -1e4)
+    rng = np.random.default_rng(0)
+    a, b = (rng.uniform(-1, 1, (1, 64, 64, 3)).astype(np.float32) for _ in range(2))
+    gradient = jax.jit(jax.grad(lambda a, p: lpips(p, heads, a, b).sum()))
+    assert jnp.isfinite(gradient(a, dead)).all()
+    # Along the steepest direction the slope is the gradient's length.
+    steepest = np.asarray(gradient(a, params))
+    length = np.linalg.norm(steepest)
+    step = 0.05 * steepest / length
+    ends = [distance(params, heads, a + sign * step, b)[0] for sign in (1, -1)]
+    np.testing.assert_allclose((ends[0] - ends[1]) / 0.1, length, rtol=0.05)
+
+
+def test_the_command_for_two_pictures_and_for_two_folders(published, full, tmp_path, capsys):
+    *_, pictures = published
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder, names in ((a, ("ref", "ref")), (b, ("p0", "p1"))):
+        folder.mkdir()
+        for target, name in zip(("first.png", "second.png"), names, strict=True):
+            (folder / target).write_bytes(pictures[name].read_bytes())
+    plot = tmp_path / "where.png"
+    one = [str(full), str(pictures["ref"]), str(pictures["p0"]), "--plot", str(plot)]
+    assert main(one) == 0
+    assert ": 0.77962\n" in capsys.readouterr().out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    (a / "third.png").write_bytes(b"bad")
+    (b / "third.png").write_bytes(b"")
+    output = tmp_path / "distances.csv"
+    assert main([str(full), str(a), str(b), "--output", str(output)]) == 0
+    said = capsys.readouterr().out
+    assert "first: 0.77962\nsecond: 0.09134\n2 of 3 pairs read; 1 not:" in said
+    assert "mean of 2 pairs: 0.43548" in said
+    lines = output.read_text().splitlines()
+    assert lines[0] == "pair,lpips"
+    assert lines[2].startswith("second,0.0913")
+    assert lines[3] == "third,it is no picture in a known format"
+
+
+def test_mistakes_are_one_line(published, full, tmp_path, capsys, weights):
+    *_, pictures = published
+    ref, small = str(pictures["ref"]), tmp_path / "small.png"
+    Image.new("RGB", (80, 64)).save(small)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
+    (tmp_path / "x" / "alone.png").write_bytes(small.read_bytes())
+    for arguments, says in (
+        ([str(full), ref, "nothing.png"], "no picture or folder nothing.png"),
+        ([str(full), ref, str(tmp_path)], "give two of a kind"),
+        ([str(full), str(tmp_path / "x"), str(tmp_path / "y")], "no pictures"),
+        ([str(full), ref, str(small)], "no pair of pictures could be compared"),
+        ([str(weights), ref, ref], "LPIPS takes torchvision's"),
+        ([str(full), ref], "Missing"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert says in error
+        assert error.count("\n") == 1
