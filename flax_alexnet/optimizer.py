@@ -1,6 +1,6 @@
 """The optimizers of the paper, the original code and the notebook, as one optax chain."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ def create_optimizer(
     *,
     rule: Literal["paper", "notebook"] = "paper",
     bias_rate: float = 1.0,
+    layer_rates: Mapping[str, float] | None = None,
     decay_biases: bool = True,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
@@ -40,6 +41,7 @@ def create_optimizer(
       weight_decay: λ, ≥ 0.
       rule: which of the two.
       bias_rate: multiplies ε for biases; the original code and Caffe take 2.
+      layer_rates: multiplies ε for the parameters of some layers, by their names.
       decay_biases: whether λ applies to biases; the original code and Caffe leave them out.
       clip_norm: scales gradients down to this global norm, before anything is added; None does not.
 
@@ -56,7 +58,7 @@ def create_optimizer(
         return optax.chain(
             *clip,
             optax.add_decayed_weights(weight_decay, decay_mask),
-            scale_by_rate(schedule, bias_rate),
+            scale_by_rate(schedule, bias_rate, layer_rates),
             optax.trace(momentum),
         )
     if rule == "notebook":
@@ -64,7 +66,7 @@ def create_optimizer(
             *clip,
             optax.add_decayed_weights(lambda step: weight_decay * schedule(step), decay_mask),
             optax.trace(momentum),
-            scale_by_rate(schedule, bias_rate),
+            scale_by_rate(schedule, bias_rate, layer_rates),
         )
     raise ValueError(f"unknown rule {rule!r}; expected 'paper' or 'notebook'")
 
@@ -110,8 +112,13 @@ class RateState(NamedTuple):
     stale: jax.Array  # int32[]: evaluations since `best`
 
 
-def scale_by_rate(schedule: Schedule, bias_rate: float = 1.0) -> optax.GradientTransformation:
-    """Update u to −ε·u with ε = schedule(step) · factor, and `bias_rate` times that for biases."""
+def scale_by_rate(
+    schedule: Schedule, bias_rate: float = 1.0, layer_rates: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
+    """Update u to −ε·u with ε = schedule(step) · factor.
+
+    ε is multiplied by `bias_rate` for biases, and by what `layer_rates` has for the layer.
+    """
 
     def init(params: optax.Params) -> RateState:
         del params
@@ -130,7 +137,9 @@ def scale_by_rate(schedule: Schedule, bias_rate: float = 1.0) -> optax.GradientT
         rate = jnp.asarray(schedule(state.step), jnp.float32) * state.factor
 
         def scale(path: Any, u: jax.Array) -> jax.Array:
-            return u * (-rate * (bias_rate if _is_bias(path) else 1.0)).astype(u.dtype)
+            own = bias_rate if _is_bias(path) else 1.0
+            own *= (layer_rates or {}).get(path[-2].key if len(path) > 1 else "", 1.0)
+            return u * (-rate * own).astype(u.dtype)
 
         updates = jax.tree_util.tree_map_with_path(scale, updates)
         return updates, state._replace(step=state.step + 1, applied=rate)

@@ -6,13 +6,22 @@ from typing import Any, NamedTuple
 
 import jax
 
-from flax_alexnet.architectures import Layer, architecture, trace
+from flax_alexnet.architectures import Conv, Dense, Layer, architecture, trace
 from flax_alexnet.cluster import gather
-from flax_alexnet.config import FREE_TO_CHANGE, LOCAL, Config, flatten
+from flax_alexnet.config import (
+    FREE_TO_CHANGE,
+    LOCAL,
+    Config,
+    flatten,
+    frozen_layers,
+    layer_rates,
+)
 from flax_alexnet.data.examples import Examples, open_examples
 from flax_alexnet.data.sources import Dataset, open_dataset
 from flax_alexnet.errors import UserError, first_line
 from flax_alexnet.sharding import Layout, make_layout
+from flax_alexnet.weights.finetuning import Start, start_from
+from flax_alexnet.weights.reading import load
 from flax_alexnet.workdir import claim, need_room
 
 
@@ -24,6 +33,9 @@ class Ready(NamedTuple):
     eval: Examples
     num_classes: int
     layout: Layout
+    start: Start | None  # what is taken from --init-from
+    frozen: frozenset[str]  # layers that keep their values
+    layer_rates: dict[str, float]
     share: slice  # of the pictures: those that this process tries, and adds up for their mean
     identity: dict[str, Any]  # the configuration and the data, as JSON has them
     summarized: bool  # whether the run has been ended before
@@ -86,6 +98,11 @@ def _open(config: Config, devices: int) -> Ready:
         )
     layers = architecture(config.model.variant).scaled(num_classes, config.model.width)
     layout = make_layout(parallel.layout, layers, parallel.mesh)
+    names = [layer.name for layer in layers if isinstance(layer, Conv | Dense)]
+    frozen, rates = frozen_layers(config, names), layer_rates(config, names)
+    start = None
+    if config.init_from:
+        start = start_from(load(config.init_from), config, num_classes, dataset.label_names)
     if config.batch_size % devices:
         raise UserError(
             f"--batch-size {config.batch_size} does not divide by the {devices} devices; the "
@@ -106,10 +123,13 @@ def _open(config: Config, devices: int) -> Ready:
     share = slice(jax.process_index(), None, jax.process_count())
     return Ready(
         dataset,
-        open_examples(dataset.train, data.image_size, share),
-        open_examples(dataset.eval, data.image_size, share),
+        open_examples(dataset.train, data.image_size, share, data.resize),
+        open_examples(dataset.eval, data.image_size, share, data.resize),
         num_classes,
         layout,
+        start,
+        frozen,
+        rates,
         share,
         identity,
         (config.workdir / "summary.json").exists(),

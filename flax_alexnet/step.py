@@ -1,6 +1,6 @@
 """One step of training and one of evaluation: pure functions over `TrainState`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -34,17 +34,24 @@ def zero_totals() -> Totals:
 def create_state(
     key: jax.Array,
     mean: jax.Array,
+    given: Mapping[str, Any] | None = None,
     *,
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     crop_size: int,
+    frozen: Collection[str] = (),
 ) -> TrainState:
-    """The state before the first step; `mean` is float32[h, w, 3] in grey levels."""
-    params = model.init(key, jnp.zeros((1, crop_size, crop_size, 3)))["params"]
+    """The state before the first step; `mean` is float32[h, w, 3] in grey levels.
+
+    Layers of `given`, {"conv1": {"kernel", "bias"}, …}, have those values; `frozen` ones have no
+    optimizer state.
+    """
+    drawn = model.init(key, jnp.zeros((1, crop_size, crop_size, 3)))["params"]
+    params = {layer: (given or {}).get(layer, values) for layer, values in drawn.items()}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(_without(frozen, params)),
         mean=mean,
         totals=zero_totals(),
     )
@@ -58,6 +65,7 @@ def train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    frozen: Collection[str] = (),
 ) -> tuple[TrainState, jax.Array]:
     """The state after one update, and the mean loss of the batch before it (float32[]).
 
@@ -68,21 +76,24 @@ def train_step(
       model: maps float[b, c, c, 3] to logits.
       optimizer: as `flax_alexnet.create_optimizer` makes it.
       augment: (key, images, mean) to what the model sees.
+      frozen: layers that stay as they are, to the bit.
     """
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     images = augment(augment_key, batch["image"], state.mean)
 
-    def loss_fn(params: Any) -> tuple[jax.Array, Totals]:
-        variables, rngs = {"params": params}, {"dropout": dropout_key}
+    trained = _without(frozen, state.params)
+
+    def loss_fn(trained: Any) -> tuple[jax.Array, Totals]:
+        variables, rngs = {"params": {**state.params, **trained}}, {"dropout": dropout_key}
         logits: Any = model.apply(variables, images, train=True, rngs=rngs)
         losses = cross_entropy(logits, batch["label"])
         return losses.mean(), _totals(logits, losses, batch["label"], jnp.ones(losses.shape, bool))
 
-    (loss, totals), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    (loss, totals), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
     state = state.replace(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params={**state.params, **optax.apply_updates(trained, updates)},
         opt_state=opt_state,
         totals=jax.tree.map(jnp.add, state.totals, totals),
     )
@@ -102,6 +113,10 @@ def eval_step(
     logits: Any = model.apply({"params": params}, preprocess(batch["image"], mean))
     losses = cross_entropy(logits, batch["label"])
     return jax.tree.map(jnp.add, totals, _totals(logits, losses, batch["label"], batch["mask"]))
+
+
+def _without(frozen: Collection[str], params: Any) -> Any:
+    return {layer: values for layer, values in params.items() if layer not in frozen}
 
 
 def _totals(logits: jax.Array, losses: jax.Array, labels: jax.Array, mask: jax.Array) -> Totals:

@@ -38,13 +38,15 @@ from flax_alexnet.recipes import parse_config
 from flax_alexnet.report import draw_report, layer_table, peak_memory
 from flax_alexnet.reporting import RunLog, SilentLog, Throughput
 from flax_alexnet.step import Totals, TrainState, create_state
+from flax_alexnet.weights.finetuning import adapt
+from flax_alexnet.weights.pretrained import Params
 from flax_alexnet.workdir import record, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, 2 after a mistake of the user, or 130 after Ctrl-C."""
     try:
-        config = parse_config(sys.argv[1:] if argv is None else argv)
+        config = parse_config(sys.argv[1:] if argv is None else argv, adapt=adapt)
         parallel = config.parallel
         join(
             parallel.coordinator,
@@ -84,12 +86,16 @@ def run(config: Config, ready: Ready, started: float) -> int:
 
     key = jax.random.key(config.seed)
     model = make_model(config.model, ready.num_classes)
-    optimizer = make_optimizer(config.optimizer, steps_per_epoch)
+    optimizer = make_optimizer(config.optimizer, steps_per_epoch, ready.layer_rates)
     init_fn = functools.partial(
-        create_state, model=model, optimizer=optimizer, crop_size=config.augment.crop_size
+        create_state,
+        model=model,
+        optimizer=optimizer,
+        crop_size=config.augment.crop_size,
+        frozen=ready.frozen,
     )
     template = state_template(init_fn, config.data.image_size, layout)
-    step_fn, eval_fn = compile_steps(config, model, optimizer, layout, template)
+    step_fn, eval_fn = compile_steps(config, model, optimizer, layout, template, ready.frozen)
     evaluate_fn = functools.partial(
         evaluate,
         eval_fn,
@@ -99,8 +105,13 @@ def run(config: Config, ready: Ready, started: float) -> int:
         layout=layout,
     )
     checkpoints = Checkpoints(workdir / "checkpoints")
-    mean_fn = functools.partial(mean_image, ready.train, ready.share, total)
-    state = restore_or_create(checkpoints, init_fn, key, mean_fn, template)
+
+    def start_with() -> tuple[np.ndarray, Params]:
+        if ready.start:
+            return ready.start.mean, ready.start.params
+        return mean_image(ready.train, ready.share, total), {}
+
+    state = restore_or_create(checkpoints, init_fn, key, start_with, template)
     start = int(state.step)
     complete = start >= total_steps and ready.summarized
     if is_main():
@@ -205,6 +216,10 @@ def finish(
 
 def introduce(config: Config, ready: Ready, start: int, total_steps: int) -> None:
     """Prints what is about to happen."""
+    if ready.start:
+        print(ready.start.said)
+    if ready.frozen:
+        print(f"frozen: {', '.join(sorted(ready.frozen))}")
     if config.model.initialization == "he":
         print("initial values are He et al.'s, not the variant's own, which may stall (see README)")
     mesh = " x ".join(f"{name} {size}" for name, size in ready.layout.mesh.shape.items())

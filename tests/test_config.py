@@ -6,7 +6,7 @@ import pytest
 
 from flax_alexnet import cli
 from flax_alexnet.architectures import architecture, trace
-from flax_alexnet.config import Config, flatten, known_flags
+from flax_alexnet.config import Config, flatten, known_flags, validate
 from flax_alexnet.errors import UserError
 from flax_alexnet.recipes import RECIPES, parse_config
 
@@ -34,7 +34,8 @@ def test_the_home_is_found_after_an_equals_sign(monkeypatch):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_valid_and_its_images_fit(name):
-    config = parse_config(["--recipe", name])
+    config = RECIPES[name]
+    validate(config)
     layers = architecture(config.model.variant).scaled(1000, config.model.width)
     trace(layers, config.augment.crop_size, config.augment.crop_size)
 
