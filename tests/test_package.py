@@ -1,5 +1,7 @@
 """What importing the package costs and gives, and that the README tells the truth about names."""
 
+import dataclasses
+import importlib
 import re
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import pytest
 
 import flax_alexnet
 from flax_alexnet.architectures import ARCHITECTURES, trace
+from flax_alexnet.cli import COMMANDS
 from flax_alexnet.config import Config, known_flags
 from flax_alexnet.recipes import RECIPES
 
@@ -48,6 +51,11 @@ def test_the_readme_names_what_exists():
 def test_flags_and_links_of_the_pages_exist(page):
     path = README.parent / page
     flags = {"--help", "--data-dir", "--requeue", "--no-skips"} | set(known_flags(Config()))
+    for command in COMMANDS:
+        module = importlib.import_module(f"flax_alexnet.{command}")
+        for name, schema in vars(module).items():
+            if name.endswith("Config") and dataclasses.is_dataclass(schema):
+                flags |= set(known_flags(schema))
     assert set(re.findall(r"(?<!-)--[a-z][a-z.-]+", path.read_text())) <= flags
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         if not target.startswith("http"):

@@ -1,0 +1,203 @@
+"""What the trunk of torchvision's ImageNet AlexNet has learned: kernels, neighbours, LPIPS.
+
+After the paper's Figure 3 (the first layer's kernels) and Figure 4, right (the nearest neighbours
+of photographs), here by the features of conv5, since the trunk has no dense layers; and a table of
+LPIPS against the plain error for distortions of photographs.
+
+Run, from the project's root (a minute on two cores):
+
+    python experiments/real_trunk.py
+
+It reads the weights and photographs that lie beside the project in ../shared/data: the convolution
+layers of torchvision's `alexnet` with the heads of LPIPS v0.1, and 200 photographs of ImageNet.
+"""
+
+import csv
+import dataclasses
+import io
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from PIL import Image, ImageFilter
+
+from flax_alexnet import features, lpips
+from flax_alexnet.data.pictures import find_pictures, read_pictures
+from flax_alexnet.errors import UserError, exit_code
+from flax_alexnet.plots import color_selectivity, plot_kernels, plot_neighbours
+from flax_alexnet.weights.pretrained import Pretrained
+from flax_alexnet.weights.reading import load
+
+FIRST_DOG, AFTER_DOGS = "n02085620", "n02114"  # the 118 breeds, by their numbers in WordNet
+EXAMPLES = (("p0", 0.77962), ("p1", 0.09134))  # of the LPIPS reference code, with its values
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Pictures and tables of the trunk of torchvision's AlexNet."""
+
+    data: Path = Path("../shared/data")
+    """Where alexnet_owt/ and imagenet_samples/ lie."""
+    output: Path = Path("experiments/results")
+    """Where trunk_conv1.png, trunk_neighbours.png and trunk_lpips.csv go."""
+    photographs: int = 50
+    """How many photographs are distorted for the table."""
+    neighbours: int = 6
+    """Neighbours of each query."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draws and writes all; returns 0, or 2 where the data is not there."""
+    arguments = tyro.cli(Arguments, args=argv)
+    try:
+        net = load(arguments.data / "alexnet_owt" / "features_and_lpips.npz")
+        draw_kernels(net, arguments.output / "trunk_conv1.png")
+        pictures = open_pictures(net, arguments.data / "imagenet_samples")
+        draw_neighbours(net, pictures, arguments.neighbours, arguments.output)
+        compare_distortions(net, pictures, arguments)
+    except UserError as error:
+        return exit_code(error)
+    return 0
+
+
+def open_pictures(net: Pretrained, folder: Path) -> dict[str, np.ndarray]:
+    """The photographs by their names, uint8[256, 256, 3] each."""
+    rule = net.preprocessing
+    read = read_pictures(find_pictures([str(folder)]), rule.image_size, rule.resize)
+    return {Path(p.name).stem: p.image for p in read if p.image is not None}
+
+
+def draw_kernels(net: Pretrained, path: Path) -> None:
+    """Figure 3: the kernels of conv1, ordered by how much of them is colour."""
+    kernels = np.asarray(net.params["conv1"]["kernel"])
+    plot_kernels(kernels, path)
+    selectivity = color_selectivity(kernels)
+    print(
+        f"{kernels.shape[-1]} kernels of conv1: {np.mean(selectivity < 0.1):.0%} nearly without "
+        f"colour (selectivity below 0.1), {np.mean(selectivity > 0.5):.0%} mostly colour (above "
+        f"0.5); wrote {path}"
+    )
+
+
+def draw_neighbours(
+    net: Pretrained, pictures: dict[str, np.ndarray], count: int, output: Path
+) -> None:
+    """Figure 4, right: the photographs whose strongest activations of conv5 are most alike.
+
+    A channel counts by its largest value, wherever in the picture that is, and vectors of channels
+    by their direction, since their lengths differ much between pictures.
+    """
+    names = list(pictures)
+    images = np.stack(list(pictures.values()))
+    strongest = jax.jit(
+        lambda images: features(net.model, net.params, images, ("conv5",))["conv5"].max((1, 2))
+    )
+    batches = [images[i : i + 50] for i in range(0, len(images), 50)]
+    vectors = np.concatenate([strongest(net.preprocess(batch)) for batch in batches])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    every = np.linalg.norm(vectors[:, None] - vectors[None], axis=-1)
+    np.fill_diagonal(every, np.inf)
+    order = np.argsort(every, axis=1)[:, :count]
+    queries = np.linspace(0, len(names) - 1, 8).astype(int)[1:-1]  # chosen by nobody
+    path = output / "trunk_neighbours.png"
+    plot_neighbours(
+        images[queries],
+        images[order[queries]],
+        np.take_along_axis(every, order, axis=1)[queries],
+        [title(names[row]) for row in queries],
+        [[title(names[row]) for row in line] for line in order[queries]],
+        path,
+    )
+    dogs = np.array([FIRST_DOG <= name < AFTER_DOGS for name in names])
+    print(
+        f"of the {count} nearest to a dog's photograph {dogs[order[dogs]].mean():.0%} are of dogs, "
+        f"which {dogs.mean():.1%} of the {len(names)} photographs are; wrote {path}"
+    )
+
+
+def title(name: str) -> str:
+    """A class's name without its number in WordNet."""
+    return name.partition("_")[2].replace("_", " ")
+
+
+def jpeg(image: Image.Image, quality: int) -> Image.Image:
+    """The picture stored as JPEG and read again."""
+    encoded = io.BytesIO()
+    image.save(encoded, "jpeg", quality=quality)
+    return Image.open(encoded)
+
+
+def noisy(image: Image.Image, sigma: float) -> Image.Image:
+    """The picture with Gaussian noise of `sigma` grey levels."""
+    noise = np.random.default_rng(0).normal(0, sigma, (image.height, image.width, 3))
+    return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).round().astype(np.uint8))
+
+
+def shifted(image: Image.Image, pixels: int) -> Image.Image:
+    """The picture moved to the right, its edge repeated."""
+    columns = np.maximum(np.arange(image.width) - pixels, 0)
+    return Image.fromarray(np.asarray(image)[:, columns])
+
+
+DISTORTIONS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "shifted by 1 pixel": lambda image: shifted(image, 1),
+    "shifted by 4 pixels": lambda image: shifted(image, 4),
+    "brighter by 8 grey levels": lambda image: image.point(
+        [min(v + 8, 255) for v in range(256)] * 3
+    ),
+    "noise of 8 grey levels": lambda image: noisy(image, 8),
+    "noise of 25 grey levels": lambda image: noisy(image, 25),
+    "JPEG, quality 50": lambda image: jpeg(image, 50),
+    "JPEG, quality 10": lambda image: jpeg(image, 10),
+    "blurred, 1 pixel": lambda image: image.filter(ImageFilter.GaussianBlur(1)),
+    "blurred, 3 pixels": lambda image: image.filter(ImageFilter.GaussianBlur(3)),
+}
+
+
+def compare_distortions(
+    net: Pretrained, pictures: dict[str, np.ndarray], arguments: Arguments
+) -> None:
+    """LPIPS and the mean squared error of photographs and their distortions, on average."""
+    distance = jax.jit(lambda a, b: lpips(net.params, net.lpips_heads, a, b))
+
+    def signed(images: Sequence[np.ndarray]) -> jax.Array:
+        return jnp.asarray(np.stack(images).astype(np.float32) / 127.5 - 1)
+
+    folder = arguments.data / "alexnet_owt"
+    opened = {
+        name: signed([np.asarray(Image.open(folder / f"ex_{name}.png").convert("RGB"))])
+        for name in ("ref", "p0", "p1")
+    }
+    rows = []
+    for name, expected in EXAMPLES:
+        value = float(distance(opened["ref"], opened[name])[0])
+        error = float(jnp.square(opened["ref"] - opened[name]).mean())
+        rows.append((f"example {name} (reference {expected})", value, 10 * np.log10(4 / error)))
+    chosen = list(pictures.values())[:: max(1, len(pictures) // arguments.photographs)]
+    chosen = chosen[: arguments.photographs]
+    originals = signed(chosen)
+    for name, distort in DISTORTIONS.items():
+        changed = signed([np.asarray(distort(Image.fromarray(image))) for image in chosen])
+        values = [
+            distance(originals[i : i + 10], changed[i : i + 10]) for i in range(0, len(chosen), 10)
+        ]
+        errors = jnp.square(originals - changed).mean(axis=(1, 2, 3))
+        rows.append(
+            (name, float(np.concatenate(values).mean()), float((10 * jnp.log10(4 / errors)).mean()))
+        )
+    path = arguments.output / "trunk_lpips.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["pictures", "lpips", "psnr_db"])
+        writer.writerows([name, f"{value:.5f}", f"{psnr:.2f}"] for name, value, psnr in rows)
+    for name, value, psnr in rows:
+        print(f"{name:<34} LPIPS {value:.5f}   PSNR {psnr:5.2f} dB")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
