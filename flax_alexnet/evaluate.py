@@ -122,7 +122,8 @@ def match_labels(names: Sequence[str], net: Pretrained) -> np.ndarray:
     """The net's class of each of a dataset's classes, int[len(names)]: by name where names agree.
 
     A dataset may have fewer classes than the net, and in another order, if all its names are the
-    net's, or those that WordNet gives ImageNet's classes ("n01440764"). Where the net has no names, or wholly other ones, the numbers of classes must agree.
+    net's, or those that WordNet gives ImageNet's classes ("n01440764"). Where the net has no names,
+    or wholly other ones, the numbers of classes must agree.
 
     Raises:
       UserError: the classes do not fit.

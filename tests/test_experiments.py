@@ -47,3 +47,16 @@ def test_the_loop_is_timed(tmp_path):
     script = runpy.run_path(str(EXPERIMENTS / "bench_loop.py"))
     assert script["main"](["--quick", "--output", str(tmp_path)]) == 0
     assert (tmp_path / "bench_loop_quick.csv").read_text().count("\n") == 3
+
+
+def test_the_real_trunk(shared_data, tmp_path):
+    script = runpy.run_path(str(EXPERIMENTS / "real_trunk.py"))
+    flags = ["--data", str(shared_data), "--output", str(tmp_path), "--photographs", "4"]
+    assert script["main"](flags) == 0
+    with (tmp_path / "trunk_lpips.csv").open() as file:
+        rows = {row["pictures"]: float(row["lpips"]) for row in csv.DictReader(file)}
+    examples = [round(value, 5) for name, value in rows.items() if name.startswith("example")]
+    assert examples == [0.77962, 0.09134]
+    assert rows["JPEG, quality 10"] > rows["JPEG, quality 50"]
+    for name in ("trunk_conv1.png", "trunk_neighbours.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
