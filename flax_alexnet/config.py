@@ -380,6 +380,11 @@ def need(flag: str, value: object, fits: bool, expected: str) -> None:
         raise UserError(f"--{flag} is {value}; expected {expected}")
 
 
+def need_png(flag: str, path: Path | None) -> None:
+    """Raises UserError for a picture to be written under another ending."""
+    need(flag, path, path is None or path.suffix == ".png", "a .png file")
+
+
 def parse(schema: type[T], argv: Sequence[str], default: T | None, program: str) -> T:
     """`default` with the flags of `argv` applied; None where `schema` has positional arguments.
 
@@ -438,10 +443,12 @@ def known_flags(default: Any, prefix: str = "--") -> list[str]:
 def value_of(flag: str, argv: Sequence[str], default: str) -> str:
     """The value that `argv` gives a flag, before it is parsed as a whole."""
     for index, word in reversed(list(enumerate(argv))):  # the last one counts, as in tyro
-        if word == flag and index + 1 < len(argv):
-            return argv[index + 1]
-        if word.startswith(f"{flag}="):
-            return word.removeprefix(f"{flag}=")
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == flag:  # as tyro reads it
+            if equals:
+                return value
+            if index + 1 < len(argv):
+                return argv[index + 1]
     return default
 
 

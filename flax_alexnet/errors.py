@@ -1,8 +1,10 @@
 """Mistakes of the user: one line that says what was wrong, and exit code 2."""
 
+import contextlib
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 LOST = 3  # exit code where another process of the run has ended
@@ -37,3 +39,18 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its name where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """The text as any terminal and file takes it: file names need not be Unicode."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes the folder of a file that is written in this context, and UserError of what fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {first_line(error)}; take another path") from None

@@ -17,10 +17,10 @@ import tyro
 from flax_alexnet.config import EMBEDDED_DATASET, UseDataConfig, need, parse
 from flax_alexnet.data.pictures import Picture, open_for_use, read_pictures, summarize
 from flax_alexnet.data.sources import Source
-from flax_alexnet.errors import UserError, exit_code
+from flax_alexnet.errors import UserError, exit_code, writing
 from flax_alexnet.inference import infer, log_probabilities
 from flax_alexnet.plots import plot_confusion
-from flax_alexnet.weights.labels import imagenet_labels, imagenet_synsets
+from flax_alexnet.weights.labels import match_labels
 from flax_alexnet.weights.pretrained import Pretrained, need_classifier
 from flax_alexnet.weights.reading import load
 
@@ -58,12 +58,11 @@ class Evaluation:
     problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def add(self, label: int, log_probabilities: np.ndarray) -> None:
-        """Counts a picture: ties are decided by the class number, and NaN is never right."""
+        """Counts a picture, float[classes]; ties are decided by the class number."""
         own = log_probabilities[label]
         ahead = (log_probabilities > own).sum() + (log_probabilities[:label] == own).sum()
-        sane = not np.isnan(log_probabilities).any()
         self.confusion[label, int(np.argmax(log_probabilities))] += 1
-        self.top5[label] += bool(ahead < 5 and sane)
+        self.top5[label] += bool(ahead < 5)
         self.loss -= float(own)
 
     def summary(self) -> dict[str, Any]:
@@ -100,11 +99,13 @@ def run(config: EvaluateConfig) -> None:
         need_classifier(net)
         if (net.num_classes, net.label_names) != (nets[0].num_classes, nets[0].label_names):
             raise UserError("the nets differ in their classes; evaluate them one by one")
-    labels = match_labels(names, nets[0])
-    try:
-        config.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {config.output}: {error.strerror}") from None
+    labels, by_name = match_labels(names, nets[0].label_names, nets[0].num_classes)
+    if not by_name:
+        print("the dataset's names of classes are not the net's; they are matched by their order")
+    with writing(config.output / "evaluation.json"):
+        pass  # before all the work
+    part = config.data.split or "what training holds out (--data.split takes other parts)"
+    print(f"{config.data.name}: {len(source):,} pictures, {part}", flush=True)
     evaluation = evaluate(nets, source, labels, config.crops, config.batch_size)
     print(summarize(evaluation.problems, len(source)))
     if not evaluation.confusion.any():
@@ -116,30 +117,6 @@ def run(config: EvaluateConfig) -> None:
     )
     _write(config.output, evaluation, nets, config)
     print(f"everything is in {config.output}")
-
-
-def match_labels(names: Sequence[str], net: Pretrained) -> np.ndarray:
-    """The net's class of each of a dataset's classes, int[len(names)]: by name where names agree.
-
-    A dataset may have fewer classes than the net, and in another order, if all its names are the
-    net's, or those that WordNet gives ImageNet's classes ("n01440764"). Where the net has no names,
-    or wholly other ones, the numbers of classes must agree.
-
-    Raises:
-      UserError: the classes do not fit.
-    """
-    known = {name: label for label, name in enumerate(net.label_names)}
-    if net.label_names == imagenet_labels():
-        known |= {synset: label for label, synset in enumerate(imagenet_synsets())}
-    if all(name in known for name in names):
-        return np.array([known[name] for name in names])
-    if len(names) == net.num_classes and not any(name in known for name in names):
-        return np.arange(len(names))
-    missing = [name for name in names if name not in known]
-    raise UserError(
-        f"{len(missing)} of the dataset's {len(names)} classes are not among the net's "
-        f"{net.num_classes} (the first: {missing[0]!r}); take the dataset it was trained for"
-    )
 
 
 def evaluate(
@@ -157,14 +134,23 @@ def evaluate(
       labels: the nets' class of each of the source's, as `match_labels` gives.
       crops: 1 or 10.
       batch_size: pictures at once.
+
+    Raises:
+      UserError: a picture without a label, or a net that gives what is not a number.
     """
     classes = nets[0].num_classes
     evaluation = Evaluation(np.zeros((classes, classes), np.int64), np.zeros(classes, np.int64))
     for picture, row in _ensemble(nets, source, crops, batch_size):
         if row is None:
             evaluation.problems.append((picture.name, picture.problem))
-        else:
-            evaluation.add(int(labels[picture.label]), row)
+            continue
+        if not 0 <= picture.label < len(labels):
+            raise UserError(f"picture {picture.name} has no label; take a split with labels")
+        if np.isnan(row).any():
+            raise UserError(
+                f"the net gives what is not a number for {picture.name}; see its values"
+            )
+        evaluation.add(int(labels[picture.label]), row)
     return evaluation
 
 
@@ -182,7 +168,8 @@ def _ensemble(
         streams.append(infer(stacked, read_pictures(source, size, resize), batch_size))
     for results in zip(*streams, strict=True):
         rows = [row for _, row in results if row is not None]
-        mean = np.logaddexp.reduce(np.concatenate(rows)) - np.log(len(nets)) if rows else None
+        with np.errstate(invalid="ignore"):  # a net that gives NaN is refused by name
+            mean = np.logaddexp.reduce(np.concatenate(rows)) - np.log(len(nets)) if rows else None
         yield results[0][0], mean
 
 
@@ -214,7 +201,7 @@ def _write(
         ],
         "problems": dict(evaluation.problems),
     }
-    try:
+    with writing(folder / "evaluation.json"):
         (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
         with (folder / "classes.csv").open("w", newline="") as file:
             table = csv.DictWriter(file, list(classes[0]))
@@ -225,8 +212,6 @@ def _write(
             writer.writerow(["right class", *names])
             writer.writerows([n, *row] for n, row in zip(names, evaluation.confusion, strict=True))
         plot_confusion(evaluation.confusion, names, folder / "confusion.png")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ and NumPy one structured array, to be mapped and not loaded:
     np.load("features.npy", mmap_mode="r")["fc7"]
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +41,7 @@ class FeatureFile:
     """
 
     def __init__(self, path: Path, names: Sequence[str], layers: Mapping[str, Sequence[int]]):
-        encoded = np.array([name.encode(errors="surrogateescape") for name in names])
+        encoded = np.array([name.encode() for name in names])
         self.types = np.dtype(
             [("name", encoded.dtype), ("label", "i4"), ("status", "u1"), ("problem", "S200")]
             + [(layer, "f4", tuple(shape)) for layer, shape in layers.items()]
@@ -52,7 +53,8 @@ class FeatureFile:
                 path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._make(encoded) if is_new else self._open()
             same = np.array_equal(self["name"][:], encoded)
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        # h5py reports a full disk as RuntimeError.
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError) as error:
             raise UserError(
                 f"cannot use {path} ({first_line(error)}); take another --output"
             ) from None
@@ -67,10 +69,21 @@ class FeatureFile:
     def _make(self, names: np.ndarray) -> Any:
         # Under another name until it is whole, so that none is taken up half made.
         partial = self.path.with_name(self.path.name + ".partial")
+        try:
+            self._take_room(names, partial)
+            partial.replace(self.path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return self._open()
+
+    def _take_room(self, names: np.ndarray, partial: Path) -> None:
         if self._is_numpy():
             array = np.lib.format.open_memmap(partial, "w+", self.types, (self._length,))
             array["name"] = names
             array.flush()
+            if hasattr(os, "posix_fallocate"):  # or a full disk would end the process by a signal
+                with partial.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
         else:
             with h5py.File(partial, "w") as file:
                 early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -79,8 +92,6 @@ class FeatureFile:
                     base, shape = self.types[column].base, self.types[column].shape
                     file.create_dataset(column, (self._length, *shape), base, dcpl=early)
                 file["name"][:] = names
-        partial.replace(self.path)
-        return self._open()
 
     def _open(self) -> Any:
         if self._is_numpy():
@@ -126,7 +137,7 @@ def nearest(
     queries: Sequence[int],
     count: int,
     distance: Literal["euclidean", "cosine"] = "euclidean",
-    block: int = 1024,
+    block: int = 2**26,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The rows whose features are nearest to those of the queries, as in the paper's Figure 4.
 
@@ -137,7 +148,7 @@ def nearest(
       count: neighbours of each; the query itself is none.
       distance: the paper's Euclidean one, or that of the vectors scaled to unit length, which suits
         maps, whose lengths differ much.
-      block: rows in memory at once.
+      block: numbers in memory at once.
 
     Returns:
       Rows, int[queries, count], and distances, float[queries, count], the nearest first. Fewer than
@@ -153,10 +164,11 @@ def nearest(
     status = file["status"][:]
     wanted = vectors(np.stack([file[layer][row] for row in queries]))
     distances = np.full((len(queries), len(status)), np.inf)
-    for start in range(0, len(status), block):
-        values = vectors(file[layer][start : start + block])
+    step = max(1, block // wanted.shape[1])
+    for start in range(0, len(status), step):
+        values = vectors(file[layer][start : start + step])
         squares = (wanted**2).sum(1)[:, None] + (values**2).sum(1) - 2 * wanted @ values.T
-        distances[:, start : start + block] = np.sqrt(np.maximum(squares, 0))
+        distances[:, start : start + step] = np.sqrt(np.maximum(squares, 0))
     distances[:, status != READ] = np.inf
     distances[np.arange(len(queries)), list(queries)] = np.inf
     count = min(count, int((status == READ).sum()) - 1)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import tyro
 from tqdm import tqdm
 
 from flax_alexnet.activations import features
-from flax_alexnet.config import NO_DATASET, UseDataConfig, need, parse
+from flax_alexnet.config import NO_DATASET, UseDataConfig, need, need_png, parse
 from flax_alexnet.data.pictures import (
     Picture,
     find_pictures,
@@ -25,12 +26,14 @@ from flax_alexnet.data.pictures import (
     summarize,
 )
 from flax_alexnet.data.sources import Source
-from flax_alexnet.errors import UserError, exit_code
+from flax_alexnet.errors import UserError, exit_code, writing
 from flax_alexnet.feature_files import READ, SUFFIXES, UNREADABLE, FeatureFile, nearest
-from flax_alexnet.inference import infer
+from flax_alexnet.inference import infer, on_devices
+from flax_alexnet.model import AlexNet
 from flax_alexnet.plots import plot_neighbours
 from flax_alexnet.weights.pretrained import Pretrained, need_layers
 from flax_alexnet.weights.reading import load
+from flax_alexnet.workdir import need_room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(FeaturesConfig, arguments, None, "flax_alexnet.features")
         need("batch-size", config.batch_size, config.batch_size >= 1, "1 or more")
         need("neighbours", config.neighbours, config.neighbours >= 1, "1 or more")
-        fits = config.output.suffix in SUFFIXES
-        need("output", config.output, fits, "a .h5 or .npy file")
+        need("output", config.output, config.output.suffix in SUFFIXES, "a .h5 or .npy file")
+        need_png("nearest", config.nearest)
         if bool(config.pictures) == bool(config.data.name):
             raise UserError("name either pictures or a dataset with --data.name")
         run(config)
@@ -82,23 +85,24 @@ def run(config: FeaturesConfig) -> None:
         source, _ = open_for_use(config.data.name, config.data.data_dir, config.data.split)
     else:
         source = find_pictures(config.pictures)
-    queries = find_queries(source, config.queries)
+    named = find_queries(source, config.queries)
+    layers = tuple(dict.fromkeys(config.layers))
     net = load(config.weights)
-    with contextlib.closing(open_file(net, source, config.layers, config.output)) as file:
+    with contextlib.closing(open_file(net, source, layers, config.output)) as file:
         before = file.done
-        extract(net, source, config.layers, file, config.batch_size)
+        extract(net, source, layers, file, config.batch_size)
         bad = np.flatnonzero(file["status"][:] == UNREADABLE)
-        problems = [(source.name(int(row)), file["problem"][row].decode()) for row in bad]
+        problems = [
+            (source.name(int(row)), file["problem"][row].decode(errors="replace")) for row in bad
+        ]
         print(summarize(problems, len(source)))
         found = f" ({before:,} were there)" if before else ""
-        print(f"{', '.join(config.layers)} of {len(source):,} pictures{found}: {config.output}")
+        print(f"{', '.join(layers)} of {len(source):,} pictures{found}: {config.output}")
         if len(bad) == len(source):
             raise UserError("none of the pictures could be read")
         if config.nearest:
-            need_read(source, file, queries)
-            rows, distances = nearest(
-                file, config.layers[-1], queries, config.neighbours, config.distance
-            )
+            queries = choose_queries(source, file, named)
+            rows, distances = nearest(file, layers[-1], queries, config.neighbours, config.distance)
             draw_nearest(net, source, queries, rows, distances, config.nearest)
             print(f"wrote {config.nearest}")
 
@@ -116,7 +120,10 @@ def open_file(net: Pretrained, source: Source, layers: Sequence[str], path: Path
     need_layers(net, layers)
     shapes = jax.eval_shape(function, net.params, image)
     names = [source.name(index) for index in range(len(source))]
-    return FeatureFile(path, names, {layer: shapes[layer].shape[1:] for layer in layers})
+    sizes = {layer: shapes[layer].shape[1:] for layer in layers}
+    if not path.exists():
+        need_room(path, len(names) * 4 * sum(math.prod(shape) for shape in sizes.values()))
+    return FeatureFile(path, names, sizes)
 
 
 def extract(
@@ -154,13 +161,11 @@ def extract(
 
 
 def _function(net: Pretrained, layers: Sequence[str]) -> Callable[[jax.Array], Any]:
-    @jax.jit
-    def of_batch(params: Any, images: jax.Array) -> dict[str, jax.Array]:
-        values = features(net.model, params, net.preprocess(images), layers)
+    def of_batch(model: AlexNet, params: Any, images: jax.Array) -> dict[str, jax.Array]:
+        values = features(model, params, net.preprocess(images), layers)
         return {layer: value.astype(jnp.float32) for layer, value in values.items()}
 
-    params = jax.device_put(net.params)
-    return lambda images: of_batch(params, images)
+    return on_devices(net, of_batch)
 
 
 def _need_same(net: Pretrained, source: Source, layers: Sequence[str], file: FeatureFile) -> None:
@@ -182,17 +187,14 @@ def _need_same(net: Pretrained, source: Source, layers: Sequence[str], file: Fea
             )
 
 
-def find_queries(source: Source, endings: Sequence[str], default: int = 5) -> list[int]:
-    """The rows of the pictures whose names end so; of none, some evenly spaced ones.
+def find_queries(source: Source, endings: Sequence[str]) -> list[int]:
+    """The rows of the pictures whose names end so.
 
     Raises:
       UserError: an ending that no name has, or several have.
     """
-    if not endings:
-        count = min(default, len(source))
-        return [(2 * place + 1) * len(source) // (2 * count) for place in range(count)]
     result = []
-    names = [source.name(index) for index in range(len(source))]
+    names = [source.name(index) for index in range(len(source))] if endings else []
     for ending in endings:
         rows = [row for row, name in enumerate(names) if name.endswith(ending)]
         if len(rows) != 1:
@@ -201,13 +203,22 @@ def find_queries(source: Source, endings: Sequence[str], default: int = 5) -> li
     return result
 
 
-def need_read(source: Source, file: FeatureFile, queries: Sequence[int]) -> None:
-    """Raises UserError for a query that could not be read, or one that is alone."""
-    for row in queries:
-        if file["status"][row] != READ:
+def choose_queries(source: Source, file: FeatureFile, named: Sequence[int]) -> list[int]:
+    """The rows that were named, or five, evenly spaced, of those that could be read.
+
+    Raises:
+      UserError: one that was named could not be read, or only one could.
+    """
+    status = file["status"][:]
+    for row in named:
+        if status[row] != READ:
             raise UserError(f"{source.name(row)} could not be read; choose other --queries")
-    if np.count_nonzero(file["status"][:] == READ) < 2:
+    there = np.flatnonzero(status == READ)
+    if len(there) < 2:
         raise UserError("only one picture could be read, and it has no neighbour")
+    count = min(5, len(there))
+    spaced = [there[(2 * place + 1) * len(there) // (2 * count)] for place in range(count)]
+    return list(named) or [int(row) for row in spaced]
 
 
 def draw_nearest(
@@ -229,7 +240,7 @@ def draw_nearest(
     images = np.stack([_shown(picture, rule.image_size) for picture in pictures])
     images = images.reshape(*shown.shape, *images.shape[1:])
     names = [[Path(source.name(int(row))).stem for row in line] for line in shown]
-    try:
+    with writing(path):
         plot_neighbours(
             images[:, 0],
             images[:, 1:],
@@ -238,8 +249,6 @@ def draw_nearest(
             [line[1:] for line in names],
             path,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {error}; take another path") from None
 
 
 def _shown(picture: Picture, size: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """A trained net over many pictures, in batches, on all devices of this process."""
 
 import collections
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from flax_alexnet.data.ahead import ahead
 from flax_alexnet.data.pictures import Picture
+from flax_alexnet.model import AlexNet
 from flax_alexnet.sharding import make_layout
 from flax_alexnet.weights.pretrained import Pretrained
 
@@ -65,6 +67,18 @@ def _rows(results: Any, count: int) -> list[Any]:
     return [jax.tree.map(lambda values, row=row: values[row], results) for row in range(count)]
 
 
+def on_devices(
+    net: Pretrained, function: Callable[[AlexNet, Any, jax.Array], Any]
+) -> Callable[[jax.Array], Any]:
+    """`function` of (model, params, images) as one of images alone, jitted, for `infer`."""
+    layout = make_layout("data", (), devices=jax.local_devices())
+    # The layout keeps XLA from gathering whole batches for convolutions with groups.
+    model = net.model.clone(partition=layout.partition)
+    params = jax.device_put(net.params, layout.replicated)
+    of_batch = jax.jit(functools.partial(function, model))
+    return lambda images: of_batch(params, images)
+
+
 def log_probabilities(net: Pretrained, crops: int = 1) -> Callable[[jax.Array], jax.Array]:
     """The function from uint8[b, s, s, 3] to log-probabilities, float32[b, classes].
 
@@ -73,22 +87,12 @@ def log_probabilities(net: Pretrained, crops: int = 1) -> Callable[[jax.Array], 
       crops: 1 for the central crop, or 10 for the paper's corners, centre and their mirror images
         (section 4.1), over which the probabilities are averaged.
     """
-    model = net.model
 
-    @jax.jit
-    def of_batch(params: Any, images: jax.Array) -> jax.Array:
+    def of_batch(model: AlexNet, params: Any, images: jax.Array) -> jax.Array:
         seen = net.preprocess(images)[:, None] if crops == 1 else net.ten_crops(images)
         logits: Any = model.apply({"params": params}, seen.reshape(-1, *seen.shape[2:]))
         logits = logits.astype(jnp.float32).reshape(*seen.shape[:2], -1)
-        return log_mean(jax.nn.log_softmax(logits), axis=1)
+        means = jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=1)
+        return means - np.log(seen.shape[1], dtype=np.float32)
 
-    params = jax.device_put(
-        net.params, make_layout("data", (), devices=jax.local_devices()).replicated
-    )
-    return lambda images: of_batch(params, images)
-
-
-def log_mean(log_probabilities: jax.Array, axis: int) -> jax.Array:
-    """The logarithm of the mean of probabilities that are given as logarithms."""
-    count = log_probabilities.shape[axis]
-    return jax.nn.logsumexp(log_probabilities, axis=axis) - np.log(count, dtype=np.float32)
+    return on_devices(net, of_batch)

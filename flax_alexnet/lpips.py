@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from flax_alexnet.config import parse
+from flax_alexnet.config import need_png, parse
 from flax_alexnet.data.decode import DecodeError, decode_whole
 from flax_alexnet.data.pictures import find_pictures, summarize
-from flax_alexnet.errors import UserError, exit_code
+from flax_alexnet.errors import UserError, exit_code, printable, writing
 from flax_alexnet.perceptual import lpips
 from flax_alexnet.plots import plot_distance
 from flax_alexnet.weights.pretrained import LPIPS_HEADS, Pretrained
@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 2 after a mistake of the user."""
     try:
         arguments = sys.argv[1:] if argv is None else argv
-        run(parse(LpipsConfig, arguments, None, "flax_alexnet.lpips"))
+        config = parse(LpipsConfig, arguments, None, "flax_alexnet.lpips")
+        need_png("plot", config.plot)
+        run(config)
         return 0
     except (UserError, KeyboardInterrupt) as error:
         return exit_code(error)
@@ -76,10 +78,11 @@ def run(config: LpipsConfig) -> None:
         print(f"{name}: {value:.5f}")
         if config.plot:
             there = distance(net.params, net.lpips_heads, a, b, spatial=True)[0]
-            plot_distance(_pixels(a), _pixels(b), np.asarray(there), config.plot)
+            with writing(config.plot):
+                plot_distance(_pixels(a), _pixels(b), np.asarray(there), config.plot)
             print(f"wrote {config.plot}")
     if len(pairs) > 1 or problems:
-        print(summarize(problems, len(pairs)).replace("pictures", "pairs"))
+        print(summarize(problems, len(pairs), "pairs"))
     if config.output:
         _write(config.output, rows)
     if not values:
@@ -100,7 +103,7 @@ def find_pairs(a: Path, b: Path) -> list[tuple[str, Path, Path]]:
     if a.is_dir() != b.is_dir():
         raise UserError(f"{a} and {b} are a folder and a picture; give two of a kind")
     if not a.is_dir():
-        return [(f"{a} {b}", a, b)]
+        return [(printable(f"{a} {b}"), a, b)]
     of_a, of_b = (_by_name(folder) for folder in (a, b))
     alone = sorted(of_a.keys() ^ of_b.keys())
     if alone:
@@ -109,10 +112,8 @@ def find_pairs(a: Path, b: Path) -> list[tuple[str, Path, Path]]:
 
 
 def _by_name(folder: Path) -> dict[str, Path]:
-    files = [
-        Path(find.name(i)) for find in [find_pictures([str(folder)])] for i in range(len(find))
-    ]
-    named = {str(file.relative_to(folder).with_suffix("")): file for file in files}
+    files = find_pictures([str(folder)]).paths
+    named = {printable(str(file.relative_to(folder).with_suffix(""))): file for file in files}
     if len(named) < len(files):
         raise UserError(f"{folder} has pictures of the same name with two suffixes")
     return named
@@ -154,12 +155,8 @@ def _size(image: jax.Array) -> str:
 
 
 def _write(path: Path, rows: Sequence[tuple[str, str]]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows([("pair", "lpips"), *rows])
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; take another path") from None
+    with writing(path), path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("pair", "lpips"), *rows])
 
 
 if __name__ == "__main__":

@@ -6,14 +6,15 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
 
-from flax_alexnet.config import need, parse
+from flax_alexnet.config import need, need_png, parse
 from flax_alexnet.data.pictures import Picture, find_pictures, read_pictures, summarize
-from flax_alexnet.errors import UserError, exit_code
+from flax_alexnet.data.sources import Source
+from flax_alexnet.errors import UserError, exit_code, writing
 from flax_alexnet.inference import infer, log_probabilities
 from flax_alexnet.plots import plot_predictions
 from flax_alexnet.weights.pretrained import Pretrained, need_classifier
@@ -32,7 +33,7 @@ class PredictConfig:
     """Files, folders with all below them, or globs."""
     top: int = 5
     """Classes shown for each picture, the likeliest first."""
-    crops: int = 1
+    crops: Literal[1, 10] = 1
     """1 for the central crop, 10 for the mean over the paper's ten crops."""
     output: Path | None = None
     """A .json or .csv file for the predictions; none: only the table."""
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = sys.argv[1:] if argv is None else argv
         config = parse(PredictConfig, arguments, None, "flax_alexnet.predict")
         need("top", config.top, config.top >= 1, "1 or more")
-        need("crops", config.crops, config.crops in (1, 10), "1 or 10")
+        need_png("plot", config.plot)
         need("batch-size", config.batch_size, config.batch_size >= 1, "1 or more")
         suffix = config.output.suffix if config.output else ".json"
         need("output", config.output, suffix in (".json", ".csv"), "a .json or .csv file")
@@ -82,31 +83,37 @@ def predict(config: PredictConfig) -> None:
     source = find_pictures(config.pictures)
     net = load(config.weights)
     need_classifier(net)
+    if config.output:
+        _write(config.output, [])  # before all the work
     kept: list[Prediction] = []
     rows: list[dict[str, Any]] = []
     problems: list[tuple[str, str]] = []
-    for prediction in predictions(net, source, config.crops, config.batch_size):
-        rows.append(_row(net, prediction, config.top))
-        print(_line(net, prediction, config.top), flush=True)
-        picture = prediction.picture
-        if picture.image is None:
-            problems.append((picture.name, picture.problem))
-        elif config.plot and len(kept) < MOST_PLOTTED:
-            kept.append(prediction)
-    print(summarize(problems, len(rows)))
+    try:
+        for prediction in predictions(net, source, config.crops, config.batch_size):
+            print(_line(net, prediction, config.top), flush=True)
+            picture = prediction.picture
+            if config.output:
+                rows.append(_row(net, prediction, config.top))
+            if picture.image is None:
+                problems.append((picture.name, picture.problem))
+            elif config.plot and len(kept) < MOST_PLOTTED:
+                kept.append(prediction)
+    finally:  # interrupted, what there is
+        if config.output:
+            _write(config.output, rows)
+    print(summarize(problems, len(source)))
     if config.output:
-        _write(config.output, rows)
         print(f"wrote {config.output}")
-    if len(problems) == len(rows):
+    if len(problems) == len(source):
         raise UserError("none of the pictures could be read")
     if config.plot:
         _draw(net, kept, config.plot)
-        left_out = len(rows) - len(problems) - len(kept)
+        left_out = len(source) - len(problems) - len(kept)
         print(f"wrote {config.plot}" + (f" without the last {left_out}" if left_out else ""))
 
 
 def predictions(
-    net: Pretrained, source: Any, crops: int = 1, batch_size: int = 32
+    net: Pretrained, source: Source, crops: int = 1, batch_size: int = 32
 ) -> Iterator[Prediction]:
     """Every picture of a source, in order, with the probabilities of its classes."""
     rule = net.preprocessing
@@ -134,32 +141,26 @@ def _row(net: Pretrained, prediction: Prediction, top: int) -> dict[str, Any]:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            if path.suffix == ".json":
-                json.dump(rows, file, indent=2, ensure_ascii=False)
-                return
-            writer = csv.writer(file)
-            writer.writerow(["name", "problem", "rank", "label", "class", "probability"])
-            for row in rows:
-                start = [row["name"], row["problem"]]
-                for rank, best in enumerate(row["predictions"], 1):
-                    writer.writerow([*start, rank, *best.values()])
-                if not row["predictions"]:
-                    writer.writerow([*start, "", "", "", ""])
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; take another path") from None
+    with writing(path), path.open("w", newline="", encoding="utf-8") as file:
+        if path.suffix == ".json":
+            json.dump(rows, file, indent=2, ensure_ascii=False)
+            return
+        writer = csv.writer(file)
+        writer.writerow(["name", "problem", "rank", "label", "class", "probability"])
+        for row in rows:
+            start = [row["name"], row["problem"]]
+            for rank, best in enumerate(row["predictions"], 1):
+                writer.writerow([*start, rank, *best.values()])
+            if not row["predictions"]:
+                writer.writerow([*start, "", "", "", ""])
 
 
 def _draw(net: Pretrained, predictions: list[Prediction], path: Path) -> None:
     images = np.stack([p.picture.image for p in predictions if p.picture.image is not None])
     probabilities = np.stack([p.probabilities for p in predictions if p.probabilities is not None])
     names = [Path(p.picture.name).name for p in predictions]
-    try:
+    with writing(path):
         plot_predictions(images, None, probabilities, net.label_names, path, titles=names)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {error}; take another path") from None
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from flax_alexnet.architectures import Conv, Dense, Layer, architecture, trace
+from flax_alexnet.checkpoint import digest
 from flax_alexnet.cluster import gather
 from flax_alexnet.config import (
     FREE_TO_CHANGE,
@@ -102,7 +103,13 @@ def _open(config: Config, devices: int) -> Ready:
     frozen, rates = frozen_layers(config, names), layer_rates(config, names)
     start = None
     if config.init_from:
-        start = start_from(load(config.init_from), config, num_classes, dataset.label_names)
+        net = load(config.init_from)
+        start = start_from(net, config, num_classes, dataset.label_names)
+        if frozen & start.anew:
+            raise UserError(
+                f"--freeze names {', '.join(sorted(frozen & start.anew))}, which --init-from does "
+                "not give and would stay random; freeze others"
+            )
     if config.batch_size % devices:
         raise UserError(
             f"--batch-size {config.batch_size} does not divide by the {devices} devices; the "
@@ -114,6 +121,8 @@ def _open(config: Config, devices: int) -> Ready:
         "dataset.eval": len(dataset.eval),
         "dataset.label_names": list(dataset.label_names),
     }
+    if config.init_from:
+        identity["init_from.sha256"] = digest(net.params)
     claim(
         config.workdir,
         identity,

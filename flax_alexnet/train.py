@@ -216,7 +216,7 @@ def finish(
 
 def introduce(config: Config, ready: Ready, start: int, total_steps: int) -> None:
     """Prints what is about to happen."""
-    if ready.start:
+    if ready.start and start == 0:
         print(ready.start.said)
     if ready.frozen:
         print(f"frozen: {', '.join(sorted(ready.frozen))}")

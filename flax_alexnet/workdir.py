@@ -86,8 +86,8 @@ def need_room(workdir: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{workdir} has {free / 1e9:.1f} GB free and the run's checkpoints need about "
-            f"{needed / 1e9:.1f} GB: make room, or take a --workdir on another disk"
+            f"{workdir} has {free / 1e9:.1f} GB free and about {needed / 1e9:.1f} GB are needed: "
+            "make room, or take a path on another disk"
         )
 
 

@@ -17,10 +17,11 @@ from conftest import make_net
 from PIL import Image
 
 from flax_alexnet.data.pictures import find_pictures
+from flax_alexnet.data.sources import Record
 from flax_alexnet.errors import UserError
 from flax_alexnet.feature_files import READ, FeatureFile, nearest
 from flax_alexnet.weights import native
-from flax_alexnet.weights.labels import imagenet_labels
+from flax_alexnet.weights.labels import imagenet_labels, match_labels
 
 PREDICT, EVALUATE, FEATURES = (
     importlib.import_module(f"flax_alexnet.{name}").main
@@ -151,14 +152,76 @@ def test_several_nets_are_averaged_though_their_preprocessing_differs(
 
 
 def test_labels_are_matched_by_name(net):
-    match = importlib.import_module("flax_alexnet.evaluate").match_labels
-    assert match(["class c", "class a"], net).tolist() == [2, 0]
-    assert match(["w", "x", "y", "z"], net).tolist() == [0, 1, 2, 3]
-    imagenet = dataclasses.replace(net, label_names=imagenet_labels())
-    assert match(["tench", "n01443537", "crane (machine)"], imagenet).tolist() == [0, 1, 517]
+    def match(names, label_names=net.label_names):
+        labels, by_name = match_labels(names, label_names, 4 if len(label_names) < 5 else 1000)
+        return labels.tolist(), by_name
+
+    assert match(["class c", "class a"]) == ([2, 0], True)
+    assert match(["w", "x", "y", "z"]) == ([0, 1, 2, 3], False)
+    assert match(["w", "x", "y", "z"], ()) == ([0, 1, 2, 3], False)
+    twice = ("crane", "crane", "x", "y")
+    assert match(twice, twice) == ([0, 1, 2, 3], True)
+    some = ["tench", "n01443537", "crane (machine)"]
+    assert match(some, imagenet_labels()) == ([0, 1, 517], True)
     for names in (["class c", "x"], ["w", "x", "y"], ["class a", "x", "y", "z"]):
         with pytest.raises(UserError, match="not among the net's 4"):
-            match(names, net)
+            match(names)
+
+
+def test_what_is_counted_of_a_picture():
+    """Of seven classes, with ties: equal values are taken in the order of the classes."""
+    counted = importlib.import_module("flax_alexnet.evaluate").Evaluation(
+        np.zeros((7, 7), int), np.zeros(7, int)
+    )
+    rows = np.log([[0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1], [0.1] * 4 + [0.2] * 3])
+    for label in range(7):
+        counted.add(label, rows[0])
+        counted.add(label, rows[1])
+    assert counted.confusion[:, 0].tolist() == [1] * 7
+    assert counted.confusion[:, 4].tolist() == [1] * 7
+    # Of the first row classes 0 … 4 are among the five; of the second 4, 5, 6, then 0 and 1.
+    assert counted.top5.tolist() == [2, 2, 1, 1, 2, 1, 1]
+    summary = counted.summary()
+    assert (summary["images"], summary["top1"], summary["top5"]) == (14, 2 / 14, 10 / 14)
+    assert summary["loss"] == pytest.approx(-rows.sum() / 14)
+
+
+def test_a_picture_without_a_label_and_a_net_without_numbers_are_refused(
+    weights, photographs, tmp_path, capsys
+):
+    flags = ["--data.name", f"folder:{photographs}", "--output", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flax_alexnet.data.sources.FolderSource.records", unlabelled)
+        assert EVALUATE([str(weights), *flags]) == 2
+    assert "has no label" in capsys.readouterr().err
+    broken = make_net()
+    broken.params["fc7"]["bias"][0] = np.nan
+    native.save(broken, tmp_path / "nan.safetensors")
+    assert EVALUATE([str(tmp_path / "nan.safetensors"), *flags]) == 2
+    assert "not a number" in capsys.readouterr().err
+
+
+def unlabelled(source, indices):
+    return [Record(source.paths[i].read_bytes(), -1, "x.png") for i in indices]
+
+
+def test_names_need_not_be_unicode(weights, photographs, tmp_path, capsys):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    good = (photographs / "class a" / "0.png").read_bytes()
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(good)
+    (folder / os.fsdecode(b"\xe9" * 100 + b".png")).symlink_to(folder / ("é" * 100))
+    for suffix in ("csv", "json"):
+        output = tmp_path / f"predictions.{suffix}"
+        plot = tmp_path / "plot.png"
+        assert (
+            PREDICT([str(weights), str(folder), "--output", str(output), "--plot", str(plot)]) == 0
+        )
+        assert "caf\\xe9.png" in output.read_text().replace("\\\\", "\\")
+    for suffix in ("h5", "npy"):
+        flags = ["--output", str(tmp_path / f"features.{suffix}")]
+        assert FEATURES([str(weights), str(folder), *flags]) == 0
+    assert "1 of 2 pictures read; 1 not" in capsys.readouterr().out
 
 
 def column(path, name):
@@ -198,17 +261,30 @@ def test_features_of_a_dataset_have_labels(weights, photographs, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".h5", ".npy"])
 def test_features_go_on_where_they_were_killed(weights, photographs, tmp_path, suffix):
-    """Killed between two batches, by a picture that is a pipe nobody writes to."""
+    """Killed in the second batch, when its values are written, but not yet that they are there."""
     whole, killed = (tmp_path / f"{name}{suffix}" for name in ("whole", "killed"))
     flags = ["--batch-size", "8", "--layers", "fc7", "conv1"]
     assert FEATURES([str(weights), str(photographs), *flags, "--output", str(whole)]) == 0
-    program = (
-        "import sys, time; from flax_alexnet.features import main; "
-        "from flax_alexnet.feature_files import FeatureFile as F; write = F.write\n"
-        "def slow(self, start, columns, status):\n"
-        "    write(self, start, columns, status); print('written', flush=True); time.sleep(60)\n"
-        "F.write = slow; main(sys.argv[1:])"
-    )
+    program = """
+import sys, time
+from flax_alexnet.feature_files import FeatureFile
+from flax_alexnet.features import main
+
+get, write, batches = FeatureFile.__getitem__, FeatureFile.write, []
+
+def slow_get(self, column):
+    if len(batches) == 2 and column == "status":
+        print("written", flush=True)
+        time.sleep(60)
+    return get(self, column)
+
+def counted(self, *arguments):
+    batches.append(arguments)
+    write(self, *arguments)
+
+FeatureFile.__getitem__, FeatureFile.write = slow_get, counted
+main(sys.argv[1:])
+"""
     command = [sys.executable, "-c", program, str(weights), str(photographs), *flags]
     with subprocess.Popen([*command, "--output", str(killed)], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"written\n"
@@ -278,7 +354,7 @@ def test_pictures_of_predictions_and_neighbours_are_drawn(weights, photographs, 
     [
         (PREDICT, ["{weights}"], "no pictures"),
         (PREDICT, ["nothing.safetensors", "{photographs}"], "no weights"),
-        (PREDICT, ["{weights}", "{photographs}", "--crops", "3"], "--crops is 3; expected 1 or 10"),
+        (PREDICT, ["{weights}", "{photographs}", "--crops", "3"], "crops"),
         (PREDICT, ["{weights}", "{photographs}", "--output", "x.txt"], "a .json or .csv file"),
         (PREDICT, ["{weights}", "{photographs}", "--batch-size", "0"], "--batch-size is 0"),
         (PREDICT, ["{weights}", "{photographs}", "--plto", "x"], "did you mean --plot"),

@@ -19,6 +19,14 @@ from flax_alexnet.weights import native
 from flax_alexnet.weights.pretrained import need_classifier
 from flax_alexnet.weights.reading import load
 
+RULE = {
+    "image_size": 72,
+    "resize": "torchvision",
+    "crop_size": 64,
+    "scale": 1.0,
+    "channel_order": "RGB",
+}
+
 
 def rewritten(weights, path, change):
     """The file with its tensors and metadata changed."""
@@ -105,6 +113,21 @@ def test_every_tensor_that_does_not_fit_is_listed_at_once(weights, tmp_path):
         ("format", 99, "has the format 99; expected 1"),
         ("model", {"variant": "papre", "num_classes": 4}, "did you mean 'paper'"),
         ("model", {"size": 3}, "damaged"),
+        ("model", {"variant": "torchvision", "num_classes": None}, "sizes make no sense"),
+        ("model", {"variant": "torchvision", "num_classes": 4, "width": "a"}, "width make"),
+        ("model", {"variant": ["paper"], "num_classes": 4}, "damaged"),
+        (
+            "model",
+            {"variant": "torchvision", "num_classes": 4, "width": 0.05, "activation": "gelu"},
+            "activation make no sense",
+        ),
+        ("preprocessing", {**RULE, "crop_size": "x"}, "damaged"),
+        ("preprocessing", {**RULE, "crop_size": 73}, "crop_size make no sense"),
+        ("preprocessing", {**RULE, "resize": "toorchvision"}, "resize make no sense"),
+        ("preprocessing", {**RULE, "scale": [1, 2]}, "damaged"),
+        ("label_names", ["one"], "label_names make no sense"),
+        ("label_names", [1, 2, 3, 4], "label_names make no sense"),
+        ("source", "x", "source make no sense"),
         ("preprocessing", {"channel_order": "BGR"}, "not for RGB"),
         ("preprocessing", [], "damaged"),
         ("label_names", 7, "damaged"),

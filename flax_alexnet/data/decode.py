@@ -13,7 +13,9 @@ LARGEST_PICTURE = 178_956_970  # pixels: where Pillow refuses a picture; half of
 # Pixels up to which a picture is decoded whole, which takes up to 14 bytes each. A larger JPEG is
 # decoded at a half, a quarter or an eighth of its size; other formats cannot be.
 LARGEST_WHOLE = 25_000_000
-EXIF_ORIENTATION = 0x0112
+# A progressive JPEG keeps 6 bytes a pixel until it is complete, whatever size it is decoded at.
+LARGEST_PROGRESSIVE = 60_000_000
+EXIF_ORIENTATION, FAR = 0x0112, 2**18  # within so many bytes of a JPEG's start
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -27,11 +29,12 @@ def decode(encoded: bytes, size: int, resize: ResizeRule = "paper") -> np.ndarra
     What is inside counts, not what a file's name says. Grey and CMYK become RGB, 16 bits a channel
     become 8, transparency is dropped, of an animation the first frame is taken, and a picture is
     turned as its EXIF orientation says. JPEGs of more than `LARGEST_WHOLE` pixels are decoded at a
-    lower resolution, still at least twice `size`, so that no picture takes more than 400 MB.
+    lower resolution, still at least twice `size`, so that no picture takes more than 500 MB.
 
     Raises:
-      DecodeError: the bytes are truncated, damaged, no picture, one with 32 bits a channel, one of
-        more than `LARGEST_PICTURE` pixels, or one of more than `LARGEST_WHOLE` that is no JPEG.
+      DecodeError: the bytes are truncated, damaged, no picture, one with 32 bits a channel, or one
+        of more pixels than `LARGEST_PICTURE` (a progressive JPEG: `LARGEST_PROGRESSIVE`; another
+        format than JPEG: `LARGEST_WHOLE`).
     """
     return to_square(_pixels(encoded, 2 * size), size, resize)
 
@@ -75,9 +78,14 @@ def _pixels(encoded: bytes, enough: int | None) -> np.ndarray:
         if simplejpeg.is_jpeg(encoded):
             height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
             _need_at_most(LARGEST_PICTURE if enough else LARGEST_WHOLE, height * width)
-            least = enough if enough and height * width > LARGEST_WHOLE else max(height, width)
+            least = max(height, width)
+            if enough and height * width > LARGEST_WHOLE:
+                least = enough
+                with Image.open(io.BytesIO(encoded)) as image:
+                    if image.info.get("progressive"):
+                        _need_at_most(LARGEST_PROGRESSIVE, height * width)
             pixels = simplejpeg.decode_jpeg(encoded, "RGB", min_height=least, min_width=least)
-            if b"Exif" not in encoded[:4096]:
+            if encoded.find(b"Exif\0\0", 0, FAR) < 0:  # dearer to parse than to look for
                 return pixels
             with Image.open(io.BytesIO(encoded)) as image:
                 return _upright(pixels, image)

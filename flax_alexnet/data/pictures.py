@@ -1,9 +1,10 @@
 """Pictures that a trained net is used on: each has an outcome, and a bad one stops no other."""
 
 import glob
+import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from flax_alexnet.data.sources import FOLDER, FolderSource, Joined, Source, open
 from flax_alexnet.errors import UserError
 from flax_alexnet.preprocessing import ResizeRule
 
+CHUNK = 16  # records that a thread reads at once
 NO_LABEL = -1  # of a picture whose right class nobody said
 
 
@@ -87,29 +89,36 @@ def read_pictures(
     source: Source,
     size: int,
     resize: ResizeRule = "paper",
-    indices: Iterable[int] | None = None,
+    indices: Sequence[int] | None = None,
     threads: int | None = None,
 ) -> Iterator[Picture]:
     """The pictures of a source brought to `size` × `size`, in order; see `decode` for the rules."""
 
-    def read(index: int) -> Picture:
+    def read(rows: Sequence[int]) -> list[Picture]:
         label = NO_LABEL
         try:
-            (record,) = source.records([index])
-            label = record.label
-            image = decode(record.image, size, resize)
+            pictures = []
+            for record in source.records(rows):
+                label = record.label
+                pictures.append(Picture(record.name, label, decode(record.image, size, resize)))
+            return pictures
         except (UserError, DecodeError) as error:
+            if len(rows) > 1:  # one of them; the others are not to suffer
+                return [picture for row in rows for picture in read([row])]
             if source.prepared and isinstance(error, UserError):
                 raise  # the dataset as a whole is damaged
-            return Picture(source.name(index), label, None, str(error))
-        return Picture(record.name, label, image)
+            return [Picture(source.name(rows[0]), label, None, str(error))]
 
-    return map_threads(read, range(len(source)) if indices is None else indices, threads)
+    indices = range(len(source)) if indices is None else indices
+    # Prepared records are read many at once, several times faster than one by one.
+    chunk = CHUNK if source.prepared else 1
+    chunks = [indices[start : start + chunk] for start in range(0, len(indices), chunk)]
+    return itertools.chain.from_iterable(map_threads(read, chunks, threads))
 
 
-def summarize(problems: Sequence[tuple[str, str]], total: int) -> str:
+def summarize(problems: Sequence[tuple[str, str]], total: int, what: str = "pictures") -> str:
     """What became of `total` pictures, of which those of `problems`, (name, why), were not read."""
-    lines = [f"{total - len(problems):,} of {total:,} pictures read"]
+    lines = [f"{total - len(problems):,} of {total:,} {what} read"]
     if problems:
         lines[0] += f"; {len(problems):,} not:"
         lines += [f"  {name}: {problem}" for name, problem in problems[:20]]

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from google.protobuf.json_format import ParseError
 
 from flax_alexnet.data import shapes
-from flax_alexnet.errors import UserError, first_line, unknown
+from flax_alexnet.errors import UserError, first_line, printable, unknown
 
 FOLDER = "folder:"
 PREPARED_FOLDER = "prepared_folder"  # what TFDS calls folders once they are prepared
@@ -173,14 +173,15 @@ class FolderSource:
 
     def __init__(self, files: Sequence[tuple[Path, int]], label_names: Sequence[str]):
         self._files = files
+        self.paths = [path for path, _ in files]
         self.label_names = label_names
 
     def __len__(self) -> int:
         return len(self._files)
 
     def name(self, index: int) -> str:
-        """The picture's path."""
-        return str(self._files[index][0])
+        """The picture's path, printable."""
+        return printable(str(self._files[index][0]))
 
     def records(self, indices: Sequence[int]) -> list[Record]:
         """The records at `indices`; UserError names a file that cannot be read."""
@@ -188,11 +189,11 @@ class FolderSource:
         for path, label in (self._files[index] for index in indices):
             try:
                 if path.exists() and not path.is_file():  # a pipe would be waited for for ever
-                    raise UserError(f"{path} is not a regular file; remove it")
-                result.append(Record(path.read_bytes(), label, str(path)))
+                    raise UserError(f"{printable(str(path))} is not a regular file; remove it")
+                result.append(Record(path.read_bytes(), label, printable(str(path))))
             except OSError as error:
                 raise UserError(
-                    f"cannot read {path}: {error.strerror}; remove or repair it"
+                    f"cannot read {printable(str(path))}: {error.strerror}; remove or repair it"
                 ) from None
         return result
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from flax_alexnet.config import Config
 from flax_alexnet.errors import UserError
+from flax_alexnet.weights.labels import match_labels
 from flax_alexnet.weights.pretrained import Params, Pretrained, expected_shapes, need_tensors
-from flax_alexnet.weights.reading import load
+from flax_alexnet.weights.reading import read
 
 OF_THE_NET = ("variant", "width", "activation", "relu_logits")
 
@@ -20,6 +21,7 @@ class Start(NamedTuple):
 
     params: Params  # of the layers that are taken over
     mean: np.ndarray  # float32[image_size, image_size, 3]
+    anew: frozenset[str]  # layers that are not taken over
     said: str  # a line for the user
 
 
@@ -29,7 +31,7 @@ def adapt(recipe: Config, path: Path) -> Config:
     Raises:
       UserError: there is none.
     """
-    net = load(path)
+    net, _ = read(path)  # what is worth knowing of it is said when the run begins
     rule = net.preprocessing
     same = {name: getattr(net.config, name) for name in OF_THE_NET}
     return dataclasses.replace(
@@ -64,7 +66,7 @@ def start_from(
             f"{mean.shape[0]} pixels; leave that flag out"
         )
     same_classes = num_classes == net.num_classes and (
-        not net.label_names or tuple(label_names) == net.label_names
+        not net.label_names or _same(label_names, net)
     )
     rule = dataclasses.replace(net.preprocessing, crop_size=config.augment.crop_size)
     model = dataclasses.replace(config.model, num_classes=num_classes)
@@ -74,12 +76,20 @@ def start_from(
     found = {f"{k}/{n}": value.shape for k, values in params.items() for n, value in values.items()}
     wanted = {path: shape for path, shape in shapes.items() if path.partition("/")[0] in params}
     need_tensors(found, wanted, f"--init-from {config.init_from}")
-    anew = list(dict.fromkeys(path.partition("/")[0] for path in shapes.keys() - wanted.keys()))
+    anew = {path.partition("/")[0] for path in shapes.keys() - wanted.keys()}
     said = f"starting from {net.source.get('file', config.init_from)}"
     if not same_classes and last in net.params:
         said += f"; {last} is replaced, since its {net.num_classes} classes are not these"
         said += f" {num_classes}"
-        anew.remove(last)
-    if anew:
-        said += f"; {', '.join(sorted(anew))} not there, and made anew"
-    return Start(params, np.ascontiguousarray(np.broadcast_to(mean, (size, size, 3))), said)
+    if absent := sorted(anew - net.params.keys()):
+        said += f"; {', '.join(absent)} not there, and made anew"
+    whole = np.ascontiguousarray(np.broadcast_to(mean, (size, size, 3)))
+    return Start(params, whole, frozenset(anew), said)
+
+
+def _same(label_names: Sequence[str], net: Pretrained) -> bool:
+    try:
+        order, by_name = match_labels(label_names, net.label_names, net.num_classes)
+    except UserError:
+        return False
+    return by_name and np.array_equal(order, np.arange(net.num_classes))

@@ -1,8 +1,12 @@
 """The names of classes: ImageNet's thousand, which ship with the package, or those of a file."""
 
 import functools
+from collections import Counter
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+
+import numpy as np
 
 from flax_alexnet.errors import UserError, first_line
 
@@ -28,11 +32,47 @@ def imagenet_synsets() -> tuple[str, ...]:
     return tuple(synset for synset, _ in _imagenet())
 
 
+def match_labels(
+    names: Sequence[str], label_names: Sequence[str], num_classes: int
+) -> tuple[np.ndarray, bool]:
+    """The net's class of each of a dataset's classes, by name where names agree.
+
+    A dataset may have fewer classes than the net, and in another order, if all its names are the
+    net's, or those that WordNet gives ImageNet's classes ("n01440764"). Where the net has no names,
+    or wholly other ones, the classes must be as many, and are taken in their order.
+
+    Args:
+      names: of the dataset's classes.
+      label_names: of the net's; empty where unknown.
+      num_classes: the net's.
+
+    Returns:
+      int[len(names)], and whether they were matched by name.
+
+    Raises:
+      UserError: the classes do not fit.
+    """
+    if tuple(names) == tuple(label_names):
+        return np.arange(len(names)), True
+    known = {name: label for label, name in enumerate(label_names)}
+    if tuple(label_names) == imagenet_labels():
+        known |= {synset: label for label, synset in enumerate(imagenet_synsets())}
+    missing = [name for name in names if name not in known]
+    if not missing:
+        return np.array([known[name] for name in names]), True
+    if len(missing) == len(names) == num_classes:
+        return np.arange(num_classes), False
+    raise UserError(
+        f"{len(missing)} of the dataset's {len(names)} classes are not among the net's "
+        f"{num_classes} (the first: {missing[0]!r}); take the dataset it was trained for"
+    )
+
+
 def read_labels(path: Path, num_classes: int) -> tuple[str, ...]:
     """The names in a text file, one a line.
 
     Raises:
-      UserError: it cannot be read, or its lines are not as many as the classes.
+      UserError: it cannot be read, or its lines are not as many as the classes, or one comes twice.
     """
     try:
         names = tuple(line.strip() for line in path.read_text("utf-8-sig").splitlines())
@@ -43,4 +83,7 @@ def read_labels(path: Path, num_classes: int) -> tuple[str, ...]:
             f"{path} has {sum(map(bool, names))} names on {len(names)} lines; expected one on each "
             f"of {num_classes}, as many as the net has classes"
         )
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{path} has the name {twice[0]!r} twice; tell the classes apart")
     return names

@@ -6,10 +6,9 @@ one entry, `flax_alexnet`, since the order of several is another each time a fil
 with `format` (1), `model`, `preprocessing`, `label_names` and `source`.
 """
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -18,7 +17,7 @@ from safetensors.numpy import save_file
 from flax_alexnet.architectures import ARCHITECTURES
 from flax_alexnet.config import ModelConfig
 from flax_alexnet.errors import UserError, first_line, unknown
-from flax_alexnet.preprocessing import Preprocessing
+from flax_alexnet.preprocessing import Preprocessing, ResizeRule
 from flax_alexnet.weights.pretrained import (
     LPIPS_HEADS,
     Pretrained,
@@ -31,13 +30,13 @@ KEY, FORMAT = "flax_alexnet", 1
 MODEL_FIELDS = ("variant", "num_classes", "width", "activation", "relu_logits")
 
 
-def save(net: Pretrained, path: Path) -> None:
+def save(net: Pretrained, path: str | Path) -> None:
     """Writes a net; the file is whole even if the program is killed meanwhile.
 
     Raises:
       UserError: it cannot be written there.
     """
-    rule = net.preprocessing
+    path, rule = Path(path).expanduser(), net.preprocessing
     tensors = {
         f"params/{layer}/{name}": np.asarray(value, np.float32)
         for layer, values in net.params.items()
@@ -98,14 +97,13 @@ def read(path: Path) -> Pretrained:
             said["source"],
             _under("lpips/", tensors),
         )
+        _need_sane(net, path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
             f"{path} is damaged (its metadata: {first_line(error)}); convert its source once more"
         ) from None
-    if net.config.variant not in ARCHITECTURES:
-        raise UserError(f"{path}: {unknown('variant', net.config.variant, ARCHITECTURES)}")
     expected = {f"params/{name}": shape for name, shape in expected_shapes(net).items()}
     dense = frozenset(name for name in expected if name.startswith("params/fc"))
     if net.lpips_heads:
@@ -125,6 +123,30 @@ def _open(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, n
         raise UserError(f"{path} is no safetensors file: {first_line(error)}") from None
 
 
+def _need_sane(net: Pretrained, path: Path) -> None:
+    """Raises UserError for metadata that no file of `save` has."""
+    config, rule = net.config, net.preprocessing
+    if config.variant not in ARCHITECTURES:
+        raise UserError(f"{path}: {unknown('variant', str(config.variant), ARCHITECTURES)}")
+    sizes = (rule.image_size, rule.crop_size, config.num_classes)
+    square = (rule.image_size, rule.image_size, 3)
+    for name, sane in (
+        ("sizes", all(type(n) is int and 1 <= n <= 2**20 for n in sizes)),
+        ("crop_size", rule.crop_size <= rule.image_size),
+        ("width", type(config.width) in (int, float) and 0 < config.width <= 100),
+        ("activation", config.activation in get_args(get_type_hints(ModelConfig)["activation"])),
+        ("relu_logits", isinstance(config.relu_logits, bool)),
+        ("resize", rule.resize in get_args(ResizeRule)),
+        ("scale", np.isfinite(rule.scale).all()),
+        ("mean", rule.mean.shape in ((3,), square)),
+        ("source", isinstance(net.source, dict)),
+        ("label_names", len(net.label_names) in (0, config.num_classes)),
+        ("label_names", all(isinstance(label, str) for label in net.label_names)),
+    ):
+        if not sane:
+            raise ValueError(f"{name} make no sense")
+
+
 def _under(prefix: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
@@ -134,8 +156,3 @@ def _scale(value: Any) -> float | tuple[float, float, float]:
         red, green, blue = (float(v) for v in value)
         return red, green, blue
     return float(value)
-
-
-def with_source(net: Pretrained, file: Path, kind: str, sha256: str) -> Pretrained:
-    """The net with a note of the file that it was read from."""
-    return dataclasses.replace(net, source={"file": file.name, "format": kind, "sha256": sha256})

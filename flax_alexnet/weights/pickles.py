@@ -8,6 +8,7 @@ which stands for a harmless function of ours, and NumPy's arrays; every other na
 
 import math
 import pickletools
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -194,8 +195,8 @@ class _DType:
         self.code, self.order = code, "="
 
     def numpy(self) -> np.dtype:
-        # Python 2 wrote "O8".
-        known = isinstance(self.code, str) and self.code[:1] in ("f", "i", "u", "b", "O")
+        # Python 2 wrote "O8". Codes of several types could ask for any amount of memory.
+        known = isinstance(self.code, str) and re.fullmatch(r"[fiub]\d{1,2}|O8?", self.code)
         if known and self.order in ("<", ">", "=", "|"):
             return np.dtype(self.order + self.code)
         raise PickleError("it has an array of something else than numbers")

@@ -218,8 +218,8 @@ def write(tensors: Mapping[str, np.ndarray], path: Path) -> None:
         partial.replace(path)
     except ModuleNotFoundError:
         raise UserError(
-            f"writing {path} needs PyTorch: pip install torch; or write a .safetensors, which does "
-            "not"
+            f"writing {path} needs PyTorch: pip install 'torch>=2.10'; or write a .safetensors, "
+            "which does not"
         ) from None
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"cannot write {path}: {first_line(error)}; take another path") from None
