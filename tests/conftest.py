@@ -12,13 +12,11 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from small_nets import make_net
 
-from flax_alexnet.architectures import architecture, parameter_shapes
-from flax_alexnet.config import ModelConfig
 from flax_alexnet.data import shapes
-from flax_alexnet.preprocessing import Preprocessing
 from flax_alexnet.weights import native
-from flax_alexnet.weights.pretrained import Pretrained, unflatten
+from flax_alexnet.weights.pretrained import Pretrained
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -71,25 +69,6 @@ def data_dir(tmp_path_factory) -> Path:
         patch.setitem(shapes.EXAMPLES, "test", 20)
         shapes.builder(folder).download_and_prepare()
     return folder
-
-
-def make_net(variant="torchvision", num_classes=4, width=0.05, image_size=72, crop_size=64, seed=0):
-    """A small net with random weights, at which half of the units live, and a colour mean."""
-    rng = np.random.default_rng(seed)
-    layers = architecture(variant).scaled(num_classes, width)
-    params = {
-        path: rng.standard_normal(shape, np.float32) * np.float32((2 / np.prod(shape[:-1])) ** 0.5)
-        for path, shape in parameter_shapes(layers, crop_size, crop_size).items()
-    }
-    scale = (0.02, 0.03, 0.04)
-    mean = np.array([120, 110, 100], np.float32)
-    return Pretrained(
-        ModelConfig(variant=variant, num_classes=num_classes, width=width),
-        unflatten(params),
-        Preprocessing(image_size, "torchvision", crop_size, mean, scale),
-        tuple(f"class {letter}" for letter in "abcdefgh"[:num_classes]),
-        {"file": "made.pth", "format": "test", "sha256": "0" * 64},
-    )
 
 
 @pytest.fixture(scope="session")

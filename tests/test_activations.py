@@ -2,26 +2,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_nets import make_net
 
 from flax_alexnet.activations import features, grad_cam, map_names
-from flax_alexnet.architectures import activation_names, architecture, parameter_shapes
+from flax_alexnet.architectures import activation_names, architecture
 from flax_alexnet.errors import UserError
-from flax_alexnet.model import AlexNet
 
 SIZES = {"cuda_convnet_cifar10": 16, "notebook": 48, "torchvision": 64}
-WIDTH = 0.05
 
 
 def _net(variant):
-    """A small net, its parameters (not by `init`, which takes long to compile) and two images."""
-    size, rng, params = SIZES[variant], np.random.default_rng(0), {}
-    shapes = parameter_shapes(architecture(variant).scaled(7, WIDTH), size, size)
-    for path, shape in shapes.items():
-        layer, name = path.split("/")
-        std = np.sqrt(2 / np.prod(shape[:-1])) if name == "kernel" else 0.1
-        params.setdefault(layer, {})[name] = np.float32(std * rng.standard_normal(shape))
-    images = rng.standard_normal((2, size, size, 3)).astype(np.float32)
-    return AlexNet(variant, num_classes=7, width=WIDTH), params, images
+    """A small net, its parameters and two images as it sees them."""
+    size = SIZES[variant]
+    net = make_net(variant, 7, size, size)
+    images = np.random.default_rng(0).standard_normal((2, size, size, 3)).astype(np.float32)
+    return net.model, net.params, images
 
 
 @pytest.fixture(scope="module")

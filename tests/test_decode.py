@@ -141,6 +141,25 @@ print(peak() - before)
         decode_whole(large.read_bytes())
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_progressive_jpeg_that_would_take_too_much_is_refused():
+    """It keeps all coefficients. Here only the header of one says that it is so large."""
+    data = bytearray(encoded(NOISE, "jpeg", progressive=True))
+    start = data.index(b"\xff\xc2")  # SOF2: length, precision, height, width
+    assert data[start + 5 : start + 9] == bytes([0, 40, 0, 60])
+    data[start + 5 : start + 9] = (10_000).to_bytes(2, "big") * 2
+    with pytest.raises(DecodeError, match="at most 60,000,000"):
+        decode(bytes(data), 256)
+
+
+def test_exif_data_may_lie_behind_a_colour_profile():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(FLAG, "jpeg", exif=exif)
+    profile = b"\xff\xe2" + (60_002).to_bytes(2, "big") + bytes(60_000)
+    assert decode_whole(data[:2] + profile + data[2:]).shape == (60, 40, 3)
+
+
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
     side = 5200
     assert side * side > LARGEST_WHOLE

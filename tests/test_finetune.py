@@ -6,13 +6,14 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import make_net
+from small_nets import make_net
 
 from flax_alexnet.checkpoint import Checkpoints
 from flax_alexnet.recipes import parse_config
 from flax_alexnet.train import main
 from flax_alexnet.weights import native
-from flax_alexnet.weights.finetuning import adapt
+from flax_alexnet.weights.finetuning import adapt, start_from
+from flax_alexnet.weights.labels import imagenet_labels, imagenet_synsets
 from flax_alexnet.weights.reading import load
 
 SMALL = ["--batch-size", "8", "--log-every", "1", "--no-compilation-cache"]
@@ -103,15 +104,6 @@ def test_a_layer_at_rate_zero_stays_and_others_learn(net, finetuned):
         assert not np.array_equal(params[layer]["kernel"], net.params[layer]["kernel"])
 
 
-def test_the_head_is_replaced_where_classes_differ_and_that_is_said(finetuned, capsys):
-    _, params, _ = saved(finetuned[0])
-    assert params["fc8"]["kernel"].shape[-1] == 2
-    assert main(finetuned[1]) == 0  # it is complete
-    said = capsys.readouterr().out
-    assert "starting from made.pth; fc8 is replaced, since its 4 classes are not these 2" in said
-    assert "frozen: conv1, conv2" in said
-
-
 def test_with_the_same_classes_the_first_loss_is_the_nets_own(
     net, weights, photographs, tmp_path, capsys
 ):
@@ -138,9 +130,38 @@ def test_a_trunk_will_do(net, photographs, tmp_path, capsys):
         assert params[layer]["kernel"].tobytes() == net.params[layer]["kernel"].tobytes()
 
 
+def test_the_head_is_replaced_and_a_stopped_run_ends_in_the_same_bits(finetuned, tmp_path, capsys):
+    workdir, arguments = finetuned
+    _, params, _ = saved(workdir)
+    assert params["fc8"]["kernel"].shape[-1] == 2
+    mine = ["--workdir", str(tmp_path / "run"), *arguments[2:], "--allow-changes"]
+    assert main([*mine, "--steps", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "starting from made.pth; fc8 is replaced, since its 4 classes are not these 2" in said
+    assert "frozen: conv1, conv2" in said
+    assert main([*mine, "--steps", "4"]) == 0
+    one, other = (
+        json.loads((folder / "summary.json").read_text())["params_sha256"]
+        for folder in (workdir, tmp_path / "run")
+    )
+    assert one == other
+
+
+def test_imagenets_synsets_keep_the_head(tmp_path):
+    """TFDS calls ImageNet's classes by their numbers in WordNet."""
+    net = make_net(num_classes=1000)
+    named = dataclasses.replace(net, label_names=imagenet_labels())
+    native.save(named, tmp_path / "named.safetensors")
+    config = adapt(parse_config([]), tmp_path / "named.safetensors")
+    start = start_from(named, config, 1000, imagenet_synsets())
+    assert not start.anew
+    assert start_from(named, config, 1000, imagenet_synsets()[::-1]).anew == {"fc8"}
+
+
 def test_flags_override_what_the_file_says(weights):
     argv = ["--init-from", str(weights), "--augment.crop-size", "70", "--optimizer.momentum", "0.5"]
     config = parse_config(argv, adapt=adapt)
+    assert config == parse_config(["--init_from", *argv[1:]], adapt=adapt)
     assert (config.augment.crop_size, config.data.image_size) == (70, 72)
     assert config.optimizer.momentum == 0.5
     assert parse_config([*argv, "--recipe", "paper"], adapt=adapt).recipe == "paper"
@@ -150,6 +171,7 @@ def test_flags_override_what_the_file_says(weights):
     ("more", "says"),
     [
         (["--freeze", "conv9"], "did you mean 'conv"),
+        (["--freeze", "fc8", "--model.num-classes", "9"], "and would stay random"),
         (["--freeze", "conv.*,fc.*"], "leaves no layer to train"),
         (["--freeze", "(("], "is no pattern"),
         (["--optimizer.layer-rates", "fc8"], "expected PATTERN=NUMBER"),

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_net
 from PIL import Image
+from small_nets import make_net
 
 from flax_alexnet import lpips
 from flax_alexnet.weights import native

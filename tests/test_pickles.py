@@ -139,6 +139,8 @@ def array_pickle(shape, data, dtype="f4"):
         array_pickle((), ["x", "y"], "O"),
         array_pickle((1,), b"12345678", "V8"),
         array_pickle((1,), b"12345678", "M8[s]"),
+        array_pickle((), [1], "O").replace(b"O8", b"O8,(2000,)O"),
+        array_pickle((1, 2), [[1, 2]], "i4,O"),
         pickle.dumps(np.array(["text"])),
         pickle.dumps(np.array([{}, {}], object)),
         pickle.dumps(np.zeros(2, [("field", "f4")])),

@@ -1,12 +1,13 @@
 """The pictures, by what matplotlib is told to draw, and the command."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
+from small_nets import make_net
 
 from flax_alexnet import plots
-from flax_alexnet.architectures import architecture, parameter_shapes
-from flax_alexnet.config import ModelConfig
 from flax_alexnet.plot import main
 from flax_alexnet.plots import (
     color_selectivity,
@@ -18,9 +19,7 @@ from flax_alexnet.plots import (
     plot_neighbours,
     plot_predictions,
 )
-from flax_alexnet.preprocessing import Preprocessing
 from flax_alexnet.weights import native
-from flax_alexnet.weights.pretrained import Pretrained, unflatten
 
 RNG = np.random.default_rng(0)
 ODD_NAME = "$a$_\\b{猫"  # no formula, and not in the font
@@ -179,14 +178,11 @@ def test_distance(figures, tmp_path):
 def folder(tmp_path_factory):
     """A small net, its trunk, and two pictures."""
     folder = tmp_path_factory.mktemp("plot")
-    config = ModelConfig("cuda_convnet_cifar10", num_classes=3, width=0.2)
-    shapes = parameter_shapes(architecture(config.variant).scaled(3, 0.2), 16, 16)
-    params = {k: RNG.normal(0, 0.1, shape).astype(np.float32) for k, shape in shapes.items()}
-    rule = Preprocessing(20, "paper", 16, np.full(3, 120, np.float32), 0.02)
-    net = Pretrained(config, unflatten(params), rule, ("cat", "dog", "cow"))
+    net = make_net("cuda_convnet_cifar10", 3, 16, 20, width=0.2)
+    net = dataclasses.replace(net, label_names=("cat", "dog", "cow"))
     native.save(net, folder / "net.safetensors")
-    trunk = {name: value for name, value in params.items() if name.startswith("conv")}
-    native.save(Pretrained(config, unflatten(trunk), rule), folder / "trunk.safetensors")
+    trunk = {name: values for name, values in net.params.items() if name.startswith("conv")}
+    native.save(dataclasses.replace(net, params=trunk), folder / "trunk.safetensors")
     for name in ("one.png", "two.png"):
         Image.fromarray(RNG.integers(0, 256, (30, 40, 3), np.uint8)).save(folder / name)
     return folder

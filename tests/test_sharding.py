@@ -45,8 +45,12 @@ def initial(template):
         values = np.zeros(leaf.shape, leaf.dtype)
         if jax.tree_util.keystr(path[:1]) == ".mean":
             values += 127
+        elif jax.tree_util.keystr(path[-1:]) == ".factor":  # of the rate
+            values += 1
         elif jax.tree_util.keystr(path[:1]) == ".params" and len(leaf.shape) > 1:
             std = (2 / np.prod(leaf.shape[:-1])) ** 0.5
+            # Small logits: from a loss far above ln 16 rounding would decide which units die.
+            std *= 0.1 if leaf.shape[-1] == CLASSES else 1
             values = (std * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
         return jax.device_put(values, leaf.sharding)
 
@@ -54,18 +58,20 @@ def initial(template):
 
 
 @functools.cache
-def run(name, variant, shape=(), devices=8, classes=CLASSES):
+def run(name, variant, shape=(), devices=8, classes=CLASSES, frozen=()):
     """Losses of twenty steps with dropout and augmentation, and the state after them."""
     crop = CROPS.get(variant, 67)
     settings = AugmentConfig(crop_size=crop, color_noise="cuda-convnet", scale=1 / 64)
     layout = layout_of(name, variant, shape, devices, classes)
     model = AlexNet(variant, classes, width=WIDTH, initialization="he")
-    optimizer = create_optimizer(0.01)
-    init = functools.partial(create_state, model=model, optimizer=optimizer, crop_size=crop)
+    optimizer = create_optimizer(0.002)
+    init = functools.partial(
+        create_state, model=model, optimizer=optimizer, crop_size=crop, frozen=frozen
+    )
     template = state_template(init, crop + 6, layout)
     state = initial(template)
     config = Config(batch_size=BATCH, augment=settings)
-    step_fn, _ = compile_steps(config, model, optimizer, layout, template)
+    step_fn, _ = compile_steps(config, model, optimizer, layout, template, frozen)
     losses = []
     for batch in batches(crop + 6):
         state, loss = step_fn(state, layout.put(batch, BATCH), jax.random.key(5))
@@ -88,10 +94,29 @@ CASES = [
 def test_a_layout_trains_as_one_device_does(name, variant, shape):
     (one, alone), (several, state) = run("data", variant, devices=1), run(name, variant, shape)
     np.testing.assert_allclose(several, one, rtol=1e-5)
-    assert one[0] != one[-1]
-    for a, b in zip(jax.tree.leaves(alone.params), jax.tree.leaves(state.params), strict=True):
+    before = initial(alone).params
+    for start, a, b in zip(
+        *(jax.tree.leaves(params) for params in (before, alone.params, state.params)), strict=True
+    ):
+        assert not np.array_equal(a, start), "nothing was learned"
         assert len(b.sharding.device_set) == 8
         assert np.abs(np.asarray(a) - np.asarray(b)).max() <= 1e-4 * np.abs(a).max()
+
+
+@pytest.mark.parametrize(("name", "shape"), [("zero", ()), ("hybrid", (1, 8)), ("towers", (4, 2))])
+def test_frozen_layers_stay_in_every_layout(name, shape):
+    frozen = ("conv1", "conv2", "fc6")
+    losses, state = run(name, "paper", shape, frozen=frozen)
+    np.testing.assert_allclose(losses, run("data", "paper", devices=1, frozen=frozen)[0], rtol=1e-5)
+    learning = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    paths = " ".join(jax.tree_util.keystr(path) for path, _ in learning)
+    assert "fc7" in paths
+    assert not any(layer in paths for layer in frozen)
+    before = initial(state).params
+    for layer, values in before.items():
+        for part, value in values.items():
+            same = np.array_equal(value, state.params[layer][part])
+            assert same == (layer in frozen), (layer, part)
 
 
 @pytest.mark.parametrize(("name", "shape"), [("hybrid", (1, 8)), ("towers", (4, 2))])

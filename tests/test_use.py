@@ -13,8 +13,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import make_net
 from PIL import Image
+from small_nets import make_net
 
 from flax_alexnet.data.pictures import find_pictures
 from flax_alexnet.data.sources import Record

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_net
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from small_nets import make_net
 
 import flax_alexnet
 from flax_alexnet.augment import center_crop
