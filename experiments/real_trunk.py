@@ -43,7 +43,7 @@ class Arguments:
     data: Path = Path("../shared/data")
     """Where alexnet_owt/ and imagenet_samples/ lie."""
     output: Path = Path("experiments/results")
-    """Where trunk_conv1.png, trunk_neighbours.png and trunk_lpips.csv go."""
+    """Where trunk_conv1.png, trunk_neighbours.png and .csv, and trunk_lpips.csv go."""
     photographs: int = 50
     """How many photographs are distorted for the table."""
     neighbours: int = 6
@@ -103,6 +103,12 @@ def draw_neighbours(
     np.fill_diagonal(every, np.inf)
     order = np.argsort(every, axis=1)[:, :count]
     queries = np.linspace(0, len(names) - 1, 8).astype(int)[1:-1]  # chosen by nobody
+    with (output / "trunk_neighbours.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["query", "rank", "neighbour", "distance"])
+        for query, line in enumerate(order):
+            for rank, row in enumerate(line, 1):
+                writer.writerow([names[query], rank, names[row], f"{every[query, row]:.4f}"])
     path = output / "trunk_neighbours.png"
     plot_neighbours(
         images[queries],
