@@ -1,5 +1,5 @@
-import sys
+"""`python -m flax_alexnet COMMAND`: the same as the console script."""
 
-from flax_alexnet.cli import main
+from flax_alexnet.cli import console
 
-sys.exit(main())
+console()

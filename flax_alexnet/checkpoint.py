@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
-from flax_alexnet.errors import UserError
+from flax_alexnet.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -27,9 +27,14 @@ class Checkpoints:
         )
         # Without `best_fn` metrics stay in memory, and a resumed run would forget which is best.
         options = ocp.CheckpointManagerOptions(preservation_policy=keep, best_fn=_top1)
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(), item_handlers=ocp.StandardCheckpointHandler(), options=options
-        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                folder.absolute(), item_handlers=ocp.StandardCheckpointHandler(), options=options
+            )
+        except (ValueError, KeyError, TypeError) as error:  # of the metrics beside a step
+            raise UserError(
+                f"{folder} is damaged ({first_line(error)}); remove its newest folder"
+            ) from None
 
     def latest_step(self) -> int | None:
         """The newest step that was saved completely."""

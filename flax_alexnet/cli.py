@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from flax_alexnet.errors import UserError, exit_code, unknown
+from flax_alexnet.errors import UserError, exit_code, leave, unknown
 
 COMMANDS = {
     "train": "train a net, or go on with a training",
@@ -18,6 +18,11 @@ COMMANDS = {
     "export": "write a net as StableHLO, ONNX or a TensorFlow SavedModel",
     "hub": "send a net to the Hugging Face Hub, or fetch one",
 }
+
+
+def console() -> None:
+    """The console script."""
+    leave(main)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -320,6 +320,8 @@ def frozen_layers(config: Config, names: Sequence[str]) -> frozenset[str]:
       UserError: a pattern that is none, or means no layer; or all are frozen.
     """
     patterns = [pattern for value in config.freeze for pattern in value.split(",") if pattern]
+    if config.freeze and not patterns:
+        raise UserError("--freeze names no layer; leave it out, or name some, such as conv1,conv2")
     frozen = frozenset(n for pattern in patterns for n in _matching("freeze", pattern, names))
     if frozen == set(names):
         raise UserError("--freeze leaves no layer to train; name fewer")
@@ -378,6 +380,11 @@ def need(flag: str, value: object, fits: bool, expected: str) -> None:
     """Raises UserError for the value of a flag that does not fit."""
     if not fits:
         raise UserError(f"--{flag} is {value}; expected {expected}")
+
+
+def need_batch(size: int) -> None:
+    """Raises UserError for a `--batch-size` that is out of its range."""
+    need("batch-size", size, 1 <= size <= LARGEST_BATCH, f"1 to {LARGEST_BATCH}")
 
 
 def need_png(flag: str, path: Path | None) -> None:

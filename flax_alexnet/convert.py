@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 
 from flax_alexnet.config import parse
-from flax_alexnet.errors import UserError, exit_code
+from flax_alexnet.errors import UserError, exit_code, leave, need_writable
 from flax_alexnet.weights import layouts, native, torch_files
 from flax_alexnet.weights.labels import read_labels
 from flax_alexnet.weights.pretrained import Pretrained
@@ -62,8 +62,7 @@ def convert(config: ConvertConfig) -> None:
     path, output = config.input, config.output
     if config.format == "flax" and output.suffix != ".safetensors":
         raise UserError(f"OUTPUT is {output}; expected a .safetensors file")
-    if path.exists() and output.exists() and output.samefile(path):
-        raise UserError(f"OUTPUT {output} is INPUT itself; take another path")
+    need_writable(output, filter(None, (path, config.mean, config.labels, config.heads)))
     net, notes = read(path, config.variant, config.mean)
     if config.labels:
         names = read_labels(config.labels, net.num_classes)
@@ -89,8 +88,9 @@ def describe(net: Pretrained) -> str:
     names = f", {net.name(0)} … {net.name(net.num_classes - 1)}" if net.label_names else ""
     mean = "a mean image" if rule.mean.ndim == 3 else " ".join(f"{v:.3f}" for v in rule.mean)
     scales = rule.scale if isinstance(rule.scale, tuple) else (rule.scale,)
+    file, kind, digits = (source.get(name, "unknown") for name in ("file", "format", "sha256"))
     lines = [
-        f"source {source['file']} ({source['format']}), SHA-256 {source['sha256']}",
+        f"source {file} ({kind}), SHA-256 {digits}",
         f"variant {net.config.variant}, {count:,} parameters{parts}",
         f"{net.num_classes:,} classes{names}",
         f"pictures of {rule.image_size} × {rule.image_size} ({rule.resize}), less {mean}, "
@@ -112,4 +112,4 @@ def _state_dict(net: Pretrained, path: Path) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -2,9 +2,12 @@
 
 import contextlib
 import difflib
+import os
 import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 LOST = 3  # exit code where another process of the run has ended
@@ -47,10 +50,47 @@ def printable(text: str) -> str:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Makes the folder of a file that is written in this context, and UserError of what fails."""
+def writing(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, which gets the name `path` once all is written.
+
+    Raises:
+      UserError: it cannot be written there; then what was there before is as it was.
+    """
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {path}: {first_line(error)}; take another path") from None
+
+
+def need_writable(path: Path | None, inputs: Iterable[Path]) -> None:
+    """Raises UserError, before all the work, for a path that cannot be written or is an input's."""
+    if path is None:
+        return
+    with contextlib.suppress(OSError):  # an input that is not there is said elsewhere
+        if any(path.exists() and other.exists() and path.samefile(other) for other in inputs):
+            raise UserError(f"{path} would be written over, but is read; take another path")
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; take another path")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {first_line(error)}; take another path") from None
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Runs a command and ends the process with what it returns."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+        os._exit(0)
+    if code == INTERRUPTED:  # XLA may still be at work in its threads, and would crash in its end
+        os._exit(code)
+    sys.exit(code)

@@ -14,15 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from flax_alexnet.config import EMBEDDED_DATASET, UseDataConfig, need, parse
+from flax_alexnet.config import EMBEDDED_DATASET, UseDataConfig, need_batch, parse
 from flax_alexnet.data.pictures import Picture, open_for_use, read_pictures, summarize
 from flax_alexnet.data.sources import Source
-from flax_alexnet.errors import UserError, exit_code, writing
+from flax_alexnet.errors import UserError, exit_code, leave, need_writable, writing
 from flax_alexnet.inference import infer, log_probabilities
 from flax_alexnet.plots import plot_confusion
 from flax_alexnet.weights.labels import match_labels
 from flax_alexnet.weights.pretrained import Pretrained, need_classifier
 from flax_alexnet.weights.reading import load
+
+OUTPUTS = ("evaluation.json", "classes.csv", "confusion.csv", "confusion.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = sys.argv[1:] if argv is None else argv
         config = parse(EvaluateConfig, arguments, None, "flax_alexnet.evaluate")
-        need("batch-size", config.batch_size, config.batch_size >= 1, "1 or more")
+        need_batch(config.batch_size)
         if not config.weights:
             raise UserError("no weights: name weight files, or working directories of runs")
         run(config)
@@ -102,8 +104,8 @@ def run(config: EvaluateConfig) -> None:
     labels, by_name = match_labels(names, nets[0].label_names, nets[0].num_classes)
     if not by_name:
         print("the dataset's names of classes are not the net's; they are matched by their order")
-    with writing(config.output / "evaluation.json"):
-        pass  # before all the work
+    for name in OUTPUTS:
+        need_writable(config.output / name, config.weights)
     part = config.data.split or "what training holds out (--data.split takes other parts)"
     print(f"{config.data.name}: {len(source):,} pictures, {part}", flush=True)
     evaluation = evaluate(nets, source, labels, config.crops, config.batch_size)
@@ -140,7 +142,7 @@ def evaluate(
     """
     classes = nets[0].num_classes
     evaluation = Evaluation(np.zeros((classes, classes), np.int64), np.zeros(classes, np.int64))
-    for picture, row in _ensemble(nets, source, crops, batch_size):
+    for picture, row in _ensemble(nets, source, crops, min(batch_size, len(source))):
         if row is None:
             evaluation.problems.append((picture.name, picture.problem))
             continue
@@ -201,18 +203,20 @@ def _write(
         ],
         "problems": dict(evaluation.problems),
     }
-    with writing(folder / "evaluation.json"):
-        (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
-        with (folder / "classes.csv").open("w", newline="") as file:
-            table = csv.DictWriter(file, list(classes[0]))
-            table.writeheader()
-            table.writerows(classes)
-        with (folder / "confusion.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["right class", *names])
-            writer.writerows([n, *row] for n, row in zip(names, evaluation.confusion, strict=True))
-        plot_confusion(evaluation.confusion, names, folder / "confusion.png")
+    paths = [folder / name for name in OUTPUTS]
+    with writing(paths[0]) as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    with writing(paths[1]) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(classes[0]))
+        table.writeheader()
+        table.writerows(classes)
+    with writing(paths[2]) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["right class", *names])
+        writer.writerows([n, *row] for n, row in zip(names, evaluation.confusion, strict=True))
+    with writing(paths[3]) as partial:
+        plot_confusion(evaluation.confusion, names, partial)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -21,7 +21,7 @@ import tyro
 
 from flax_alexnet.activations import features
 from flax_alexnet.config import parse
-from flax_alexnet.errors import UserError, exit_code, first_line, unknown
+from flax_alexnet.errors import UserError, exit_code, first_line, leave, need_writable, unknown
 from flax_alexnet.weights.pretrained import Params, Pretrained, need_layers
 from flax_alexnet.weights.reading import load
 
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = sys.argv[1:] if argv is None else argv
         config = parse(ExportConfig, arguments, None, "flax_alexnet.export")
+        need_writable(config.output, [config.weights])
         print(export(load(config.weights), config.output, config.format, config.layer))
         return 0
     except (UserError, KeyboardInterrupt) as error:
@@ -222,4 +223,4 @@ def _files(path: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -12,6 +12,7 @@ and NumPy one structured array, to be mapped and not loaded:
 """
 
 import os
+import tokenize
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +55,10 @@ class FeatureFile:
             self._file = self._make(encoded) if is_new else self._open()
             same = np.array_equal(self["name"][:], encoded)
         # h5py reports a full disk as RuntimeError.
-        except (OSError, ValueError, KeyError, EOFError, RuntimeError) as error:
+        except (
+            *(OSError, ValueError, KeyError, EOFError, RuntimeError, AttributeError, TypeError),
+            tokenize.TokenError,  # of the header of a damaged .npy
+        ) as error:
             raise UserError(
                 f"cannot use {path} ({first_line(error)}); take another --output"
             ) from None
@@ -94,12 +98,19 @@ class FeatureFile:
                 file["name"][:] = names
 
     def _open(self) -> Any:
+        if not self.path.is_file():
+            raise ValueError("it is no regular file")
         if self._is_numpy():
+            np.load(self.path, mmap_mode="r")  # refuses a file that was cut off; "r+" mends it
             array = np.load(self.path, mmap_mode="r+")
             if array.dtype != self.types or array.shape != (self._length,):
                 raise ValueError("it has other columns or rows")
             return array
         file = h5py.File(self.path, "r+")
+        if set(file) != set(self.types.names or ()):
+            found = ", ".join(file)
+            file.close()
+            raise ValueError(f"it has other columns: {found}")
         for column in self.types.names or ():
             wanted = (self.types[column].base, (self._length, *self.types[column].shape))
             if (file[column].dtype, file[column].shape) != wanted:

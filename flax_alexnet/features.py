@@ -17,7 +17,7 @@ import tyro
 from tqdm import tqdm
 
 from flax_alexnet.activations import features
-from flax_alexnet.config import NO_DATASET, UseDataConfig, need, need_png, parse
+from flax_alexnet.config import NO_DATASET, UseDataConfig, need, need_batch, need_png, parse
 from flax_alexnet.data.pictures import (
     Picture,
     find_pictures,
@@ -25,8 +25,8 @@ from flax_alexnet.data.pictures import (
     read_pictures,
     summarize,
 )
-from flax_alexnet.data.sources import Source
-from flax_alexnet.errors import UserError, exit_code, writing
+from flax_alexnet.data.sources import FolderSource, Source
+from flax_alexnet.errors import UserError, exit_code, leave, need_writable, writing
 from flax_alexnet.feature_files import READ, SUFFIXES, UNREADABLE, FeatureFile, nearest
 from flax_alexnet.inference import infer, on_devices
 from flax_alexnet.model import AlexNet
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = sys.argv[1:] if argv is None else argv
         config = parse(FeaturesConfig, arguments, None, "flax_alexnet.features")
-        need("batch-size", config.batch_size, config.batch_size >= 1, "1 or more")
+        need_batch(config.batch_size)
         need("neighbours", config.neighbours, config.neighbours >= 1, "1 or more")
         need("output", config.output, config.output.suffix in SUFFIXES, "a .h5 or .npy file")
         need_png("nearest", config.nearest)
@@ -86,11 +86,14 @@ def run(config: FeaturesConfig) -> None:
     else:
         source = find_pictures(config.pictures)
     named = find_queries(source, config.queries)
+    inputs = [config.weights, *(source.paths if isinstance(source, FolderSource) else [])]
+    need_writable(config.output, inputs)
+    need_writable(config.nearest, inputs)
     layers = tuple(dict.fromkeys(config.layers))
     net = load(config.weights)
     with contextlib.closing(open_file(net, source, layers, config.output)) as file:
         before = file.done
-        extract(net, source, layers, file, config.batch_size)
+        extract(net, source, layers, file, min(config.batch_size, len(source)))
         bad = np.flatnonzero(file["status"][:] == UNREADABLE)
         problems = [
             (source.name(int(row)), file["problem"][row].decode(errors="replace")) for row in bad
@@ -177,7 +180,11 @@ def _need_same(net: Pretrained, source: Source, layers: Sequence[str], file: Fea
         ((_, values),) = infer(_function(net, layers), pictures, 1)
         if values is None or not all(
             np.allclose(
-                values[layer], file[layer][row], rtol=1e-3, atol=1e-3 * np.abs(values[layer]).max()
+                values[layer],
+                file[layer][row],
+                rtol=1e-3,
+                atol=1e-3 * np.abs(values[layer]).max(),
+                equal_nan=True,
             )
             for layer in layers
         ):
@@ -240,14 +247,14 @@ def draw_nearest(
     images = np.stack([_shown(picture, rule.image_size) for picture in pictures])
     images = images.reshape(*shown.shape, *images.shape[1:])
     names = [[Path(source.name(int(row))).stem for row in line] for line in shown]
-    with writing(path):
+    with writing(path) as partial:
         plot_neighbours(
             images[:, 0],
             images[:, 1:],
             distances,
             [line[0] for line in names],
             [line[1:] for line in names],
-            path,
+            partial,
         )
 
 
@@ -257,4 +264,4 @@ def _shown(picture: Picture, size: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

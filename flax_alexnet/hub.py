@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 
 from flax_alexnet.config import parse
-from flax_alexnet.errors import UserError, exit_code, first_line, unknown
+from flax_alexnet.errors import UserError, exit_code, first_line, leave, unknown
 from flax_alexnet.weights import native
 from flax_alexnet.weights.pretrained import Pretrained
 from flax_alexnet.weights.reading import load
@@ -68,6 +68,7 @@ COMMANDS = {"push": "upload a net with a model card", "pull": "download a net"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 2 after a mistake of the user."""
+    huggingface_hub.logging.set_verbosity_error()  # what fails is said in one line
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     try:
         if name in ("-h", "--help"):
@@ -167,7 +168,10 @@ def from_hub(repository: str | Path, revision: str | None = None) -> Pretrained:
     Raises:
       UserError: there is no such repository, revision or net in it, or it cannot be fetched.
     """
-    file = Path(repository).expanduser() / WEIGHTS
+    folder = Path(repository).expanduser()
+    file = folder / WEIGHTS
+    if folder.is_dir() and revision:
+        raise UserError(f"{repository} is a folder, which has no revisions; leave --revision out")
     if not file.is_file():
         try:
             file = Path(
@@ -258,4 +262,4 @@ def _reason(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -11,10 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from flax_alexnet.config import need_png, parse
+from flax_alexnet.config import need, need_png, parse
 from flax_alexnet.data.decode import DecodeError, decode_whole
 from flax_alexnet.data.pictures import find_pictures, summarize
-from flax_alexnet.errors import UserError, exit_code, printable, writing
+from flax_alexnet.errors import (
+    UserError,
+    exit_code,
+    leave,
+    need_writable,
+    printable,
+    writing,
+)
 from flax_alexnet.perceptual import lpips
 from flax_alexnet.plots import plot_distance
 from flax_alexnet.weights.pretrained import LPIPS_HEADS, Pretrained
@@ -46,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = sys.argv[1:] if argv is None else argv
         config = parse(LpipsConfig, arguments, None, "flax_alexnet.lpips")
         need_png("plot", config.plot)
+        csv_named = config.output is None or config.output.suffix == ".csv"
+        need("output", config.output, csv_named, "a .csv file")
         run(config)
         return 0
     except (UserError, KeyboardInterrupt) as error:
@@ -57,6 +66,9 @@ def run(config: LpipsConfig) -> None:
     pairs = find_pairs(config.a, config.b)
     if config.plot and len(pairs) > 1:
         raise UserError("--plot is for two pictures; leave it out for folders")
+    inputs = [config.weights, *(file for _, *files in pairs for file in files)]
+    for path in (config.output, config.plot):
+        need_writable(path, inputs)
     net = load(config.weights)
     need_heads(net)
     distance = jax.jit(lpips, static_argnames="spatial")
@@ -78,8 +90,8 @@ def run(config: LpipsConfig) -> None:
         print(f"{name}: {value:.5f}")
         if config.plot:
             there = distance(net.params, net.lpips_heads, a, b, spatial=True)[0]
-            with writing(config.plot):
-                plot_distance(_pixels(a), _pixels(b), np.asarray(there), config.plot)
+            with writing(config.plot) as partial:
+                plot_distance(_pixels(a), _pixels(b), np.asarray(there), partial)
             print(f"wrote {config.plot}")
     if len(pairs) > 1 or problems:
         print(summarize(problems, len(pairs), "pairs"))
@@ -123,7 +135,10 @@ def need_heads(net: Pretrained) -> None:
     """Raises UserError for a net that LPIPS cannot be computed with."""
     name = net.source.get("file", "this net")
     if net.config.variant != "torchvision" or net.config.width != 1:
-        raise UserError(f"{name} is of the variant {net.config.variant}; LPIPS takes torchvision's")
+        raise UserError(
+            f"{name} is of the variant {net.config.variant}, width {net.config.width:g}; LPIPS "
+            "takes torchvision's, width 1"
+        )
     if set(net.lpips_heads) != set(LPIPS_HEADS):
         raise UserError(
             f"{name} has no LPIPS heads; add them with: python -m flax_alexnet.convert WEIGHTS "
@@ -155,9 +170,9 @@ def _size(image: jax.Array) -> str:
 
 
 def _write(path: Path, rows: Sequence[tuple[str, str]]) -> None:
-    with writing(path), path.open("w", newline="", encoding="utf-8") as file:
+    with writing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("pair", "lpips"), *rows])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -15,7 +15,7 @@ from flax_alexnet.activations import features, grad_cam, map_names
 from flax_alexnet.architectures import activation_names, architecture
 from flax_alexnet.augment import center_crop
 from flax_alexnet.config import parse
-from flax_alexnet.errors import UserError, exit_code, first_line, unknown
+from flax_alexnet.errors import UserError, exit_code, first_line, leave, need_writable, unknown
 from flax_alexnet.plots import plot_activations, plot_grad_cam, plot_kernels
 from flax_alexnet.weights.pretrained import Pretrained, need_classifier, need_layers
 from flax_alexnet.weights.reading import load
@@ -67,6 +67,10 @@ def plot(config: PlotConfig) -> None:
         if count > 1:
             raise UserError(f"{count} pictures are called {stem}; draw them into different folders")
     images = [jnp.asarray(net.open(path)) for path in config.pictures]
+    endings = ("activations", "grad_cam")
+    names = [f"{path.stem}_{ending}.png" for path in config.pictures for ending in endings]
+    for name in ("conv1.png", *names):
+        need_writable(config.output / name, [config.weights, *config.pictures])
     path = config.output / "conv1.png"
     try:
         plot_kernels(net.params["conv1"]["kernel"], path, architecture(net.config.variant).groups)
@@ -123,4 +127,4 @@ def find_class(net: Pretrained, name: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

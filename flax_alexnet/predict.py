@@ -11,10 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from flax_alexnet.config import need, need_png, parse
+from flax_alexnet.config import need, need_batch, need_png, parse
 from flax_alexnet.data.pictures import Picture, find_pictures, read_pictures, summarize
 from flax_alexnet.data.sources import Source
-from flax_alexnet.errors import UserError, exit_code, writing
+from flax_alexnet.errors import UserError, exit_code, leave, need_writable, writing
 from flax_alexnet.inference import infer, log_probabilities
 from flax_alexnet.plots import plot_predictions
 from flax_alexnet.weights.pretrained import Pretrained, need_classifier
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(PredictConfig, arguments, None, "flax_alexnet.predict")
         need("top", config.top, config.top >= 1, "1 or more")
         need_png("plot", config.plot)
-        need("batch-size", config.batch_size, config.batch_size >= 1, "1 or more")
+        need_batch(config.batch_size)
         suffix = config.output.suffix if config.output else ".json"
         need("output", config.output, suffix in (".json", ".csv"), "a .json or .csv file")
         predict(config)
@@ -83,26 +83,23 @@ def predict(config: PredictConfig) -> None:
     source = find_pictures(config.pictures)
     net = load(config.weights)
     need_classifier(net)
-    if config.output:
-        _write(config.output, [])  # before all the work
+    for path in (config.output, config.plot):
+        need_writable(path, [config.weights, *source.paths])
     kept: list[Prediction] = []
     rows: list[dict[str, Any]] = []
     problems: list[tuple[str, str]] = []
-    try:
-        for prediction in predictions(net, source, config.crops, config.batch_size):
-            print(_line(net, prediction, config.top), flush=True)
-            picture = prediction.picture
-            if config.output:
-                rows.append(_row(net, prediction, config.top))
-            if picture.image is None:
-                problems.append((picture.name, picture.problem))
-            elif config.plot and len(kept) < MOST_PLOTTED:
-                kept.append(prediction)
-    finally:  # interrupted, what there is
+    for prediction in predictions(net, source, config.crops, config.batch_size):
+        print(_line(net, prediction, config.top), flush=True)
+        picture = prediction.picture
         if config.output:
-            _write(config.output, rows)
+            rows.append(_row(net, prediction, config.top))
+        if picture.image is None:
+            problems.append((picture.name, picture.problem))
+        elif config.plot and len(kept) < MOST_PLOTTED:
+            kept.append(prediction)
     print(summarize(problems, len(source)))
     if config.output:
+        _write(config.output, rows)
         print(f"wrote {config.output}")
     if len(problems) == len(source):
         raise UserError("none of the pictures could be read")
@@ -118,6 +115,7 @@ def predictions(
     """Every picture of a source, in order, with the probabilities of its classes."""
     rule = net.preprocessing
     pictures = read_pictures(source, rule.image_size, rule.resize)
+    batch_size = min(batch_size, len(source))
     for picture, row in infer(log_probabilities(net, crops), pictures, batch_size):
         yield Prediction(picture, None if row is None else np.exp(row))
 
@@ -141,7 +139,7 @@ def _row(net: Pretrained, prediction: Prediction, top: int) -> dict[str, Any]:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    with writing(path), path.open("w", newline="", encoding="utf-8") as file:
+    with writing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         if path.suffix == ".json":
             json.dump(rows, file, indent=2, ensure_ascii=False)
             return
@@ -159,9 +157,9 @@ def _draw(net: Pretrained, predictions: list[Prediction], path: Path) -> None:
     images = np.stack([p.picture.image for p in predictions if p.picture.image is not None])
     probabilities = np.stack([p.probabilities for p in predictions if p.probabilities is not None])
     names = [Path(p.picture.name).name for p in predictions]
-    with writing(path):
-        plot_predictions(images, None, probabilities, net.label_names, path, titles=names)
+    with writing(path) as partial:
+        plot_predictions(images, None, probabilities, net.label_names, partial, titles=names)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

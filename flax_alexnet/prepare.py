@@ -21,7 +21,7 @@ from flax_alexnet.data.sources import (
     need_known,
     open_dataset,
 )
-from flax_alexnet.errors import UserError, exit_code, first_line
+from flax_alexnet.errors import UserError, exit_code, first_line, leave
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,4 +113,4 @@ def _builder(name: str, data_dir: Path, image_size: int) -> tfds.core.DatasetBui
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

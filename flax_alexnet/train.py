@@ -30,7 +30,7 @@ from flax_alexnet.config import Config, OptimizerConfig
 from flax_alexnet.data.ahead import ahead
 from flax_alexnet.data.examples import mean_image
 from flax_alexnet.data.loader import training_batches
-from flax_alexnet.errors import INTERRUPTED, UserError, exit_code
+from flax_alexnet.errors import INTERRUPTED, UserError, exit_code, leave
 from flax_alexnet.model import AlexNet
 from flax_alexnet.optimizer import applied_rate, reduce_on_plateau
 from flax_alexnet.preflight import Ready, check_and_open
@@ -298,4 +298,4 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -152,6 +152,19 @@ def test_a_progressive_jpeg_that_would_take_too_much_is_refused():
         decode(bytes(data), 256)
 
 
+def test_a_strip_is_cut_before_it_is_scaled():
+    strip = RNG.integers(0, 256, (1, 200_000, 3), np.uint8)
+    square = to_square(strip, 256, "torchvision")
+    assert square.shape == (256, 256, 3)
+    np.testing.assert_array_equal(square, to_square(strip[:, 99_996:100_004], 256, "torchvision"))
+
+
+def test_no_program_is_started():
+    """Pillow hands PostScript to Ghostscript; here it is no picture."""
+    with pytest.raises(DecodeError, match="no picture in a known format"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", 16)
+
+
 def test_exif_data_may_lie_behind_a_colour_profile():
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -91,7 +91,7 @@ def test_a_program_that_is_wrong_is_not_left_behind(tmp_path, monkeypatch):
         (["{weights}", "net.onnx", "--format", "zip"], "invalid choice 'zip'"),
         (["{weights}", "net.stablehlo", "--layer", "conv9"], "did you mean 'conv"),
         (["{weights}", "net.stablehlo", "--layers", "conv1"], "did you mean --layer?"),
-        (["{weights}", "folder"], "is a folder that is there already"),
+        (["{weights}", "folder"], "it is a folder; take another path"),
         (["{weights}", "file/net.stablehlo"], "cannot write file/net.stablehlo"),
         (["nowhere.safetensors", "net.onnx"], "no weights nowhere.safetensors"),
     ],

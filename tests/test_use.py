@@ -318,6 +318,36 @@ def test_a_file_of_other_features_is_left_alone(weights, photographs, tmp_path, 
     assert output.read_bytes() == before
 
 
+def test_fewer_layers_do_not_go_on_in_a_file_of_more(weights, photographs, tmp_path, capsys):
+    output = tmp_path / "features.h5"
+    flags = [str(weights), str(photographs), "--output", str(output), "--layers"]
+    assert FEATURES([*flags, "conv1", "fc7"]) == 0
+    assert FEATURES([*flags, "fc7"]) == 2
+    assert "it has other columns" in capsys.readouterr().err
+
+
+def test_a_file_that_was_cut_off_is_not_mended(weights, photographs, tmp_path, capsys):
+    output = tmp_path / "features.npy"
+    flags = [str(weights), str(photographs), "--output", str(output)]
+    assert FEATURES(flags) == 0
+    output.write_bytes(output.read_bytes()[:-9])
+    before = output.read_bytes()
+    assert FEATURES(flags) == 2
+    assert "cannot use" in capsys.readouterr().err
+    assert output.read_bytes() == before
+
+
+def test_what_is_read_is_not_written_over(weights, photographs, tmp_path, capsys):
+    picture = tmp_path / "picture.png"
+    picture.write_bytes((photographs / "class a" / "0.png").read_bytes())
+    before = picture.read_bytes()
+    for command, flag in ((PREDICT, "--plot"), (FEATURES, "--nearest")):
+        more = [] if command is PREDICT else ["--output", str(tmp_path / "f.npy")]
+        assert command([str(weights), str(picture), flag, str(picture), *more]) == 2
+        assert "would be written over" in capsys.readouterr().err
+    assert picture.read_bytes() == before
+
+
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 def test_nearest_neighbours(tmp_path, distance):
     rng = np.random.default_rng(0)

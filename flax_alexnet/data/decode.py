@@ -10,13 +10,16 @@ from PIL import Image, UnidentifiedImageError
 from flax_alexnet.preprocessing import ResizeRule
 
 LARGEST_PICTURE = 178_956_970  # pixels: where Pillow refuses a picture; half of that it warns at
-# Pixels up to which a picture is decoded whole, which takes up to 14 bytes each. A larger JPEG is
+# Pixels up to which a picture is decoded whole, which takes up to 22 bytes each. A larger JPEG is
 # decoded at a half, a quarter or an eighth of its size; other formats cannot be.
-LARGEST_WHOLE = 25_000_000
-# A progressive JPEG keeps 6 bytes a pixel until it is complete, whatever size it is decoded at.
-LARGEST_PROGRESSIVE = 60_000_000
+LARGEST_WHOLE = 20_000_000
+# A progressive JPEG keeps 2 bytes of each value until it is complete, whatever its size then.
+LARGEST_PROGRESSIVE = 180_000_000  # pixels times channels
+# Of what Pillow reads; some others start programs, or read what is no picture of pixels.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 EXIF_ORIENTATION, FAR = 0x0112, 2**18  # within so many bytes of a JPEG's start
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of damaged metadata
 
 
 class DecodeError(ValueError):
@@ -33,8 +36,8 @@ def decode(encoded: bytes, size: int, resize: ResizeRule = "paper") -> np.ndarra
 
     Raises:
       DecodeError: the bytes are truncated, damaged, no picture, one with 32 bits a channel, or one
-        of more pixels than `LARGEST_PICTURE` (a progressive JPEG: `LARGEST_PROGRESSIVE`; another
-        format than JPEG: `LARGEST_WHOLE`).
+        of more pixels than `LARGEST_PICTURE` (of a progressive JPEG `LARGEST_PROGRESSIVE` over its
+        channels, of another format `LARGEST_WHOLE`).
     """
     return to_square(_pixels(encoded, 2 * size), size, resize)
 
@@ -59,6 +62,9 @@ def to_square(image: np.ndarray, size: int, resize: ResizeRule = "paper") -> np.
     elif resize == "torchvision":
         # torchvision's own arithmetic: int(), and Python's round() to even.
         sides = int(size * width / short), int(size * height / short)
+        if sides[0] * sides[1] > LARGEST_WHOLE:  # a strip, of which only the centre is wanted
+            picture = picture.crop(_centre(width, height, 8 * short))
+            return to_square(np.asarray(picture), size, resize)
         left, top = (round((side - size) / 2) for side in sides)
         square = picture.resize(sides, Image.Resampling.BILINEAR)
         square = square.crop((left, top, left + size, top + size))
@@ -76,20 +82,21 @@ def _pixels(encoded: bytes, enough: int | None) -> np.ndarray:
         raise DecodeError("it is empty")
     try:
         if simplejpeg.is_jpeg(encoded):
-            height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
+            height, width, colors, _ = simplejpeg.decode_jpeg_header(encoded)
             _need_at_most(LARGEST_PICTURE if enough else LARGEST_WHOLE, height * width)
             least = max(height, width)
             if enough and height * width > LARGEST_WHOLE:
                 least = enough
-                with Image.open(io.BytesIO(encoded)) as image:
+                with _open(encoded) as image:
                     if image.info.get("progressive"):
-                        _need_at_most(LARGEST_PROGRESSIVE, height * width)
+                        channels = {"Gray": 1, "CMYK": 4, "YCCK": 4}.get(colors, 3)
+                        _need_at_most(LARGEST_PROGRESSIVE // channels, height * width)
             pixels = simplejpeg.decode_jpeg(encoded, "RGB", min_height=least, min_width=least)
             if encoded.find(b"Exif\0\0", 0, FAR) < 0:  # dearer to parse than to look for
                 return pixels
-            with Image.open(io.BytesIO(encoded)) as image:
+            with _open(encoded) as image:
                 return _upright(pixels, image)
-        with Image.open(io.BytesIO(encoded)) as image:
+        with _open(encoded) as image:
             _need_at_most(LARGEST_WHOLE, image.height * image.width)
             if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey rather than scale it
                 grey = (np.asarray(image) >> 8).astype(np.uint8)
@@ -100,8 +107,21 @@ def _pixels(encoded: bytes, enough: int | None) -> np.ndarray:
     except UnidentifiedImageError:
         raise DecodeError("it is no picture in a known format") from None
     # Pillow reports a damaged picture by any of these, depending on the format.
-    except (ValueError, OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (
+        *(ValueError, OSError, SyntaxError, EOFError, MemoryError, RuntimeError, OverflowError),
+        Image.DecompressionBombError,
+    ) as error:
         raise DecodeError(str(error).splitlines()[0] if str(error) else repr(error)) from error
+
+
+def _open(encoded: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(encoded), formats=FORMATS)
+
+
+def _centre(width: int, height: int, most: int) -> tuple[int, int, int, int]:
+    """The box in the middle of a picture with sides of at most `most` pixels."""
+    left, top = max(0, (width - most) // 2), max(0, (height - most) // 2)
+    return left, top, min(width, left + most), min(height, top + most)
 
 
 def _need_at_most(largest: int, pixels: int) -> None:

@@ -75,6 +75,8 @@ def read_labels(path: Path, num_classes: int) -> tuple[str, ...]:
       UserError: it cannot be read, or its lines are not as many as the classes, or one comes twice.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no regular file")
         names = tuple(line.strip() for line in path.read_text("utf-8-sig").splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read labels {path}: {first_line(error)}") from None

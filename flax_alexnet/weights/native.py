@@ -97,7 +97,7 @@ def read(path: Path) -> Pretrained:
             said["source"],
             _under("lpips/", tensors),
         )
-        _need_sane(net, path)
+        need_sane(net)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -111,6 +111,9 @@ def read(path: Path) -> Pretrained:
         heads = zip(LPIPS_HEADS, features, strict=False)
         expected |= {f"lpips/{name}": (1, 1, count, 1) for name, count in heads}
     need_tensors({name: value.shape for name, value in tensors.items()}, expected, path, dense)
+    whole = [name for name, v in tensors.items() if not np.issubdtype(v.dtype, np.floating)]
+    if whole:
+        raise UserError(f"{path} does not fit: not floating-point numbers are {', '.join(whole)}")
     return net
 
 
@@ -123,28 +126,29 @@ def _open(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, n
         raise UserError(f"{path} is no safetensors file: {first_line(error)}") from None
 
 
-def _need_sane(net: Pretrained, path: Path) -> None:
-    """Raises UserError for metadata that no file of `save` has."""
+def need_sane(net: Pretrained) -> None:
+    """Raises ValueError for a configuration or preprocessing that no net has."""
     config, rule = net.config, net.preprocessing
     if config.variant not in ARCHITECTURES:
-        raise UserError(f"{path}: {unknown('variant', str(config.variant), ARCHITECTURES)}")
+        raise ValueError(unknown("variant", str(config.variant), ARCHITECTURES))
     sizes = (rule.image_size, rule.crop_size, config.num_classes)
     square = (rule.image_size, rule.image_size, 3)
     for name, sane in (
         ("sizes", all(type(n) is int and 1 <= n <= 2**20 for n in sizes)),
         ("crop_size", rule.crop_size <= rule.image_size),
         ("width", type(config.width) in (int, float) and 0 < config.width <= 100),
+        ("dtype", config.dtype in get_args(get_type_hints(ModelConfig)["dtype"])),
         ("activation", config.activation in get_args(get_type_hints(ModelConfig)["activation"])),
         ("relu_logits", isinstance(config.relu_logits, bool)),
         ("resize", rule.resize in get_args(ResizeRule)),
-        ("scale", np.isfinite(rule.scale).all()),
+        ("scale", np.isfinite(rule.scale).all() and np.min(rule.scale) > 0),
         ("mean", rule.mean.shape in ((3,), square)),
         ("source", isinstance(net.source, dict)),
         ("label_names", len(net.label_names) in (0, config.num_classes)),
         ("label_names", all(isinstance(label, str) for label in net.label_names)),
     ):
         if not sane:
-            raise ValueError(f"{name} make no sense")
+            raise ValueError(f"no net has such a value of {name}")
 
 
 def _under(prefix: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -70,8 +70,11 @@ class Pretrained:
         Raises:
           UserError: there is no such file, or it cannot be decoded.
         """
+        file = Path(path).expanduser()
         try:
-            encoded = Path(path).expanduser().read_bytes()
+            if file.exists() and not file.is_file():  # a pipe would be waited for for ever
+                raise DecodeError("it is no regular file")
+            encoded = file.read_bytes()
             return decode(encoded, self.preprocessing.image_size, self.preprocessing.resize)
         except (OSError, DecodeError) as error:
             raise UserError(f"cannot read picture {path}: {first_line(error)}") from None

@@ -11,14 +11,19 @@ import numpy as np
 
 from flax_alexnet.checkpoint import Checkpoints, digest
 from flax_alexnet.config import ModelConfig
-from flax_alexnet.errors import UserError, unknown
+from flax_alexnet.errors import UserError, first_line, unknown
 from flax_alexnet.preprocessing import Preprocessing
 from flax_alexnet.weights import layouts, native
 from flax_alexnet.weights.caffe_files import read_caffemodel, read_mean
 from flax_alexnet.weights.digests import mismatch, sha256
 from flax_alexnet.weights.labels import imagenet_labels
 from flax_alexnet.weights.numpy_files import read_npy, read_npz
-from flax_alexnet.weights.pretrained import LPIPS_HEADS, Pretrained
+from flax_alexnet.weights.pretrained import (
+    LPIPS_HEADS,
+    Pretrained,
+    expected_shapes,
+    need_tensors,
+)
 from flax_alexnet.weights.torch_files import read_pth, read_safetensors
 
 KINDS = ".safetensors, .pth, .caffemodel, .npy, .npz, or the --workdir of a run"
@@ -85,9 +90,13 @@ def read(
     if mean and suffix not in (".caffemodel", ".npy"):
         raise UserError(f"--mean is for Caffe's nets; the mean of {path} is known without it")
     notes: list[str] = []
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # a name that is too long
+        raise UserError(f"no weights {path}: {error.strerror}") from None
+    if is_folder:
         net = _read_run(path)
-    elif not path.is_file():
+    elif not is_file:
         raise UserError(f"no weights {path}: expected {KINDS}")
     elif not 0 < path.stat().st_size <= LARGEST:
         raise UserError(f"{path} is empty or larger than 2 GiB; expected weights of AlexNet")
@@ -97,6 +106,8 @@ def read(
         net, notes = _read_foreign(path, variant, mean)
     if variant not in (None, net.config.variant):
         raise UserError(f"{path} is of the variant {net.config.variant}, not {variant}")
+    if odd := _not_finite(net):
+        notes.append(f"warning: {path} has values that are not finite: {odd}")
     return net, notes
 
 
@@ -157,7 +168,7 @@ def _read_foreign(
     config = ModelConfig(variant=variant, num_classes=num_classes)
     net = Pretrained(config, params, rule, names, source, heads)
 
-    notes = [f"warning: {line}" for line in (mismatch(path, digits), _not_finite(net)) if line]
+    notes = [f"warning: {line}" for line in [mismatch(path, digits)] if line]
     if layout.bgr and mean is None:
         red, green, blue = (f"{value:.3f}" for value in rule.mean)
         notes.append(f"note: no --mean, so Caffe's mean colour is taken: BGR {blue} {green} {red}")
@@ -185,8 +196,7 @@ def _not_finite(net: Pretrained) -> str:
         for layer, parts in net.params.items()
         for part, value in parts.items()
     }
-    found = ", ".join(f"{count} in {name}" for name, count in counts.items() if count)
-    return f"{net.source['file']} has values that are not finite: {found}" if found else ""
+    return ", ".join(f"{count} in {name}" for name, count in counts.items() if count)
 
 
 def _read_run(workdir: Path) -> Pretrained:
@@ -196,9 +206,25 @@ def _read_run(workdir: Path) -> Pretrained:
         names = tuple(config["dataset.label_names"])
         fields = [field.name for field in dataclasses.fields(ModelConfig)]
         model = ModelConfig(**{name: config[f"model.{name}"] for name in fields})
-    except (OSError, ValueError, KeyError, TypeError):
+        num_classes = model.num_classes or len(names)
+        model = dataclasses.replace(model, num_classes=num_classes)
+        scale = config["augment.scale"]
+        size, crop_size = config["data.image_size"], config["augment.crop_size"]
+        rule = Preprocessing(
+            image_size=size,
+            resize=config.get("data.resize", "paper"),
+            crop_size=crop_size,
+            mean=np.zeros((size, size, 3), np.float32),
+            scale=tuple(scale) if isinstance(scale, list) else scale,
+        )
+        # A run may have more outputs than its data has classes.
+        names += tuple(f"class {label}" for label in range(len(names), num_classes))
+        net = Pretrained(model, {}, rule, names)
+        native.need_sane(net)
+    except (OSError, ValueError, KeyError, TypeError, MemoryError) as error:
         raise UserError(
-            f"{workdir} is no working directory of a run: it has no config.json that says so"
+            f"{workdir} is no working directory of a run: no config.json that says so "
+            f"({first_line(error)})"
         ) from None
     # An empty folder would be made where there is none, and this one is only read.
     steps = Checkpoints(workdir / "checkpoints") if (workdir / "checkpoints").is_dir() else None
@@ -207,14 +233,13 @@ def _read_run(workdir: Path) -> Pretrained:
         raise UserError(f"{workdir} has no checkpoint yet; wait for the first evaluation")
     params, mean = steps.restore_model(latest)
     steps.close()
-    scale = config["augment.scale"]
-    rule = Preprocessing(
-        image_size=config["data.image_size"],
-        resize=config.get("data.resize", "paper"),
-        crop_size=config["augment.crop_size"],
-        mean=mean,
-        scale=tuple(scale) if isinstance(scale, list) else scale,
-    )
-    model = dataclasses.replace(model, num_classes=model.num_classes or len(names))
     source = {"file": f"{workdir.name}, step {latest}", "format": "run", "sha256": digest(params)}
-    return Pretrained(model, params, rule, names, source)
+    rule = dataclasses.replace(rule, mean=mean)
+    net = dataclasses.replace(net, params=params, preprocessing=rule, source=source)
+    found = {
+        f"{layer}/{name}": np.shape(value)
+        for layer, values in params.items()
+        for name, value in values.items()
+    }
+    need_tensors(found, expected_shapes(net), f"checkpoint {latest} of {workdir}")
+    return net
