@@ -1,12 +1,9 @@
-"""Mistakes of the user: one line that says what was wrong, and exit code 2."""
+"""Mistakes of the user, one line that says what was wrong, and how a process ends."""
 
-import contextlib
 import difflib
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
@@ -47,41 +44,6 @@ def first_line(error: BaseException) -> str:
 def printable(text: str) -> str:
     """The text as any terminal and file takes it: file names need not be Unicode."""
     return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, which gets the name `path` once all is written.
-
-    Raises:
-      UserError: it cannot be written there; then what was there before is as it was.
-    """
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield partial
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {first_line(error)}; take another path") from None
-
-
-def need_writable(path: Path | None, inputs: Iterable[Path]) -> None:
-    """Raises UserError, before all the work, for a path that cannot be written or is an input's."""
-    if path is None:
-        return
-    with contextlib.suppress(OSError):  # an input that is not there is said elsewhere
-        if any(path.exists() and other.exists() and path.samefile(other) for other in inputs):
-            raise UserError(f"{path} would be written over, but is read; take another path")
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder; take another path")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {first_line(error)}; take another path") from None
 
 
 def leave(main: Callable[[], int]) -> NoReturn:

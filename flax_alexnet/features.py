@@ -26,10 +26,11 @@ from flax_alexnet.data.pictures import (
     summarize,
 )
 from flax_alexnet.data.sources import FolderSource, Source
-from flax_alexnet.errors import UserError, exit_code, leave, need_writable, writing
+from flax_alexnet.errors import UserError, exit_code, leave
 from flax_alexnet.feature_files import READ, SUFFIXES, UNREADABLE, FeatureFile, nearest
 from flax_alexnet.inference import infer, on_devices
 from flax_alexnet.model import AlexNet
+from flax_alexnet.outputs import need_writable, writing
 from flax_alexnet.plots import plot_neighbours
 from flax_alexnet.weights.pretrained import Pretrained, need_layers
 from flax_alexnet.weights.reading import load

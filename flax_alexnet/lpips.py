@@ -14,14 +14,8 @@ import tyro
 from flax_alexnet.config import need, need_png, parse
 from flax_alexnet.data.decode import DecodeError, decode_whole
 from flax_alexnet.data.pictures import find_pictures, summarize
-from flax_alexnet.errors import (
-    UserError,
-    exit_code,
-    leave,
-    need_writable,
-    printable,
-    writing,
-)
+from flax_alexnet.errors import UserError, exit_code, leave, printable
+from flax_alexnet.outputs import need_writable, writing
 from flax_alexnet.perceptual import lpips
 from flax_alexnet.plots import plot_distance
 from flax_alexnet.weights.pretrained import LPIPS_HEADS, Pretrained

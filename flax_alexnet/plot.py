@@ -15,7 +15,8 @@ from flax_alexnet.activations import features, grad_cam, map_names
 from flax_alexnet.architectures import activation_names, architecture
 from flax_alexnet.augment import center_crop
 from flax_alexnet.config import parse
-from flax_alexnet.errors import UserError, exit_code, first_line, leave, need_writable, unknown
+from flax_alexnet.errors import UserError, exit_code, first_line, leave, unknown
+from flax_alexnet.outputs import need_writable
 from flax_alexnet.plots import plot_activations, plot_grad_cam, plot_kernels
 from flax_alexnet.weights.pretrained import Pretrained, need_classifier, need_layers
 from flax_alexnet.weights.reading import load
