@@ -28,6 +28,7 @@ from PIL import Image, ImageFilter
 from flax_alexnet import features, lpips
 from flax_alexnet.data.pictures import find_pictures, read_pictures
 from flax_alexnet.errors import UserError, exit_code
+from flax_alexnet.perceptual import signed
 from flax_alexnet.plots import color_selectivity, plot_kernels, plot_neighbours
 from flax_alexnet.weights.pretrained import Pretrained
 from flax_alexnet.weights.reading import load
@@ -170,12 +171,9 @@ def compare_distortions(
     """LPIPS and the mean squared error of photographs and their distortions, on average."""
     distance = jax.jit(lambda a, b: lpips(net.params, net.lpips_heads, a, b))
 
-    def signed(images: Sequence[np.ndarray]) -> jax.Array:
-        return jnp.asarray(np.stack(images).astype(np.float32) / 127.5 - 1)
-
     folder = arguments.data / "alexnet_owt"
     opened = {
-        name: signed([np.asarray(Image.open(folder / f"ex_{name}.png").convert("RGB"))])
+        name: signed(np.asarray(Image.open(folder / f"ex_{name}.png").convert("RGB"))[None])
         for name in ("ref", "p0", "p1")
     }
     rows = []
@@ -185,9 +183,11 @@ def compare_distortions(
         rows.append((f"example {name} (reference {expected})", value, 10 * np.log10(4 / error)))
     chosen = list(pictures.values())[:: max(1, len(pictures) // arguments.photographs)]
     chosen = chosen[: arguments.photographs]
-    originals = signed(chosen)
+    originals = signed(np.stack(chosen))
     for name, distort in DISTORTIONS.items():
-        changed = signed([np.asarray(distort(Image.fromarray(image))) for image in chosen])
+        changed = signed(
+            np.stack([np.asarray(distort(Image.fromarray(image))) for image in chosen])
+        )
         values = [
             distance(originals[i : i + 10], changed[i : i + 10]) for i in range(0, len(chosen), 10)
         ]

@@ -218,13 +218,8 @@ def validate(config: Config) -> None:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is {value}; expected numbers up to {LARGEST_NUMBER:g}")
     data, model, optimizer = config.data, config.model, config.optimizer
+    need_batch(config.batch_size)
     for flag, value, fits, expected in (
-        (
-            "batch-size",
-            config.batch_size,
-            1 <= config.batch_size <= LARGEST_BATCH,
-            f"1 to {LARGEST_BATCH}",
-        ),
         ("epochs", config.epochs, config.epochs > 0, "more than 0"),
         ("steps", config.steps, config.steps is None or config.steps >= 1, "1 or more"),
         ("eval-epochs", config.eval_epochs, config.eval_epochs > 0, "more than 0"),

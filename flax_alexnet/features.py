@@ -139,10 +139,11 @@ def extract(
       UserError: those that it has are not this net's.
     """
     done = file.done
-    _need_same(net, source, layers, file)
+    function = _function(net, layers)
+    _need_same(net, function, source, layers, file)
     rule = net.preprocessing
     pictures = read_pictures(source, rule.image_size, rule.resize, range(done, len(source)))
-    results = infer(_function(net, layers), pictures, batch_size)
+    results = infer(function, pictures, batch_size)
     bar = tqdm(results, total=len(source), initial=done, unit="picture", disable=None)
     rows = iter(bar)
     for start in range(done, len(source), batch_size):
@@ -172,13 +173,19 @@ def _function(net: Pretrained, layers: Sequence[str]) -> Callable[[jax.Array], A
     return on_devices(net, of_batch)
 
 
-def _need_same(net: Pretrained, source: Source, layers: Sequence[str], file: FeatureFile) -> None:
+def _need_same(
+    net: Pretrained,
+    function: Callable[[jax.Array], Any],
+    source: Source,
+    layers: Sequence[str],
+    file: FeatureFile,
+) -> None:
     """Raises UserError unless the first picture that the file has gives what it has of it."""
     there = np.flatnonzero(file["status"][:] == READ)[:1]
     for row in there:
         rule = net.preprocessing
         pictures = read_pictures(source, rule.image_size, rule.resize, [int(row)])
-        ((_, values),) = infer(_function(net, layers), pictures, 1)
+        ((_, values),) = infer(function, pictures, 1)
         if values is None or not all(
             np.allclose(
                 values[layer],

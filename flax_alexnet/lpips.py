@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from flax_alexnet.config import need, need_png, parse
-from flax_alexnet.data.decode import DecodeError, decode_whole
+from flax_alexnet.data.decode import DecodeError, decode_whole, read_file
 from flax_alexnet.data.pictures import find_pictures, summarize
 from flax_alexnet.errors import UserError, exit_code, leave, printable
 from flax_alexnet.outputs import need_writable, writing
-from flax_alexnet.perceptual import lpips
+from flax_alexnet.perceptual import lpips, signed
 from flax_alexnet.plots import plot_distance
 from flax_alexnet.weights.pretrained import LPIPS_HEADS, Pretrained
 from flax_alexnet.weights.reading import load
@@ -71,10 +70,11 @@ def run(config: LpipsConfig) -> None:
     problems: list[tuple[str, str]] = []
     for name, first, second in pairs:
         try:
-            a, b = open_image(first), open_image(second)
+            a, b = (decode_whole(read_file(path)) for path in (first, second))
             if a.shape != b.shape:
                 raise DecodeError(f"{_size(a)} against {_size(b)} pixels; bring them to one size")
-            value = float(distance(net.params, net.lpips_heads, a, b)[0])
+            images = signed(a[None]), signed(b[None])
+            value = float(distance(net.params, net.lpips_heads, *images)[0])
         except (DecodeError, UserError) as error:
             problems.append((name, str(error)))
             rows.append((name, str(error)))
@@ -83,9 +83,9 @@ def run(config: LpipsConfig) -> None:
         rows.append((name, f"{value:.6f}"))
         print(f"{name}: {value:.5f}")
         if config.plot:
-            there = distance(net.params, net.lpips_heads, a, b, spatial=True)[0]
+            there = distance(net.params, net.lpips_heads, *images, spatial=True)[0]
             with writing(config.plot) as partial:
-                plot_distance(_pixels(a), _pixels(b), np.asarray(there), partial)
+                plot_distance(a, b, np.asarray(there), partial)
             print(f"wrote {config.plot}")
     if len(pairs) > 1 or problems:
         print(summarize(problems, len(pairs), "pairs"))
@@ -140,27 +140,8 @@ def need_heads(net: Pretrained) -> None:
         )
 
 
-def open_image(path: Path) -> jax.Array:
-    """A picture as LPIPS takes it: float32[1, h, w, 3], RGB in [-1, 1].
-
-    Raises:
-      DecodeError: it cannot be read.
-    """
-    try:
-        if not path.is_file():
-            raise DecodeError("it is no regular file")
-        pixels = decode_whole(path.read_bytes())
-    except OSError as error:
-        raise DecodeError(f"{error.strerror}") from None
-    return jnp.asarray(pixels[None].astype(np.float32) / 127.5 - 1)
-
-
-def _pixels(image: jax.Array) -> np.ndarray:
-    return np.round((np.asarray(image[0]) + 1) * 127.5).astype(np.uint8)
-
-
-def _size(image: jax.Array) -> str:
-    return f"{image.shape[2]}×{image.shape[1]}"
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[1]}×{image.shape[0]}"
 
 
 def _write(path: Path, rows: Sequence[tuple[str, str]]) -> None:

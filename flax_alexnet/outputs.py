@@ -9,8 +9,12 @@ from flax_alexnet.errors import UserError, first_line
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def writing(path: Path, *failures: type[Exception]) -> Iterator[Path]:
     """Gives a path to write to, which gets the name `path` once all is written.
+
+    Args:
+      path: its folder is made if it is not there.
+      failures: what may be raised while it is written, beside OSError and ValueError.
 
     Raises:
       UserError: it cannot be written there; then what was there before is as it was.
@@ -23,7 +27,7 @@ def writing(path: Path) -> Iterator[Path]:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, *failures) as error:  # type: ignore[misc]
         raise UserError(f"cannot write {path}: {first_line(error)}; take another path") from None
 
 
@@ -32,7 +36,7 @@ def need_writable(path: Path | None, inputs: Iterable[Path]) -> None:
     if path is None:
         return
     with contextlib.suppress(OSError):  # an input that is not there is said elsewhere
-        if any(path.exists() and other.exists() and path.samefile(other) for other in inputs):
+        if path.exists() and any(other.exists() and path.samefile(other) for other in inputs):
             raise UserError(f"{path} would be written over, but is read; take another path")
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; take another path")

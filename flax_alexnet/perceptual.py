@@ -66,6 +66,11 @@ def lpips(
     return total
 
 
+def signed(pixels: np.ndarray) -> jax.Array:
+    """uint8[n, h, w, 3] as `lpips` takes it: float32 in [-1, 1]."""
+    return jnp.asarray(pixels.astype(np.float32) / 127.5 - 1)
+
+
 def _row(values: np.ndarray) -> np.ndarray:
     return values.reshape(1, 1, 1, 3)
 

@@ -1,9 +1,10 @@
 """`python -m flax_alexnet.plot WEIGHTS [PICTURE …]`: what a net has learned, in pictures."""
 
+import contextlib
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -15,8 +16,8 @@ from flax_alexnet.activations import features, grad_cam, map_names
 from flax_alexnet.architectures import activation_names, architecture
 from flax_alexnet.augment import center_crop
 from flax_alexnet.config import parse
-from flax_alexnet.errors import UserError, exit_code, first_line, leave, unknown
-from flax_alexnet.outputs import need_writable
+from flax_alexnet.errors import UserError, exit_code, leave, unknown
+from flax_alexnet.outputs import need_writable, writing
 from flax_alexnet.plots import plot_activations, plot_grad_cam, plot_kernels
 from flax_alexnet.weights.pretrained import Pretrained, need_classifier, need_layers
 from flax_alexnet.weights.reading import load
@@ -72,20 +73,22 @@ def plot(config: PlotConfig) -> None:
     names = [f"{path.stem}_{ending}.png" for path in config.pictures for ending in endings]
     for name in ("conv1.png", *names):
         need_writable(config.output / name, [config.weights, *config.pictures])
-    path = config.output / "conv1.png"
-    try:
+    with announced(config.output / "conv1.png") as path:
         plot_kernels(net.params["conv1"]["kernel"], path, architecture(net.config.variant).groups)
-        print(f"wrote {path}", flush=True)
-        for picture, image in zip(config.pictures, images, strict=True):
-            path = config.output / f"{picture.stem}_activations.png"
+    for picture, image in zip(config.pictures, images, strict=True):
+        with announced(config.output / f"{picture.stem}_activations.png") as path:
             draw_activations(net, image, layers, path)
-            print(f"wrote {path}", flush=True)
-            if net.is_classifier:
-                path = config.output / f"{picture.stem}_grad_cam.png"
+        if net.is_classifier:
+            with announced(config.output / f"{picture.stem}_grad_cam.png") as path:
                 draw_grad_cam(net, image, chosen, path)
-                print(f"wrote {path}", flush=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {first_line(error)}; take another folder") from None
+
+
+@contextlib.contextmanager
+def announced(path: Path) -> Iterator[Path]:
+    """As `writing`, and says so when the file is there."""
+    with writing(path) as partial:
+        yield partial
+    print(f"wrote {path}", flush=True)
 
 
 def draw_activations(net: Pretrained, image: jax.Array, layers: Sequence[str], path: Path) -> None:

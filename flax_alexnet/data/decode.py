@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -40,6 +41,16 @@ def decode(encoded: bytes, size: int, resize: ResizeRule = "paper") -> np.ndarra
         channels, of another format `LARGEST_WHOLE`).
     """
     return to_square(_pixels(encoded, 2 * size), size, resize)
+
+
+def read_file(path: Path) -> bytes:
+    """A picture's bytes; DecodeError where there are none to be had."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for for ever
+            raise DecodeError("it is no regular file")
+        return path.read_bytes()
+    except OSError as error:
+        raise DecodeError(error.strerror or type(error).__name__) from None
 
 
 def decode_whole(encoded: bytes) -> np.ndarray:

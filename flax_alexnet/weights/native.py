@@ -8,20 +8,21 @@ with `format` (1), `model`, `preprocessing`, `label_names` and `source`.
 
 import json
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from flax_alexnet.architectures import ARCHITECTURES
 from flax_alexnet.config import ModelConfig
-from flax_alexnet.errors import UserError, first_line, unknown
-from flax_alexnet.preprocessing import Preprocessing, ResizeRule
+from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.outputs import writing
+from flax_alexnet.preprocessing import Preprocessing
 from flax_alexnet.weights.pretrained import (
     LPIPS_HEADS,
     Pretrained,
     expected_shapes,
+    need_sane,
     need_tensors,
     unflatten,
 )
@@ -57,14 +58,9 @@ def save(net: Pretrained, path: str | Path) -> None:
         "label_names": net.label_names,
         "source": dict(net.source),
     }
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    with writing(path, SafetensorError) as partial:
         save_file(contiguous, partial, {KEY: json.dumps(metadata)})
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {first_line(error)}; take another path") from None
 
 
 def is_native(path: Path) -> bool:
@@ -124,31 +120,6 @@ def _open(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, n
             return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError, TypeError) as error:
         raise UserError(f"{path} is no safetensors file: {first_line(error)}") from None
-
-
-def need_sane(net: Pretrained) -> None:
-    """Raises ValueError for a configuration or preprocessing that no net has."""
-    config, rule = net.config, net.preprocessing
-    if config.variant not in ARCHITECTURES:
-        raise ValueError(unknown("variant", str(config.variant), ARCHITECTURES))
-    sizes = (rule.image_size, rule.crop_size, config.num_classes)
-    square = (rule.image_size, rule.image_size, 3)
-    for name, sane in (
-        ("sizes", all(type(n) is int and 1 <= n <= 2**20 for n in sizes)),
-        ("crop_size", rule.crop_size <= rule.image_size),
-        ("width", type(config.width) in (int, float) and 0 < config.width <= 100),
-        ("dtype", config.dtype in get_args(get_type_hints(ModelConfig)["dtype"])),
-        ("activation", config.activation in get_args(get_type_hints(ModelConfig)["activation"])),
-        ("relu_logits", isinstance(config.relu_logits, bool)),
-        ("resize", rule.resize in get_args(ResizeRule)),
-        ("scale", np.isfinite(rule.scale).all() and np.min(rule.scale) > 0),
-        ("mean", rule.mean.shape in ((3,), square)),
-        ("source", isinstance(net.source, dict)),
-        ("label_names", len(net.label_names) in (0, config.num_classes)),
-        ("label_names", all(isinstance(label, str) for label in net.label_names)),
-    ):
-        if not sane:
-            raise ValueError(f"no net has such a value of {name}")
 
 
 def _under(prefix: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -3,20 +3,27 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_alexnet.architectures import Conv, Dense, architecture, layers_until, parameter_shapes
+from flax_alexnet.architectures import (
+    ARCHITECTURES,
+    Conv,
+    Dense,
+    architecture,
+    layers_until,
+    parameter_shapes,
+)
 from flax_alexnet.augment import preprocess, rescale, subtract_mean, ten_crops
 from flax_alexnet.build import make_model
 from flax_alexnet.config import ModelConfig
-from flax_alexnet.data.decode import DecodeError, decode
-from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.data.decode import DecodeError, decode, read_file
+from flax_alexnet.errors import UserError, unknown
 from flax_alexnet.model import AlexNet
-from flax_alexnet.preprocessing import Preprocessing
+from flax_alexnet.preprocessing import Preprocessing, ResizeRule
 
 Params = dict[str, dict[str, Any]]
 LPIPS_HEADS = tuple(f"lin{stage}" for stage in range(5))
@@ -70,14 +77,11 @@ class Pretrained:
         Raises:
           UserError: there is no such file, or it cannot be decoded.
         """
-        file = Path(path).expanduser()
+        rule = self.preprocessing
         try:
-            if file.exists() and not file.is_file():  # a pipe would be waited for for ever
-                raise DecodeError("it is no regular file")
-            encoded = file.read_bytes()
-            return decode(encoded, self.preprocessing.image_size, self.preprocessing.resize)
-        except (OSError, DecodeError) as error:
-            raise UserError(f"cannot read picture {path}: {first_line(error)}") from None
+            return decode(read_file(Path(path).expanduser()), rule.image_size, rule.resize)
+        except DecodeError as error:
+            raise UserError(f"cannot read picture {path}: {error}") from None
 
     def preprocess(self, images: jax.Array | np.ndarray) -> jax.Array:
         """uint8[b, image_size, image_size, 3] to what the net sees: float32[b, crop, crop, 3]."""
@@ -122,6 +126,31 @@ def need_layers(net: Pretrained, layers: Iterable[str]) -> None:
                 raise UserError(
                     f"{net.source.get('file', 'this net')} has no {layer.name}, which {name} needs"
                 )
+
+
+def need_sane(net: Pretrained) -> None:
+    """Raises ValueError for a configuration or preprocessing that no net has."""
+    config, rule = net.config, net.preprocessing
+    if config.variant not in ARCHITECTURES:
+        raise ValueError(unknown("variant", str(config.variant), ARCHITECTURES))
+    sizes = (rule.image_size, rule.crop_size, config.num_classes)
+    square = (rule.image_size, rule.image_size, 3)
+    for name, sane in (
+        ("sizes", all(type(n) is int and 1 <= n <= 2**20 for n in sizes)),
+        ("crop_size", rule.crop_size <= rule.image_size),
+        ("width", type(config.width) in (int, float) and 0 < config.width <= 100),
+        ("dtype", config.dtype in get_args(get_type_hints(ModelConfig)["dtype"])),
+        ("activation", config.activation in get_args(get_type_hints(ModelConfig)["activation"])),
+        ("relu_logits", isinstance(config.relu_logits, bool)),
+        ("resize", rule.resize in get_args(ResizeRule)),
+        ("scale", np.isfinite(rule.scale).all() and np.min(rule.scale) > 0),
+        ("mean", rule.mean.shape in ((3,), square)),
+        ("source", isinstance(net.source, dict)),
+        ("label_names", len(net.label_names) in (0, config.num_classes)),
+        ("label_names", all(isinstance(label, str) for label in net.label_names)),
+    ):
+        if not sane:
+            raise ValueError(f"no net has such a value of {name}")
 
 
 def need_tensors(

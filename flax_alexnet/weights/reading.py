@@ -22,6 +22,7 @@ from flax_alexnet.weights.pretrained import (
     LPIPS_HEADS,
     Pretrained,
     expected_shapes,
+    need_sane,
     need_tensors,
 )
 from flax_alexnet.weights.torch_files import read_pth, read_safetensors
@@ -220,7 +221,7 @@ def _read_run(workdir: Path) -> Pretrained:
         # A run may have more outputs than its data has classes.
         names += tuple(f"class {label}" for label in range(len(names), num_classes))
         net = Pretrained(model, {}, rule, names)
-        native.need_sane(net)
+        need_sane(net)
     except (OSError, ValueError, KeyError, TypeError, MemoryError) as error:
         raise UserError(
             f"{workdir} is no working directory of a run: no config.json that says so "

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.outputs import writing
 from flax_alexnet.weights.pickles import (
     NONSENSE,
     Global,
@@ -206,20 +207,17 @@ def write(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     """
     if path.suffix not in (".pth", ".safetensors"):
         raise UserError(f"{path} is to be a state dict of PyTorch; expected .pth or .safetensors")
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            save_file(dict(tensors), partial, {"format": "pt"})
-        else:
-            import torch
+        with writing(path, SafetensorError, RuntimeError) as partial:
+            if path.suffix == ".safetensors":
+                save_file(dict(tensors), partial, {"format": "pt"})
+            else:
+                import torch
 
-            torch.save({name: torch.from_numpy(value) for name, value in tensors.items()}, partial)
-        partial.replace(path)
+                values = {name: torch.from_numpy(value) for name, value in tensors.items()}
+                torch.save(values, partial)
     except ModuleNotFoundError:
         raise UserError(
             f"writing {path} needs PyTorch: pip install 'torch>=2.10'; or write a .safetensors, "
             "which does not"
         ) from None
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"cannot write {path}: {first_line(error)}; take another path") from None
