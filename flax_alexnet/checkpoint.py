@@ -1,23 +1,65 @@
-"""Checkpoints of a training state with Orbax: asynchronous, the latest and the best kept."""
+"""Checkpoints of a training state with Orbax: asynchronous, verified, the latest and best kept."""
 
+import contextlib
+import errno
 import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.integrity import damage, write_manifest
 
 T = TypeVar("T")
 
+# What fails is said here in one line, and not by Orbax's threads with all their tracebacks.
+absl.logging.set_verbosity(absl.logging.FATAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+TEMPORARY = ".orbax-checkpoint-tmp"
+# What Orbax writes while the manifest is made, or afterwards: times and the names of handlers.
+UNLISTED = frozenset({"_CHECKPOINT_METADATA", "commit_success.txt"})
+# What Orbax and TensorStore raise where a file cannot be written.
+FAILURES = (OSError, ValueError, RuntimeError)
+DISK = tuple(os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES))
+
 
 class Checkpoints:
-    """The steps saved under a folder: the latest two, and the best by top-1 accuracy."""
+    """The steps saved under a folder: the latest two, and the best by top-1 accuracy.
 
-    def __init__(self, folder: Path):
+    Each carries a manifest of the digests of its files, written before it gets its name. What is
+    there already must be whole: see `set_aside_damaged`.
+
+    Where a state cannot be saved, the steps before it stay as they are, a line is said, and the
+    next `save` is another attempt. With several processes of a run it is an error at once.
+
+    Args:
+      folder: made if it is not there.
+      patience: seconds after which failing attempts are an error.
+      say: says a line.
+    """
+
+    def __init__(
+        self, folder: Path, patience: float = 0.0, say: Callable[[str], None] = print
+    ) -> None:
+        self._folder, self._patience, self.say = folder.absolute(), patience, say
+        self._started: int | None = (
+            None  # the step whose save has begun and is not known to be done
+        )
+        self._failing_since: float | None = None
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
         # `max_to_keep` with `best_fn` would delete the latest step whenever the metric worsens.
         keep = managers.AnyPreservationPolicy(
             [
@@ -25,79 +67,236 @@ class Checkpoints:
                 managers.BestN(get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False),
             ]
         )
-        # Without `best_fn` metrics stay in memory, and a resumed run would forget which is best.
-        options = ocp.CheckpointManagerOptions(preservation_policy=keep, best_fn=_top1)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep,
+            # Without `best_fn` metrics stay in memory, and a resumed run would forget the best.
+            best_fn=_top1,
+            cleanup_tmp_directories=True,
+            # It comes when all is written and the folder has not yet its name.
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._certify),
+        )
         try:
-            self._manager = ocp.CheckpointManager(
-                folder.absolute(), item_handlers=ocp.StandardCheckpointHandler(), options=options
+            return ocp.CheckpointManager(
+                self._folder, item_handlers=ocp.StandardCheckpointHandler(), options=options
             )
-        except (ValueError, KeyError, TypeError) as error:  # of the metrics beside a step
-            raise UserError(
-                f"{folder} is damaged ({first_line(error)}); remove its newest folder"
-            ) from None
+        except OSError as error:
+            raise UserError(f"cannot write to {self._folder}: {error.strerror}") from None
+
+    def _certify(self) -> None:
+        assert self._started is not None, "a save is under way"
+        folder = self._folder / f"{self._started}{TEMPORARY}"
+        write_manifest(folder, manifest(self._started), UNLISTED)
 
     def latest_step(self) -> int | None:
-        """The newest step that was saved completely."""
+        """The newest step that was saved, or is being saved."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        metrics: dict[str, float] | None = None,
+        first: Callable[[], None] = lambda: None,
+    ) -> None:
         """Starts saving `state`, and returns as soon as it may change again.
 
         A step that is saved already is left as it is.
+
+        Args:
+          step: its number.
+          state: arrays of any structure.
+          metrics: of an evaluation of it; "eval_top1" decides which step is the best.
+          first: writes what must be on the disk before; if it fails, the step is not saved.
+
+        Raises:
+          UserError: nothing could be saved for as long as the patience lasts.
         """
-        if step != self.latest_step():
+        self.saved()
+        if step == self.latest_step():
+            return
+        self._started = step
+        try:
+            first()
+            self._need_room(state)
             self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
+        except FAILURES as error:
+            self._fail(error)
+
+    def _need_room(self, state: Any) -> None:
+        """Raises OSError where the disk is too full: earlier, and tidier, than Orbax would."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        if shutil.disk_usage(self._folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def saved(self) -> bool:
+        """Waits for the save under way; whether it has succeeded, or there was none.
+
+        Raises:
+          UserError: it has not, nor has any for as long as the patience lasts.
+        """
+        if self._started is None:
+            return self._failing_since is None
+        try:
+            self._manager.wait_until_finished()
+        except FAILURES as error:
+            self._fail(error)
+            return False
+        self._started = self._failing_since = None
+        return True
+
+    def look(self) -> None:
+        """Says at once, without waiting, if the save under way has failed; raises as `saved`."""
+        if not self._manager.is_saving_in_progress():
+            self.saved()
+
+    def _fail(self, error: Exception) -> None:
+        """Says what could not be saved, and clears it away, so that it takes no room."""
+        step, self._started = self._started, None
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        minutes = (now - self._failing_since) / 60
+        reason = next((text for text in DISK if text in str(error)), first_line(error))
+        said = f"checkpoint {self._folder / str(step)} could not be saved: {reason}"
+        if jax.process_count() > 1 or now - self._failing_since >= self._patience:
+            raise UserError(
+                f"{said} (for {minutes:.0f} minutes now); make room, and the same command goes on "
+                "from the newest that is there"
+            ) from None
+        with contextlib.suppress(*FAILURES):
+            self._manager.close()
+        for left in self._folder.glob(f"*{TEMPORARY}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        self._manager = self._open()
+        latest = self.latest_step()
+        there = "there is none before it" if latest is None else f"step {latest:,} is intact"
+        self.say(f"{said}; {there}, and the next save is another attempt")
 
     def restore(self, step: int, template: T) -> T:
         """The state of `step`, in the shapes, types and shardings of `template`.
 
         Raises:
-          UserError: it is damaged, or of another model or optimizer, whose first difference is
-            named.
+          UserError: it is of another model or optimizer, whose first difference is named; or it has
+            been damaged since the start, when all were looked at.
         """
+        folder = self._folder / str(step)
+        if jax.process_index() == 0 and (problem := _damage(folder)):
+            raise UserError(
+                f"checkpoint {folder} is damaged ({problem}): the same command sets it aside and "
+                "goes on from the one before"
+            )
         try:
             saved, wanted = _shapes(self._manager.item_metadata(step).tree), _shapes(template)
-        except (ValueError, AttributeError, KeyError, OSError):
-            raise UserError(
-                f"checkpoint {self._manager.directory / str(step)} is damaged: remove that folder "
-                "to go on from the one before, or take another --workdir"
-            ) from None
+        except (AttributeError, KeyError, *FAILURES):
+            raise UserError(f"{folder} is no checkpoint of a run: take another --workdir") from None
         for name in sorted(saved.keys() | wanted.keys()):
             if saved.get(name) != wanted.get(name):
                 raise UserError(
-                    f"checkpoint {self._manager.directory / str(step)} is of another model or "
-                    f"optimizer ({name} was {saved.get(name)}, is now {wanted.get(name)}): take "
-                    "another --workdir"
+                    f"checkpoint {folder} is of another model or optimizer ({name} was "
+                    f"{saved.get(name)}, is now {wanted.get(name)}): take another --workdir"
                 )
         return self._manager.restore(step, args=ocp.args.StandardRestore(template))
 
-    def restore_model(self, step: int) -> tuple[Any, np.ndarray]:
-        """The parameters and the mean image of `step` alone, in memory, without its optimizer.
-
-        Raises:
-          UserError: it is damaged.
-        """
-        folder = self._manager.directory / str(step)
-        try:
-            saved = self._manager.item_metadata(step).tree
-            wanted = {name: saved[name] for name in ("params", "mean")}
-            with ocp.PyTreeCheckpointer() as reader:
-                restore = ocp.args.PyTreeRestore(
-                    item=jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), wanted),
-                    restore_args=jax.tree.map(
-                        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
-                    ),
-                    partial_restore=True,
-                )
-                tree = reader.restore(folder / "default", args=restore)
-        except (ValueError, AttributeError, KeyError, OSError, TypeError):
-            raise UserError(f"checkpoint {folder} is damaged; remove that folder") from None
-        return tree["params"], tree["mean"]
-
-    def close(self) -> None:
-        """Waits until all that was started is saved."""
-        self._manager.wait_until_finished()
+    def close(self) -> bool:
+        """Waits for the save under way, and ends; whether that has succeeded."""
+        saved = self.saved()
         self._manager.close()
+        return saved
+
+
+def set_aside_damaged(folder: Path, aside: Path) -> list[str]:
+    """Reads every step under `folder`, and moves those that are not whole into `aside`.
+
+    Nothing is deleted. With none that is whole nothing is moved either.
+
+    Returns:
+      A line for each that was moved.
+
+    Raises:
+      UserError: there are steps, but none is whole, or one cannot be moved.
+    """
+    problems = {step: _damage(folder / step) for step in _steps(folder)}
+    damaged = {step: problem for step, problem in problems.items() if problem}
+    if damaged and len(damaged) == len(problems):
+        said = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
+        raise UserError(
+            f"no checkpoint in {folder} is whole ({said}): restore one from a copy, or take "
+            "another --workdir"
+        )
+    moved = []
+    for step, problem in damaged.items():
+        place, number = aside / step, 1
+        while os.path.lexists(place):
+            place, number = aside / f"{step}.{number}", number + 1
+        try:
+            aside.mkdir(exist_ok=True)
+            (folder / step).rename(place)
+        except OSError as error:
+            raise UserError(
+                f"checkpoint {folder / step} is damaged ({problem}) and cannot be moved to "
+                f"{aside}: {error.strerror}"
+            ) from None
+        moved.append(f"checkpoint {step} is damaged ({problem}) and was moved to {place}")
+    return moved
+
+
+def newest_whole(folder: Path) -> tuple[int | None, list[str]]:
+    """The newest step under `folder` that is whole, and a line for each newer one that is not.
+
+    It changes nothing, so that it may look into a run that goes on.
+    """
+    passed: list[str] = []
+    for step in _steps(folder):
+        problem = _damage(folder / step)
+        if not problem:
+            return int(step), passed
+        passed.append(f"checkpoint {folder / step} is damaged ({problem}) and passed over")
+    return None, passed
+
+
+def manifest(step: int) -> str:
+    """The name of the manifest of a step; with it in a folder of another name, both are damage."""
+    return f"{step}.sha256"
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with the folder of a step; "" if it is whole."""
+    if problem := damage(folder, manifest(int(folder.name)), UNLISTED):
+        return problem
+    try:
+        ocp.metadata.get_step_metadata(folder)
+    except (KeyError, TypeError, *FAILURES):
+        return "its _CHECKPOINT_METADATA is damaged"
+    return ""
+
+
+def _steps(folder: Path) -> list[str]:
+    """The names under `folder` that Orbax takes for steps, newest first."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted((name for name in names if name.isdecimal()), key=int, reverse=True)
+
+
+def restore_model(folder: Path) -> tuple[Any, np.ndarray]:
+    """The parameters and the mean image alone of a step's folder, in memory, without its optimizer.
+
+    Raises:
+      UserError: it is no checkpoint of a run.
+    """
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            saved = reader.metadata(folder / "default").item_metadata.tree
+            wanted = {name: saved[name] for name in ("params", "mean")}
+            restore = ocp.args.PyTreeRestore(
+                item=jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), wanted),
+                restore_args=jax.tree.map(
+                    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+                ),
+                partial_restore=True,
+            )
+            tree = reader.restore(folder / "default", args=restore)
+    except (AttributeError, KeyError, TypeError, *FAILURES):
+        raise UserError(f"{folder} is no checkpoint of a run") from None
+    return tree["params"], tree["mean"]
 
 
 def _top1(metrics: dict[str, float]) -> float:

@@ -8,9 +8,11 @@ import glob
 import importlib.util
 import os
 import re
+import signal
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -119,6 +121,40 @@ def nobody_waits() -> Iterator[None]:
 
 # What collectives, and the service that processes meet at, say of one that has gone.
 _LOSS = re.compile("gloo|nccl|unavailable|aborted|deadline|coordination|connection", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[bool], bool]]:
+    """Turns the first SIGTERM or Ctrl-C into a question to ask after each step; the next one ends.
+
+    Of several processes any may get the signal, and each is at another step, so these ask each
+    other, but only where they wait for the devices anyway.
+
+    Yields:
+      (whether this is such a place) to whether the run is to be saved and ended here; the same on
+      all processes.
+    """
+    pressed = False
+
+    def handle(signum: int, frame: Any) -> None:
+        del signum, frame
+        nonlocal pressed
+        pressed = True
+        for number in before:  # Python's own action waits for what the device was given already
+            signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nstopping after the steps under way; once more to stop at once\n")
+
+    def requested(waiting: bool) -> bool:
+        if jax.process_count() == 1:
+            return pressed
+        return waiting and bool(total(np.array([pressed], np.int32))[0])
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requested
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
 
 
 def is_main() -> bool:

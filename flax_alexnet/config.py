@@ -41,6 +41,8 @@ class DataConfig:
     """How: the paper's rule, torchvision's (bilinear), or Caffe's (warped to the square)."""
     threads: int = 2
     """Threads that decode and batch pictures."""
+    max_bad: float = 0.001
+    """Share of the pictures that may be unreadable and are skipped; more stop the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +180,11 @@ class Config:
     """Epochs between evaluations; each is followed by a checkpoint."""
     log_every: int = 50
     """Steps between lines of metrics."""
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """When the loss or a gradient is not finite: stop, or go back to the last checkpoint with half
+    the rate, three times at most."""
+    save_patience: float = 60.0
+    """Minutes for which a run goes on although nothing can be saved, such as with a full disk."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder for the next start."""
     data: DataConfig = DataConfig()
@@ -202,6 +209,9 @@ LOCAL = frozenset(
 FREE_TO_CHANGE = LOCAL | {
     "workdir",
     "allow_changes",
+    "on_divergence",
+    "save_patience",
+    "data.max_bad",
     "parallel.layout",
     "parallel.mesh",
     "parallel.heartbeat_timeout",
@@ -224,6 +234,7 @@ def validate(config: Config) -> None:
         ("steps", config.steps, config.steps is None or config.steps >= 1, "1 or more"),
         ("eval-epochs", config.eval_epochs, config.eval_epochs > 0, "more than 0"),
         ("log-every", config.log_every, config.log_every >= 1, "1 or more"),
+        ("save-patience", config.save_patience, config.save_patience >= 0, "0 or more"),
         ("seed", config.seed, 0 <= config.seed < 2**32, "0 to 4294967295"),
         (
             "data.image-size",
@@ -232,6 +243,7 @@ def validate(config: Config) -> None:
             f"1 to {LARGEST_IMAGE}",
         ),
         ("data.threads", data.threads, data.threads >= 1, "1 or more"),
+        ("data.max-bad", data.max_bad, 0 <= data.max_bad <= 1, "0 to 1"),
         (
             "model.num-classes",
             model.num_classes,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+STOPPED = 75  # exit code of a run that a signal ended and that is saved; "try again" in sysexits.h
 LOST = 3  # exit code where another process of the run has ended
 
 
@@ -19,7 +20,7 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return 2
 
 
@@ -42,8 +43,8 @@ def first_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """The text as any terminal and file takes it: file names need not be Unicode."""
-    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    """The text in one line as any terminal and file takes it: file names may hold anything."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1].replace("udc", "x") for c in text)
 
 
 def leave(main: Callable[[], int]) -> NoReturn:

@@ -20,7 +20,7 @@ def create_optimizer(
     layer_rates: Mapping[str, float] | None = None,
     decay_biases: bool = True,
     clip_norm: float | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """SGD with momentum and additive weight decay.
 
     With g the gradient, w the weights, ε the learning rate, m the momentum and λ the decay:
@@ -32,8 +32,9 @@ def create_optimizer(
     at a high rate goes on at that rate after a drop; `optax.sgd` differs there. The notebook
     multiplies the decay by the rate twice, which makes it 1 / ε times weaker than the paper's.
 
-    The rate that was applied last, and the factor by which a plateau has lowered it, are part of
-    the optimizer's state: see `applied_rate` and `reduce_on_plateau`.
+    The rate that was applied last, and the factors by which plateaus and divergence have lowered
+    it, are part of the optimizer's state: see `applied_rate`, `reduce_on_plateau` and
+    `with_backoff`.
 
     Args:
       learning_rate: ε, a constant or a function of the step (int32[]), as of `create_schedule`.
@@ -46,7 +47,7 @@ def create_optimizer(
       clip_norm: scales gradients down to this global norm, before anything is added; None does not.
 
     Returns:
-      An optax chain; its `update` needs the parameters.
+      An optax chain; its `update` needs the parameters, and takes `finite` as `trace` does.
 
     Raises:
       ValueError: a rule that does not exist.
@@ -55,17 +56,17 @@ def create_optimizer(
     clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
     decay_mask = None if decay_biases else _kernels
     if rule == "paper":
-        return optax.chain(
+        return _chain(
             *clip,
             optax.add_decayed_weights(weight_decay, decay_mask),
             scale_by_rate(schedule, bias_rate, layer_rates),
-            optax.trace(momentum),
+            trace(momentum),
         )
     if rule == "notebook":
-        return optax.chain(
+        return _chain(
             *clip,
             optax.add_decayed_weights(lambda step: weight_decay * schedule(step), decay_mask),
-            optax.trace(momentum),
+            trace(momentum),
             scale_by_rate(schedule, bias_rate, layer_rates),
         )
     raise ValueError(f"unknown rule {rule!r}; expected 'paper' or 'notebook'")
@@ -103,11 +104,12 @@ def create_schedule(
 
 
 class RateState(NamedTuple):
-    """State of `scale_by_rate`; all but `step` and `applied` belongs to `reduce_on_plateau`."""
+    """State of `scale_by_rate`; `factor`, `best` and `stale` belong to `reduce_on_plateau`."""
 
     step: jax.Array  # int32[]
     applied: jax.Array  # float32[]: the rate of the last update
     factor: jax.Array  # float32[]: what plateaus have brought the rate down to, 1 at first
+    backoff: jax.Array  # float32[]: what divergence has brought the rate down to, 1 at first
     best: jax.Array  # float32[]: the lowest validation error so far
     stale: jax.Array  # int32[]: evaluations since `best`
 
@@ -115,7 +117,7 @@ class RateState(NamedTuple):
 def scale_by_rate(
     schedule: Schedule, bias_rate: float = 1.0, layer_rates: Mapping[str, float] | None = None
 ) -> optax.GradientTransformation:
-    """Update u to −ε·u with ε = schedule(step) · factor.
+    """Update u to −ε·u with ε = schedule(step) · factor · backoff.
 
     ε is multiplied by `bias_rate` for biases, and by what `layer_rates` has for the layer.
     """
@@ -126,6 +128,7 @@ def scale_by_rate(
             step=jnp.zeros((), jnp.int32),
             applied=jnp.zeros((), jnp.float32),
             factor=jnp.ones((), jnp.float32),
+            backoff=jnp.ones((), jnp.float32),
             best=jnp.full((), jnp.inf, jnp.float32),
             stale=jnp.zeros((), jnp.int32),
         )
@@ -134,7 +137,7 @@ def scale_by_rate(
         updates: optax.Updates, state: RateState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, RateState]:
         del params
-        rate = jnp.asarray(schedule(state.step), jnp.float32) * state.factor
+        rate = jnp.asarray(schedule(state.step), jnp.float32) * state.factor * state.backoff
 
         def scale(path: Any, u: jax.Array) -> jax.Array:
             own = bias_rate if _is_bias(path) else 1.0
@@ -145,6 +148,34 @@ def scale_by_rate(
         return updates, state._replace(step=state.step + 1, applied=rate)
 
     return optax.GradientTransformation(init, update)
+
+
+def trace(momentum: float) -> optax.GradientTransformationExtraArgs:
+    """Update u to the velocity v ← momentum · v + u, where `finite`, an argument of its `update`.
+
+    `finite` is a bool[], True by default; where it is False the velocity stays as it is, to the
+    bit. A velocity that would overflow is the largest finite number. Otherwise as `optax.trace`.
+    """
+
+    def update(
+        updates: optax.Updates,
+        state: optax.TraceState,
+        params: optax.Params | None = None,
+        *,
+        finite: bool | jax.Array = True,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.TraceState]:
+        del params, extra_args
+        # Chosen here, before the parameters are updated with it, and not after: so XLA can write
+        # velocities and parameters to where they lie, without a copy of either.
+        velocity = jax.tree.map(
+            lambda u, v: jnp.where(finite, jnp.nan_to_num(momentum * v + u), v),
+            updates,
+            state.trace,
+        )
+        return velocity, optax.TraceState(velocity)
+
+    return optax.GradientTransformationExtraArgs(optax.trace(momentum).init, update)
 
 
 def applied_rate(opt_state: optax.OptState) -> jax.Array:
@@ -183,6 +214,52 @@ def reduce_on_plateau(
         best=jnp.minimum(error, old.best),
         stale=jnp.where(drop, 0, stale),
     )
+    return _with_rate_state(opt_state, new)
+
+
+def backoff(opt_state: optax.OptState) -> jax.Array:
+    """What divergence has brought the learning rate down to, float32[], 1 at first."""
+    return _rate_state(opt_state).backoff
+
+
+def with_backoff(opt_state: optax.OptState, value: float | jax.Array) -> optax.OptState:
+    """The state with another `backoff`, in (0, 1]: rates are multiplied by it from now on.
+
+    A rule of our own. After divergence, the state of an older checkpoint goes on with half of what
+    the diverged one had, `with_backoff(restored, backoff(diverged) / 2)`; with the notebook's rule
+    the decay follows the schedule alone, as after a plateau.
+    """
+    old = _rate_state(opt_state)
+    return _with_rate_state(opt_state, old._replace(backoff=jnp.asarray(value, jnp.float32)))
+
+
+def _chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """An optax chain whose whole state stays as it is where `finite` is False; see `trace`."""
+    chain = optax.with_extra_args_support(optax.chain(*parts))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        finite: bool | jax.Array = True,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, new = chain.update(updates, state, params, finite=finite, **extra_args)
+
+        def keep(new: Any, old: Any) -> Any:
+            return new if _is_trace(new) else jnp.where(finite, new, old)
+
+        return updates, jax.tree.map(keep, new, state, is_leaf=_is_trace)
+
+    return optax.GradientTransformationExtraArgs(chain.init, update)
+
+
+def _is_trace(state: Any) -> bool:
+    return isinstance(state, optax.TraceState)
+
+
+def _with_rate_state(opt_state: optax.OptState, new: RateState) -> optax.OptState:
     return jax.tree.map(
         lambda s: new if isinstance(s, RateState) else s,
         opt_state,

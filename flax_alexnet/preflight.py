@@ -1,5 +1,6 @@
 """What is opened and checked before anything is compiled: data, devices, working directory."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 
 from flax_alexnet.architectures import Conv, Dense, Layer, architecture, trace
-from flax_alexnet.checkpoint import digest
-from flax_alexnet.cluster import gather
+from flax_alexnet.checkpoint import digest, set_aside_damaged
+from flax_alexnet.cluster import gather, is_main
 from flax_alexnet.config import (
     FREE_TO_CHANGE,
     LOCAL,
@@ -17,13 +18,14 @@ from flax_alexnet.config import (
     frozen_layers,
     layer_rates,
 )
+from flax_alexnet.data.bad_records import BadRecords
 from flax_alexnet.data.examples import Examples, open_examples
-from flax_alexnet.data.sources import Dataset, open_dataset
+from flax_alexnet.data.sources import Dataset, Source, open_dataset
 from flax_alexnet.errors import UserError, first_line
 from flax_alexnet.sharding import Layout, make_layout
 from flax_alexnet.weights.finetuning import Start, start_from
 from flax_alexnet.weights.reading import load
-from flax_alexnet.workdir import claim, need_room
+from flax_alexnet.workdir import claim, locked, need_room
 
 
 class Ready(NamedTuple):
@@ -42,8 +44,8 @@ class Ready(NamedTuple):
     summarized: bool  # whether the run has been ended before
 
 
-def check_and_open(config: Config) -> Ready:
-    """Opens what a run needs.
+def check_and_open(config: Config, held: contextlib.ExitStack) -> Ready:
+    """Opens what a run needs, and locks its working directory for as long as `held` is open.
 
     Raises:
       UserError: something in `config`, the data or the working directory does not fit, here or on
@@ -51,13 +53,14 @@ def check_and_open(config: Config) -> Ready:
     """
     error, ready, devices = "", None, use_devices()
     try:
-        ready = _open(config, devices)
+        ready = _open(config, devices, held)
     except UserError as mistake:
         error = str(mistake)
-    left = sorted(path.name for path in config.workdir.glob("checkpoints/*") if path.name.isdigit())
-    found = {"checkpoints": left, "summary": ready is not None and ready.summarized}
-    agree((ready.identity if ready else flatten(config)) | found, error)
+    agree(ready.identity if ready else flatten(config), error)
     assert ready is not None, "an error has ended all processes"
+    # Now that the main process has set aside what is damaged, all must see the same.
+    left = sorted(path.name for path in config.workdir.glob("checkpoints/*") if path.name.isdigit())
+    agree({"checkpoints": left, "summary": ready.summarized}, error="")
     return ready
 
 
@@ -88,7 +91,7 @@ def agree(identity: Mapping[str, Any], error: str) -> None:
                 )
 
 
-def _open(config: Config, devices: int) -> Ready:
+def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
     data, parallel = config.data, config.parallel
     dataset = open_dataset(data.name, data.data_dir, data.train_split, data.eval_split)
     num_classes = config.model.num_classes or len(dataset.label_names)
@@ -129,11 +132,15 @@ def _open(config: Config, devices: int) -> Ready:
         free_to_change=FREE_TO_CHANGE,
         allow_changes=config.allow_changes,
     )
+    if is_main():
+        held.enter_context(locked(config.workdir))
+        for line in set_aside_damaged(config.workdir / "checkpoints", config.workdir / "damaged"):
+            print(line, flush=True)
     share = slice(jax.process_index(), None, jax.process_count())
     return Ready(
         dataset,
-        open_examples(dataset.train, data.image_size, share, data.resize),
-        open_examples(dataset.eval, data.image_size, share, data.resize),
+        _open_examples(config, "train", dataset.train, share),
+        _open_examples(config, "eval", dataset.eval, share),
         num_classes,
         layout,
         start,
@@ -143,6 +150,16 @@ def _open(config: Config, devices: int) -> Ready:
         identity,
         (config.workdir / "summary.json").exists(),
     )
+
+
+def _open_examples(config: Config, split: str, source: Source, share: slice) -> Examples:
+    """A split's pictures, tried where they were not before; says how many cannot be read."""
+    data = config.data
+    bad = BadRecords(config.workdir, split, len(source), data.max_bad, jax.process_index())
+    examples = open_examples(source, data.image_size, share, data.resize, bad.add)
+    if len(bad) and is_main():
+        print(bad.summary(), flush=True)
+    return examples
 
 
 def check_room(config: Config, layers: tuple[Layer, ...]) -> None:

@@ -11,15 +11,17 @@ import absl.logging
 import tensorflow_datasets as tfds
 
 from flax_alexnet.config import LARGEST_IMAGE, parse
-from flax_alexnet.data import shapes
-from flax_alexnet.data.prepared import PreparedFolder
+from flax_alexnet.data import imagenet, shapes
+from flax_alexnet.data.pictures import summarize
+from flax_alexnet.data.prepared import OUTCOMES, Prepared, need_new, write_dataset
 from flax_alexnet.data.sources import (
     FOLDER,
+    PREPARED_FOLDER,
     UNREADABLE,
     damaged,
     default_data_dir,
     need_known,
-    open_dataset,
+    open_folder,
 )
 from flax_alexnet.errors import UserError, exit_code, first_line, leave
 
@@ -29,11 +31,11 @@ class PrepareDataConfig:
     """What to prepare, and where to."""
 
     name: str = shapes.NAME
-    """The embedded "shapes_and_textures", a TFDS name, or folder:PATH."""
+    """The embedded "shapes_and_textures", a TFDS name such as "imagenet2012", or folder:PATH."""
     data_dir: Path | None = None
     """Where prepared datasets lie; none: TFDS_DATA_DIR or tensorflow_datasets in the home."""
     image_size: int = 256
-    """Side in pixels to which the pictures of a folder are brought."""
+    """Side in pixels to which the pictures of a folder or of ImageNet are brought."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,24 +57,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare(name: str, data_dir: Path | None = None, image_size: int = 256) -> str:
-    """Prepares a dataset, with a progress bar, and returns a line that says what is there now.
+    """Prepares a dataset, with a progress bar, and returns lines that say what is there now.
 
-    The embedded dataset is rendered. A folder's pictures are brought to `image_size` ×
-    `image_size` by the paper's rule (shorter side scaled, centre cut out) and stored as JPEG under
-    the name "prepared_folder/NAME". TFDS names are downloaded and stored as TFDS does, but as
+    The pictures of a folder and of "imagenet2012" are brought to `image_size` × `image_size` by
+    the paper's rule (shorter side scaled, centre cut out) and stored as JPEG; those that cannot be
+    read are left out, and `outcomes.csv` in the dataset says why. A folder's dataset is called
+    "prepared_folder/NAME". What was interrupted goes on when it is called again. The embedded
+    dataset is rendered. Other TFDS names are downloaded and stored as TFDS does, but as
     ArrayRecord; many of their builders need TensorFlow for that.
 
     Raises:
-      UserError: a size out of range, a folder or name that is not there, a picture that cannot be
-        decoded, or TensorFlow is needed and not installed.
+      UserError: a size out of range, a folder or name that is not there, no picture that can be
+        read, a place that cannot be written to, or TensorFlow is needed and not installed.
     """
     if not 1 <= image_size <= LARGEST_IMAGE:
         raise UserError(f"--data.image-size is {image_size}; expected 1 to {LARGEST_IMAGE}")
     data_dir = data_dir or default_data_dir()
     absl.logging.set_verbosity(absl.logging.ERROR)  # TFDS warns of what is meant so here
     try:
-        builder = _builder(name, data_dir, image_size)
-        builder.download_and_prepare()
+        if name.startswith(FOLDER):
+            return _prepare_folder(name, data_dir, image_size)
+        if name == imagenet.NAME:
+            return _prepare_imagenet(data_dir, image_size)
+        return _prepare_with_tfds(name, data_dir)
     except UserError:
         raise
     except ModuleNotFoundError as error:
@@ -91,25 +98,50 @@ def prepare(name: str, data_dir: Path | None = None, image_size: int = 256) -> s
         by_hand = str(error).startswith("Manual directory")  # and how to fetch them follows
         reason = str(error) if by_hand else first_line(error)
         raise UserError(f"cannot prepare {name!r} in {data_dir}: {reason}") from None
+
+
+def _prepare_folder(name: str, data_dir: Path, image_size: int) -> str:
+    given = Path(os.path.expanduser(name.removeprefix(FOLDER)))
+    path = given.resolve() if given.parts else given  # so that names are the same from everywhere
+    train, test = open_folder(path)
+    if not re.fullmatch(r"\w+", path.name, re.ASCII):
+        raise UserError(f"the folder's name, {path.name!r}, may have only letters, digits and '_'")
+    folder = data_dir / PREPARED_FOLDER / path.name / "1.0.0"
+    splits = {"train": train, "test": test}
+    written = write_dataset(splits, folder, PREPARED_FOLDER, image_size)
+    return _describe(f"{PREPARED_FOLDER}/{path.name}", written)
+
+
+def _prepare_imagenet(data_dir: Path, image_size: int) -> str:
+    folder = data_dir / imagenet.NAME / imagenet.VERSION
+    need_new(folder)
+    with imagenet.open_archives(data_dir) as splits:
+        written = write_dataset(
+            splits, folder, imagenet.NAME, image_size, name_feature=imagenet.NAME_FEATURE
+        )
+    return _describe(imagenet.NAME, written)
+
+
+def _describe(name: str, written: Prepared) -> str:
+    counts = ", ".join(f"{count:,} {split}" for split, count in written.counts.items())
+    total = sum(written.counts.values()) + len(written.problems)
+    return (
+        f"{name}: {counts} pictures in {written.folder}, {written.size / 1e6:,.1f} MB, "
+        f"{written.rate:,.0f} images/s\n{summarize(written.problems, total)}\n"
+        f"what became of each: {written.folder / OUTCOMES}"
+    )
+
+
+def _prepare_with_tfds(name: str, data_dir: Path) -> str:
+    if name == shapes.NAME:
+        builder = shapes.builder(data_dir)
+    else:
+        need_known(name, data_dir)
+        builder = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
+    builder.download_and_prepare()
     config = f"/{builder.builder_config.name}" if builder.builder_config else ""
     counts = ", ".join(f"{split.num_examples:,} {s}" for s, split in builder.info.splits.items())
     return f"{builder.name}{config}: {counts} pictures in {builder.data_path}"
-
-
-def _builder(name: str, data_dir: Path, image_size: int) -> tfds.core.DatasetBuilder:
-    if name == shapes.NAME:
-        return shapes.builder(data_dir)
-    if not name.startswith(FOLDER):
-        need_known(name, data_dir)
-        return tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
-    dataset = open_dataset(name)
-    folder = Path(os.path.expanduser(name.removeprefix(FOLDER))).resolve().name
-    if not re.fullmatch(r"\w+", folder, re.ASCII):
-        raise UserError(f"the folder's name, {folder!r}, may have only letters, digits and '_'")
-    path = data_dir / PreparedFolder.name / folder
-    if path.exists():
-        raise UserError(f"{path} is there already; remove it to prepare {name} once more")
-    return PreparedFolder(dataset, folder, data_dir, image_size)
 
 
 if __name__ == "__main__":

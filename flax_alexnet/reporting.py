@@ -1,6 +1,9 @@
 """What a run says while it goes: lines of JSON, TensorBoard events, and the terminal."""
 
+import contextlib
+import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +18,8 @@ from flax_alexnet.errors import UserError
 _hidden = "torch" not in sys.modules
 if _hidden:
     sys.modules["torch"] = None  # type: ignore[assignment]
-import tensorboardX  # noqa: E402
+from tensorboardX import RecordWriter  # noqa: E402
+from tensorboardX.proto import event_pb2, summary_pb2  # noqa: E402
 
 if _hidden:
     del sys.modules["torch"]
@@ -25,28 +29,24 @@ class RunLog:
     """Metrics of a run to `metrics.jsonl`, to TensorBoard, and to the terminal.
 
     On a terminal there is a progress bar with the latest loss, accuracy and images per second;
-    elsewhere each line of metrics is a line of text.
+    elsewhere each line of metrics is a line of text. What cannot be written, because the disk is
+    full, is kept and tried again with the next line.
 
     Args:
       workdir: where the files go.
       start_step: where this part of the run starts. What an interrupted one logged beyond that
         step is removed, since those steps are made again.
       total_steps: where it ends.
+
+    Raises:
+      UserError: what is there is damaged, or the files cannot be written.
     """
 
     def __init__(self, workdir: Path, start_step: int, total_steps: int):
-        self._path = workdir / "metrics.jsonl"
-        try:
-            kept = [line for line in read_metrics(self._path) if line["step"] <= start_step]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self._path} is damaged: remove it or repair it by hand") from None
-        partial = self._path.with_name(self._path.name + ".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self._path)  # so that a kill here loses nothing
-        self._file = self._path.open("a")
-        self._events = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start_step + 1
-        )
+        self._workdir = workdir
+        self._failing = False
+        self._files = contextlib.ExitStack()
+        self.rewind(start_step)
         self._bar = tqdm.tqdm(
             total=total_steps,
             initial=start_step,
@@ -59,13 +59,38 @@ class RunLog:
         """One step was made."""
         self._bar.update()
 
+    def rewind(self, step: int) -> None:
+        """Removes what was logged beyond `step`, since those steps are made again."""
+        path = self._workdir / "metrics.jsonl"
+        try:
+            kept = [line for line in read_metrics(path) if line["step"] <= step]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is damaged: remove it or repair it by hand") from None
+        self._files.close()
+        partial = path.with_name(path.name + ".partial")
+        try:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            partial.replace(path)  # so that a kill here loses nothing
+            self._lines = self._files.enter_context(contextlib.closing(Lines(path)))
+            events = Events(self._workdir / "tensorboard", purge_step=step + 1)
+            self._events = self._files.enter_context(contextlib.closing(events))
+        except OSError as error:
+            raise UserError(f"cannot write to {self._workdir}: {error.strerror}") from None
+
     def write(self, metrics: dict[str, Any]) -> None:
         """One line of metrics; it has a "step" and an "epoch"."""
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            if name != "step":
-                self._events.add_scalar(name, value, metrics["step"])
+        self._lines.add(json.dumps(metrics))
+        self._events.add(metrics)
+        try:
+            self._flush()
+            self._failing = False
+        except OSError as error:
+            if not self._failing:  # once is enough
+                self.say(
+                    f"cannot write metrics to {self._workdir}: {error.strerror}; they are kept, "
+                    "and tried again with the next"
+                )
+            self._failing = True
         if not self._bar.disable and "train_loss" in metrics:
             shown = {"loss": "train_loss", "top-1": "train_top1", "images/s": "images_per_second"}
             self._bar.set_postfix(
@@ -73,6 +98,15 @@ class RunLog:
             )
         else:
             self.say(_line(metrics))
+
+    def _flush(self) -> None:
+        self._lines.flush()
+        self._events.flush()
+
+    def sync(self) -> None:
+        """Brings all lines to the disk, so that no crash can lose them; raises OSError."""
+        self._flush()
+        self._lines.sync()
 
     def say(self, text: str) -> None:
         """A line for the terminal that leaves the progress bar whole."""
@@ -82,8 +116,98 @@ class RunLog:
     def close(self) -> None:
         """Closes the files."""
         self._bar.close()
+        with contextlib.suppress(OSError):  # which `write` and `sync` have said
+            self._flush()
+        self._files.close()
+
+
+class Lines:
+    """Lines added to the end of a file, whole ones only, however often the disk is full."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("ab", buffering=0)
+        self._size = path.stat().st_size  # of whole lines
+        self._pending = b""
+
+    def add(self, line: str) -> None:
+        """To be written by `flush`."""
+        self._pending += line.encode() + b"\n"
+
+    def flush(self) -> None:
+        """Gives all that is pending to the system; raises OSError, and then has written nothing."""
+        try:
+            written = 0
+            while written < len(self._pending):
+                written += self._file.write(self._pending[written:])
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._size)
+            raise
+        self._size += len(self._pending)
+        self._pending = b""
+
+    def sync(self) -> None:
+        """Waits until the disk has what was flushed; raises OSError."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
         self._file.close()
-        self._events.close()
+
+
+class Events:
+    """Scalars for TensorBoard.
+
+    `tensorboardX.SummaryWriter` writes in a thread of its own, which dies when the disk is full,
+    and then waits for it for ever. Here a file that cannot be written is given up, and what was
+    pending goes to the next.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, folder: Path, purge_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._writer: RecordWriter | None = None
+        # TensorBoard forgets what it knows from this step on.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._pending = [event_pb2.Event(wall_time=time.time(), step=purge_step, session_log=start)]
+        self.flush()
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        """All of a line of metrics but its step; to be written by `flush`."""
+        values = [
+            summary_pb2.Summary.Value(tag=name, simple_value=value)
+            for name, value in metrics.items()
+            if name != "step"
+        ]
+        summary = summary_pb2.Summary(value=values)
+        event = event_pb2.Event(wall_time=time.time(), step=metrics["step"], summary=summary)
+        self._pending.append(event)
+
+    def flush(self) -> None:
+        """Writes what is pending; raises OSError."""
+        try:
+            if self._writer is None:
+                number = next(self._numbers)
+                name = f"events.out.tfevents.{time.time():.0f}.{os.getpid()}.{number}"
+                self._writer = RecordWriter(str(self._folder / name))
+                version = event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
+                self._writer.write(version.SerializeToString())
+            for event in self._pending:
+                self._writer.write(event.SerializeToString())
+            self._writer.flush()
+        except OSError:
+            self.close()
+            raise
+        self._pending = []
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._writer:
+            with contextlib.suppress(OSError):  # of what could not be written before
+                self._writer.close()
+        self._writer = None
 
 
 class SilentLog:
@@ -93,6 +217,12 @@ class SilentLog:
         """Nothing."""
 
     def write(self, metrics: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def rewind(self, step: int) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
         """Nothing."""
 
     def say(self, text: str) -> None:
@@ -139,13 +269,19 @@ class Throughput:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file; none where there is no file."""
+    """All lines of a metrics file but a last one that a kill cut off; none where there is no file.
+
+    Raises:
+      ValueError: a line before the last is damaged.
+    """
+    texts = path.read_text().splitlines() if path.exists() else []
     result = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for number, text in enumerate(texts, start=1):
         try:
             result.append(json.loads(text))
-        except json.JSONDecodeError:  # cut off when the run was killed
-            break
+        except json.JSONDecodeError:
+            if number < len(texts):
+                raise
     return result
 
 

@@ -1,5 +1,6 @@
 """One step of training and one of evaluation: pure functions over `TrainState`."""
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -63,11 +64,15 @@ def train_step(
     key: jax.Array,
     *,
     model: nn.Module,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     frozen: Collection[str] = (),
 ) -> tuple[TrainState, jax.Array]:
     """The state after one update, and the mean loss of the batch before it (float32[]).
+
+    No number of the state is ever infinite or NaN. Where the loss or an element of a gradient is
+    not finite, the state comes back as it was, to the bit, and the loss is NaN. A number that
+    overflows in the update although they are finite becomes the largest finite one.
 
     Args:
       state: before it.
@@ -90,14 +95,35 @@ def train_step(
         return losses.mean(), _totals(logits, losses, batch["label"], jnp.ones(losses.shape, bool))
 
     (loss, totals), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+    # Or XLA fuses them with what follows, and on a CPU the last bits of some biases change.
+    gradients = jax.lax.optimization_barrier(gradients)
+    finite = all_finite((loss, gradients))
+    updates, opt_state = optimizer.update(gradients, state.opt_state, trained, finite=finite)
+
+    def keep(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    def add(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.nan_to_num(a + b)
+
     state = state.replace(
-        step=state.step + 1,
-        params={**state.params, **optax.apply_updates(trained, updates)},
+        step=keep(state.step + 1, state.step),
+        params={**state.params, **keep(jax.tree.map(add, trained, updates), trained)},
         opt_state=opt_state,
-        totals=jax.tree.map(jnp.add, state.totals, totals),
+        totals=keep(jax.tree.map(add, state.totals, totals), state.totals),
     )
-    return state, loss
+    return state, jnp.where(finite, loss, jnp.nan)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether all numbers of a tree of floats, and their sum, are finite: bool[].
+
+    Only the sum is looked at: an infinite number or NaN stays in it, over any number of devices,
+    and finite ones make it overflow only where they are beyond all use. XLA on a CPU reads what is
+    added up once and writes nothing; for `isfinite` of each element it writes them all down.
+    """
+    sums = [jnp.sum(leaf) for leaf in jax.tree.leaves(tree)]
+    return jnp.isfinite(functools.reduce(jnp.add, sums))
 
 
 def eval_step(

@@ -1,20 +1,20 @@
 """`python -m flax_alexnet.train --workdir runs/`: trains a net, from the flags to the report."""
 
+import collections
 import contextlib
 import functools
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_alexnet.augment import preprocess
 from flax_alexnet.build import (
     compile_steps,
     evaluate,
@@ -25,26 +25,47 @@ from flax_alexnet.build import (
     state_template,
 )
 from flax_alexnet.checkpoint import Checkpoints, digest
-from flax_alexnet.cluster import is_main, join, nobody_waits, total
+from flax_alexnet.cluster import is_main, join, nobody_waits, stop_requests, total
 from flax_alexnet.config import Config, OptimizerConfig
 from flax_alexnet.data.ahead import ahead
 from flax_alexnet.data.examples import mean_image
 from flax_alexnet.data.loader import training_batches
-from flax_alexnet.errors import INTERRUPTED, UserError, exit_code, leave
+from flax_alexnet.diagnosis import (
+    dead_units,
+    divergence,
+    largest_activation,
+    on_plateau,
+    plateau_warning,
+)
+from flax_alexnet.errors import STOPPED, UserError, exit_code, leave
 from flax_alexnet.model import AlexNet
-from flax_alexnet.optimizer import applied_rate, reduce_on_plateau
+from flax_alexnet.optimizer import applied_rate, backoff, reduce_on_plateau, with_backoff
 from flax_alexnet.preflight import Ready, check_and_open
 from flax_alexnet.recipes import parse_config
 from flax_alexnet.report import draw_report, layer_table, peak_memory
 from flax_alexnet.reporting import RunLog, SilentLog, Throughput
+from flax_alexnet.sharding import Layout
 from flax_alexnet.step import Totals, TrainState, create_state
 from flax_alexnet.weights.finetuning import adapt
 from flax_alexnet.weights.pretrained import Params
 from flax_alexnet.workdir import record, write_json
 
+LOOK_BACK = 2  # steps between making one and looking at its loss
+LEAST_BACKOFF = 1 / 8  # of the rate: after three halvings a run that diverges ends
+REMEDY = (
+    "start again in a new --workdir with a lower --optimizer.learning-rate or with "
+    "--optimizer.clip-norm, or go on with --on-divergence rollback"
+)
+PLATEAU_EPOCHS = 5  # in which a loss that does not move is worth a warning
+SAMPLE = 64  # pictures that a diagnosis looks at
+RETRY_SECONDS = 10  # between attempts to write what is left at the end
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, 2 after a mistake of the user, or 130 after Ctrl-C."""
+    """Runs the command; returns 0, 2 after a mistake of the user, or as `train` does.
+
+    Ctrl-C before the first step gives 130.
+    """
     try:
         config = parse_config(sys.argv[1:] if argv is None else argv, adapt=adapt)
         parallel = config.parallel
@@ -63,16 +84,18 @@ def train(config: Config) -> int:
     """Trains as `config` says, from the newest checkpoint in its working directory on.
 
     Returns:
-      0 when the run is complete, 130 when Ctrl-C ended it early; starting again goes on.
+      0 when the run is complete; 75 when SIGTERM or Ctrl-C ended it early, and what it had done is
+      saved: starting again goes on.
 
     Raises:
       UserError: something in `config`, the data or the working directory does not fit, which is
         said before anything is compiled; or the loss is not finite.
     """
     started = time.monotonic()
-    ready = check_and_open(config)
-    with nobody_waits():
-        return run(config, ready, started)
+    with contextlib.ExitStack() as held:
+        ready = check_and_open(config, held)
+        with nobody_waits():
+            return run(config, ready, started)
 
 
 def run(config: Config, ready: Ready, started: float) -> int:
@@ -104,15 +127,29 @@ def run(config: Config, ready: Ready, started: float) -> int:
         threads=config.data.threads,
         layout=layout,
     )
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints = Checkpoints(workdir / "checkpoints", 60 * config.save_patience)
 
     def start_with() -> tuple[np.ndarray, Params]:
         if ready.start:
             return ready.start.mean, ready.start.params
         return mean_image(ready.train, ready.share, total), {}
 
-    state = restore_or_create(checkpoints, init_fn, key, start_with, template)
-    start = int(state.step)
+    def newest() -> TrainState:
+        return restore_or_create(checkpoints, init_fn, key, start_with, template)
+
+    def batches_from(step: int) -> Iterator[dict[str, jax.Array]]:
+        batches = training_batches(
+            ready.train,
+            batch_size,
+            seed=config.seed,
+            start_step=step,
+            threads=config.data.threads,
+            rows=layout.rows(batch_size),
+        )
+        return ahead(layout.put(batch, batch_size) for batch in batches)
+
+    state = newest()
+    step = start = int(state.step)
     complete = start >= total_steps and ready.summarized
     if is_main():
         record(workdir, ready.identity)
@@ -124,51 +161,83 @@ def run(config: Config, ready: Ready, started: float) -> int:
         return 0
 
     log = RunLog(workdir, start, total_steps) if is_main() else SilentLog()
+    checkpoints.say = log.say
     rate = Throughput(batch_size)
-    batches = training_batches(
-        ready.train,
-        batch_size,
-        seed=config.seed,
-        start_step=start,
-        threads=config.data.threads,
-        rows=layout.rows(batch_size),
-    )
-    placed = ahead(layout.put(batch, batch_size) for batch in batches)
+    batches = batches_from(start)
+    losses: collections.deque[tuple[int, jax.Array]] = collections.deque()  # not yet looked at
 
     def evaluations_due(step: int) -> int:
         return math.floor(step / (config.eval_epochs * steps_per_epoch) + 1e-9)
 
     evaluated: dict[str, float] = {}
-    with contextlib.closing(log), contextlib.closing(checkpoints), interruptible() as interrupted:
-        for step in range(start + 1, total_steps + 1):
+    classes, warned = len(ready.dataset.label_names), False
+    with (
+        contextlib.closing(log),
+        contextlib.closing(checkpoints),
+        stop_requests() as stop_requested,
+    ):
+        while step < total_steps:
             # The host goes on as soon as the step is in the device's queue, and waits for it only
-            # where its results are needed: to log, to evaluate, to save.
-            state, loss = step_fn(state, next(placed), key)
+            # where its results are needed: to log, to evaluate, to save. A loss is looked at once
+            # the device is two steps further, so that nobody waits for that either.
+            step += 1
+            state, loss = step_fn(state, next(batches), key)
+            losses.append((step, loss))
             rate.step()
             log.advance()
             epoch = step / steps_per_epoch
-            due = evaluations_due(step) > evaluations_due(step - 1)
             last = step == total_steps
-            stop = interrupted() and not last
-            if step % config.log_every == 0 or due or last or stop:
-                need_finite(float(loss), step)
+            logged = step % config.log_every == 0 or last
+            due = evaluations_due(step) > evaluations_due(step - 1)
+            stop = stop_requested(logged or due) and not last
+            wait = logged or due or stop
+            diverged = first_not_finite(losses, keep=0 if wait else LOOK_BACK)
+            if wait:
                 rate.pause()
-            if step % config.log_every == 0 or last:
+            if (due or last) and not diverged:
+                evaluated = evaluate_fn(state)
+                diverged = 0 if math.isfinite(evaluated["eval_loss"]) else step
+            if diverged:
+                found = largest_activation(model, *inside(config, ready, state))
+                made = float(applied_rate(state.opt_state)) or config.optimizer.learning_rate
+                said = divergence(diverged, made, *found, checkpoints.latest_step())
+                lowered = backoff(state.opt_state) / 2
+                if config.on_divergence == "stop" or float(lowered) < LEAST_BACKOFF:
+                    raise UserError(f"{said}: {REMEDY}")
+                checkpoints.saved()
+                state = newest()
+                state = state.replace(opt_state=with_backoff(state.opt_state, lowered))
+                step = int(state.step)
+                batches = batches_from(step)
+                losses.clear()
+                log.rewind(step)
+                log.say(f"{said}; back at step {step:,} with {float(lowered):g} of the rate")
+                continue
+            if logged:
                 means = train_means(state.totals)
                 means["learning_rate"] = float(applied_rate(state.opt_state))
                 log.write({"step": step, "epoch": epoch, **means, **rate.lap()})
                 state = state.replace(totals=no_totals(layout))
+                checkpoints.look()
             if due or last:
-                evaluated = evaluate_fn(state)
-                need_finite(evaluated["eval_loss"], step)
                 log.write({"step": step, "epoch": epoch, **evaluated})
+                early = 1 <= epoch <= PLATEAU_EPOCHS and not warned
+                if early and on_plateau(evaluated["eval_loss"], classes):
+                    warned = True
+                    dead = dead_units(model, *inside(config, ready, state))
+                    log.say(plateau_warning(classes, dead))
                 if due and config.optimizer.schedule == "plateau":
                     state = lower_rate(state, evaluated, config.optimizer)
-                checkpoints.save(step, state, evaluated)
+                checkpoints.save(step, state, evaluated, first=log.sync)
             if stop:
-                checkpoints.save(step, state)
-                log.say(f"stopped at step {step:,}; the same command goes on from there")
-                return INTERRUPTED
+                checkpoints.save(step, state, first=log.sync)
+                saved = step if checkpoints.saved() else checkpoints.latest_step() or 0
+                log.say(f"stopped at step {step:,}; the same command goes on from step {saved:,}")
+                return STOPPED
+
+        while not checkpoints.saved():  # a full disk, say: there is nothing else left to do
+            time.sleep(RETRY_SECONDS)
+            checkpoints.save(step, state, evaluated, first=log.sync)
 
     if not evaluated:  # all steps had been made, but the run was killed before its report
         evaluated = evaluate_fn(state)
@@ -186,19 +255,10 @@ def finish(
     started: float,
 ) -> None:
     """Draws the report, writes the summary, and prints the last line."""
-    collect = jax.jit(lambda tree: tree, out_shardings=ready.layout.replicated)
-    params = jax.tree.map(np.asarray, collect(state.params))
+    params = collected(state.params, ready.layout)
     if not is_main():
         return
-    draw_report(
-        config.workdir,
-        params,
-        jnp.asarray(np.asarray(state.mean)),
-        model,
-        ready.eval,
-        ready.dataset.label_names,
-        config.augment,
-    )
+    mean = jnp.asarray(np.asarray(state.mean))
     summary = {
         "step": int(state.step),
         **evaluated,
@@ -207,7 +267,20 @@ def finish(
         "peak_memory_bytes": peak_memory(),
         "params_sha256": digest(params),
     }
-    write_json(config.workdir / "summary.json", summary)
+
+    def report() -> None:
+        draw_report(
+            config.workdir,
+            params,
+            mean,
+            model,
+            ready.eval,
+            ready.dataset.label_names,
+            config.augment,
+        )
+        write_json(config.workdir / "summary.json", summary)  # last: it marks the run as complete
+
+    keep_trying(report, config.save_patience)
     print(
         f"test accuracy {evaluated['eval_top1']:.2%} after {summary['step']:,} steps and "
         f"{summary['seconds']:.0f} s; everything is in {config.workdir}"
@@ -242,13 +315,49 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def need_finite(loss: float, step: int) -> None:
-    """Raises UserError for a loss that is infinite or not a number."""
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss} at step {step}: the run cannot go on; start again in a new "
-            "--workdir with a lower --optimizer.learning-rate"
-        )
+def collected(params: Params, layout: Layout) -> Params:
+    """All parameters on this host, from all devices; all processes must call it."""
+    collect = jax.jit(lambda tree: tree, out_shardings=layout.replicated)
+    return jax.tree.map(np.asarray, collect(params))
+
+
+def inside(config: Config, ready: Ready, state: TrainState) -> tuple[Params, jax.Array]:
+    """Parameters on this host, and pictures as they come to the net; all processes must call it."""
+    sample = [ready.train[index]["image"] for index in range(min(SAMPLE, len(ready.train)))]
+    images = preprocess(
+        jnp.asarray(np.stack(sample)),
+        jnp.asarray(np.asarray(state.mean)),
+        crop_size=config.augment.crop_size,
+        scale=config.augment.scale,
+    )
+    return collected(state.params, ready.layout), images
+
+
+def first_not_finite(losses: collections.deque[tuple[int, jax.Array]], keep: int) -> int:
+    """Takes all (step, loss) but the last `keep`: the first step without a finite loss, or 0."""
+    while len(losses) > keep:
+        step, loss = losses.popleft()
+        if not math.isfinite(float(loss)):
+            return step
+    return 0
+
+
+def keep_trying(action: Callable[[], None], minutes: float) -> None:
+    """Does what a full disk may hinder, again and again for so many minutes.
+
+    Raises:
+      UserError: it could not be done.
+    """
+    until = time.monotonic() + 60 * minutes
+    while True:
+        try:
+            return action()
+        except (UserError, OSError) as error:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise UserError(f"{error}; make room, and the same command goes on") from None
+            print(f"{error}; trying again for {math.ceil(left / 60)} minutes", flush=True)
+        time.sleep(min(RETRY_SECONDS, left))
 
 
 def train_means(totals: Totals) -> dict[str, float]:
@@ -269,32 +378,6 @@ def lower_rate(
         max_drops=config.max_drops,
     )
     return state.replace(opt_state=opt_state)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a question to ask between steps; a second one ends at once.
-
-    Of several processes each would ask at another step, so there the first one ends at once.
-    """
-    if jax.process_count() > 1:
-        yield lambda: False
-        return
-    pressed = False
-
-    def handle(signum: int, frame: Any) -> None:
-        del signum, frame
-        nonlocal pressed
-        pressed = True
-        # The system's own action: Python's waits for the steps that the device was given already.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.write(2, b"\nstopping after the steps under way; Ctrl-C again to stop at once\n")
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
 """A run's working directory: whose it is, whether it has room, and what is written at the end."""
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
 import shutil
+import socket
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flax_alexnet.errors import UserError
+from flax_alexnet.errors import UserError, printable, unknown
 
+FOLDERS = ("checkpoints", "damaged", "tensorboard", "report")
+FILES = ("bad_records.jsonl", "config.json", "lock", "metrics.jsonl", "summary.json")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -35,8 +40,8 @@ def claim(
     """
     path = workdir / "config.json"
     for name, is_right in (
-        *((name, Path.is_dir) for name in ("checkpoints", "tensorboard", "report")),
-        *((name, Path.is_file) for name in ("config.json", "metrics.jsonl", "summary.json")),
+        *((name, Path.is_dir) for name in FOLDERS),
+        *((name, Path.is_file) for name in FILES),
     ):
         if os.path.lexists(workdir / name) and not is_right(workdir / name):
             raise UserError(
@@ -53,13 +58,51 @@ def claim(
         ]
     except OSError as error:
         raise UserError(_cannot_write(workdir, error)) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is no configuration of a run; take another --workdir") from None
+    # Beside the flags, `config` has facts on the data and on what is started from.
+    keys = {name for name in before if not name.startswith(("dataset.", "init_from."))}
+    for name in sorted(keys - config.keys()) if not allow_changes else ():
+        said = unknown("key", printable(name), config, shown=("those of --help",))
+        raise UserError(f"{path} has an {said}; mend it, or take another --workdir")
     if differences and not allow_changes:
         raise UserError(
             f"{workdir} holds a run of another configuration ({'; '.join(differences)}): take "
             "another --workdir, or --allow-changes to go on with the new one"
         )
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps every other run out of `workdir`, by whatever name they call it.
+
+    The lock is the system's, on the open file `lock`: it ends with the process, however that ends,
+    and the file that stays behind locks nothing.
+
+    Raises:
+      UserError: another run has it.
+    """
+    path = workdir / "lock"
+    try:
+        file = path.open("a+")
+    except OSError as error:
+        raise UserError(_cannot_write(workdir, error)) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{workdir} is in use by {file.read(200).strip() or 'another run'}: wait until it "
+                "has ended, or take another --workdir"
+            ) from None
+        except OSError as error:  # a file system without locks
+            print(f"warning: {path} cannot be locked ({error.strerror}): start no second run there")
+        with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield
 
 
 def record(workdir: Path, config: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ for ((attempt = 0; attempt <= ${RESTARTS:-10}; attempt++)); do
   gcloud compute tpus tpu-vm ssh "${NAME:?}" --zone "${ZONE:?}" --worker=all --command "$command"
   code=$?
   case $code in
-    0 | 2 | 130) exit "$code" ;;
+    0 | 2 | 75 | 130) exit "$code" ;; # 75: stopped by a signal, and saved
   esac
   # A connection that broke may have left processes that hold the chips.
   gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=all \

@@ -1,12 +1,20 @@
 """Strict numerics and eight CPU devices for every test, and the options and fixtures they share."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # JAX reads these once, when it is imported; processes that tests start inherit them.
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["MPLBACKEND"] = "Agg"
+# Many tests compile the same small programs: all processes of a session share them.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
 import numpy as np

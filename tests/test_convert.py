@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from flax_alexnet.activations import features
 from flax_alexnet.convert import main
 from flax_alexnet.errors import UserError
+from flax_alexnet.integrity import sha256
 from flax_alexnet.weights import digests, layouts
 from flax_alexnet.weights.labels import imagenet_labels, imagenet_synsets
 from flax_alexnet.weights.pretrained import LPIPS_HEADS
@@ -381,7 +382,7 @@ def test_real_trunk(shared_data, tmp_path):
 def test_digests(tmp_path):
     path = tmp_path / "alexnet-owt-7be5be79.pth"
     path.write_bytes(b"other")
-    digits = digests.sha256(path)
+    digits = sha256(path)
     assert digits == hashlib.sha256(b"other").hexdigest()
     assert "expected 7be5be79" in digests.mismatch(path, digits)
     right = path.rename(tmp_path / f"alexnet-owt-{digits[:8]}.pth")

@@ -3,26 +3,23 @@
 import io
 import itertools
 import os
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from flax_alexnet.data import shapes
 from flax_alexnet.data.decode import DecodeError, decode
 from flax_alexnet.data.examples import (
     CachedExamples,
     DecodedExamples,
+    Examples,
     mean_image,
     open_examples,
 )
 from flax_alexnet.data.loader import evaluation_batches, training_batches
-from flax_alexnet.data.sources import open_dataset
+from flax_alexnet.data.sources import FolderSource, list_pictures, open_dataset
 from flax_alexnet.errors import UserError
-from flax_alexnet.prepare import main as prepare_main
-from flax_alexnet.prepare import prepare
 
 
 def encoded(image, kind="png", **options):
@@ -35,7 +32,7 @@ def picture(seed, height=20, width=20):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
-class Numbers:
+class Numbers(Examples):
     """Examples whose picture and label say their index."""
 
     def __init__(self, length):
@@ -44,7 +41,7 @@ class Numbers:
     def __len__(self):
         return self.length
 
-    def __getitem__(self, index):
+    def find(self, index):
         return {"image": np.full((2, 2, 3), index % 251, np.uint8), "label": np.int32(index)}
 
 
@@ -163,7 +160,7 @@ class TestExamples:
         monkeypatch.setattr("flax_alexnet.data.examples.CACHE_BYTES", 1000)
         assert isinstance(open_examples(dataset.train, 9), DecodedExamples)
         (tmp_path / "a" / "003.png").write_bytes(b"damaged")
-        with pytest.raises(UserError, match=r"cannot decode picture .*003\.png"):
+        with pytest.raises(UserError, match=r"cannot read picture .*003\.png"):
             open_examples(dataset.train, 9)
 
 
@@ -205,11 +202,7 @@ class TestFolders:
             (lambda p: make_folder(p, {"cat": 20, "dog": 0}), "dog has no pictures"),
             (
                 lambda p: make_folder(p, {"cat": 20, "dog": 20}) / "cat/007.png",
-                r"cannot decode picture .*cat/007\.png: it is empty",
-            ),
-            (
-                lambda p: make_folder(p, {"cat": 20, "dog": 20}) / "cat/notes.txt",
-                r"notes\.txt is not a picture by its name",
+                r"cat/007\.png: it is empty",
             ),
         ],
     )
@@ -222,118 +215,40 @@ class TestFolders:
         with pytest.raises(UserError, match=message):
             open_examples(open_dataset(f"folder:{path}").train, 16)
 
-    def test_a_pipe_is_not_waited_for(self, tmp_path):
-        make_folder(tmp_path, {"cat": 20, "dog": 20})
+    def test_every_file_is_taken_whatever_it_is(self, tmp_path):
+        """In the order of the parts of their paths, hidden ones left out."""
+        make_folder(tmp_path, {"cat": 9, "dog": 9})
+        names = ("a.jpg/b.png", "a.png", "notes.txt", "none.jpg", "pipe.jpg", b"\xff.png")
+        (tmp_path / "cat" / "a.jpg").mkdir()
+        for name in (*names[:3], ".hidden.png"):
+            (tmp_path / "cat" / name).write_bytes(encoded(picture(0)))
+        (tmp_path / "cat" / ".hidden").mkdir()
+        (tmp_path / "cat" / ".hidden" / "a.png").write_bytes(b"")
+        (tmp_path / "cat" / "none.jpg").symlink_to("nowhere")
         os.mkfifo(tmp_path / "cat" / "pipe.jpg")
-        with pytest.raises(UserError, match=r"pipe\.jpg is not a regular file"):
-            open_examples(open_dataset(f"folder:{tmp_path}").train, 16)
+        (tmp_path / "cat" / os.fsdecode(names[5])).write_bytes(encoded(picture(0)))
+        files, _ = zip(*list_pictures(tmp_path, ["cat", "dog"]), strict=True)
+        assert files == tuple(map(str, sorted(map(Path, files))))
+        found = {os.fsencode(os.path.relpath(file, tmp_path / "cat")) for file in files[:15]}
+        pictures = {f"{i:03}.png" for i in range(9)}
+        assert found == {os.fsencode(name) for name in (*names, *pictures)}
+
+    @pytest.mark.parametrize(
+        ("name", "why"),
+        [("pipe.jpg", "it is no regular file"), ("none.jpg", "No such file or directory")],
+    )
+    def test_what_cannot_be_read_is_not_waited_for(self, tmp_path, name, why):
+        os.mkfifo(tmp_path / "pipe.jpg")
+        (tmp_path / "none.jpg").symlink_to("nowhere")
+        source = FolderSource([(tmp_path / name, 0)], ("cat",))
+        with pytest.raises(UserError, match=rf"cannot read .*{name}: {why}; remove or repair it"):
+            source.records([0])
 
     def test_differing_classes_are_named(self, tmp_path):
         make_folder(tmp_path / "train", {"cat": 3, "dog": 4})
         make_folder(tmp_path / "test", {"cat": 1, "wolf": 2})
         with pytest.raises(UserError, match="same classes: dog, wolf"):
             open_dataset(f"folder:{tmp_path}")
-
-
-class TestPrepare:
-    def test_a_folder_becomes_squares_that_train_reads(self, tmp_path):
-        folder = make_folder(tmp_path / "pets", {"cat": 12, "dog": 13}, size=40)
-        said = prepare(f"folder:{folder}", tmp_path / "data", image_size=16)
-        assert said.startswith("prepared_folder/pets: 23 train, 2 test pictures in ")
-        dataset = open_dataset("prepared_folder/pets", tmp_path / "data")
-        assert dataset.label_names == ["cat", "dog"]
-        assert (len(dataset.train), len(dataset.eval)) == (23, 2)
-        (record,) = dataset.train.records([0])
-        with Image.open(io.BytesIO(record.image)) as image:
-            assert (image.format, image.size) == ("JPEG", (16, 16))
-        # Lossy, but the same picture with the same label, in whatever order TFDS stored it.
-        by_label = {r.label for r in dataset.train.records(range(23))}
-        assert by_label == {0, 1}
-
-    def test_the_embedded_dataset_is_rendered_the_same_each_time(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(shapes, "EXAMPLES", {"train": 40, "test": 20})
-        assert prepare_main(["--data.data-dir", str(tmp_path)]) == 0
-        dataset = open_dataset(shapes.NAME, tmp_path)
-        assert tuple(dataset.label_names) == shapes.CLASSES
-        assert (len(dataset.train), len(dataset.eval)) == (40, 20)
-        counts = np.bincount([r.label for r in dataset.train.records(range(40))])
-        assert counts.tolist() == [4] * 10
-        np.testing.assert_array_equal(shapes.render("train", 7), shapes.render("train", 7))
-        assert (shapes.render("train", 7) != shapes.render("test", 7)).any()
-
-    def test_processes_that_prepare_at_the_same_time_all_find_it(self, tmp_path):
-        code = (
-            "import sys; from pathlib import Path; from flax_alexnet.data import shapes; "
-            "from flax_alexnet.data.sources import open_dataset; "
-            "shapes.EXAMPLES.update(train=40, test=20); "
-            "print(len(open_dataset(shapes.NAME, Path(sys.argv[1])).train))"
-        )
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
-            )
-            for _ in range(3)
-        ]
-        assert [process.communicate()[0].split()[-1] for process in started] == ["40"] * 3
-
-    def test_mistakes_are_one_line(self, tmp_path, capsys):
-        for argv, message in (
-            (["--data.name", "cifar1O"], "unknown dataset 'cifar1O': did you mean 'cifar10'?"),
-            (["--data.nam", "x"], "unknown flag --data.nam: did you mean --data.name?"),
-            (["--data.name", f"folder:{tmp_path}/none"], "no folder"),
-            (["--data.name", str(tmp_path)], f"did you mean folder:{tmp_path}?"),
-            (["--data.name", ""], "choose one of: shapes_and_textures (or folder:PATH"),
-            (["--data.name", "cifar10:9.9.9"], "only: 3.0.2"),
-            (["--data.name", "imagenet2012"], "You need to register on"),  # what to fetch by hand
-            (["--data.image-size", "0"], "expected 1 to 8192"),
-        ):
-            assert prepare_main([*argv, "--data.data-dir", str(tmp_path / "data")]) == 2
-            said = capsys.readouterr().err
-            assert message in said
-            assert said.count("\n") == 1
-
-    def test_a_folder_is_not_prepared_over_an_older_one(self, tmp_path):
-        folder = make_folder(tmp_path / "pets", {"cat": 12, "dog": 13})
-        prepare(f"folder:{folder}", tmp_path / "data", image_size=16)
-        with pytest.raises(UserError, match=r"prepared_folder/pets is there already; remove it"):
-            prepare(f"folder:{folder}", tmp_path / "data", image_size=16)
-
-
-class TestPreparedDatasets:
-    @pytest.fixture
-    def data_dir(self, tmp_path):
-        folder = make_folder(tmp_path / "pets", {"cat": 12, "dog": 13})
-        prepare(f"folder:{folder}", tmp_path / "data", image_size=16)
-        return tmp_path / "data"
-
-    @pytest.mark.parametrize("damage", ["cut off", "empty", "missing"])
-    @pytest.mark.parametrize("kind", ["dataset_info.json", "features.json", "*-train.*"])
-    def test_damage_names_the_folder(self, data_dir, kind, damage):
-        (path,) = data_dir.rglob(kind)
-        contents = path.read_bytes()
-        path.write_bytes(contents[: 100 if damage == "cut off" else 0])
-        if damage == "missing":
-            path.unlink()
-        with pytest.raises(UserError, match=r"pets/1\.0\.0 is damaged \("):
-            open_dataset("prepared_folder/pets", data_dir).train.records([0])
-
-    @pytest.mark.parametrize(
-        ("name", "message"),
-        [
-            ("prepared_folder/pets:2.0.0", "which has prepared_folder/pets:1.0.0; run"),
-            ("prepared_folder/cars", "--data.name folder:PATH"),
-            ("cifar10", "--data.name cifar10 "),
-        ],
-    )
-    def test_what_is_not_there_is_named_with_what_is(self, data_dir, name, message):
-        with pytest.raises(UserError, match="is not prepared in") as error:
-            open_dataset(name, data_dir)
-        assert message in str(error.value)
-
-    @pytest.mark.parametrize("split", ["train[:0]", "train[50%:20%]"])
-    def test_an_empty_split_is_refused(self, data_dir, split):
-        with pytest.raises(UserError, match="is empty; choose another"):
-            open_dataset("prepared_folder/pets", data_dir, split)
 
 
 def test_cifar10_as_tfds_prepared_it(shared_data):

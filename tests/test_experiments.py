@@ -60,3 +60,15 @@ def test_the_real_trunk(shared_data, tmp_path):
     assert rows["JPEG, quality 10"] > rows["JPEG, quality 50"]
     for name in ("trunk_conv1.png", "trunk_neighbours.png"):
         assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_prepare_is_timed(shared_data, tmp_path):
+    script = runpy.run_path(str(EXPERIMENTS / "bench_prepare.py"))
+    assert script["main"](["--quick", "--data", str(shared_data), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "bench_prepare_quick.csv").read_text().count("\n") == 3
+
+
+def test_stops_and_checks_are_timed(tmp_path):
+    script = runpy.run_path(str(EXPERIMENTS / "stop_and_check.py"))
+    assert script["main"](["--quick", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "stop_and_check_quick.csv").read_text().count("\n") == 7

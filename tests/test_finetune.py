@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_nets import make_net
 
-from flax_alexnet.checkpoint import Checkpoints
+from flax_alexnet.checkpoint import Checkpoints, newest_whole, restore_model
 from flax_alexnet.recipes import parse_config
 from flax_alexnet.train import main
 from flax_alexnet.weights import native
@@ -58,12 +58,11 @@ def finetuned(weights, photographs, tmp_path_factory):
 
 
 def saved(workdir):
+    step, _ = newest_whole(workdir / "checkpoints")
     steps = Checkpoints(workdir / "checkpoints")
-    latest = steps.latest_step()
-    tree = steps._manager.item_metadata(latest).tree
-    params, mean = steps.restore_model(latest)
+    tree = steps._manager.item_metadata(step).tree
     steps.close()
-    return tree, params, mean
+    return tree, *restore_model(workdir / "checkpoints" / str(step))
 
 
 def test_the_net_and_its_preprocessing_are_taken_from_the_file(net, finetuned):

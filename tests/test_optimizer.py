@@ -7,9 +7,11 @@ import pytest
 
 from flax_alexnet.optimizer import (
     applied_rate,
+    backoff,
     create_optimizer,
     create_schedule,
     reduce_on_plateau,
+    with_backoff,
 )
 
 STEPS = 50
@@ -148,6 +150,69 @@ def test_a_plateau_drops_exactly_so_often(factor):
         state = reduce_on_plateau(state, 1.0, patience=1, drop_factor=factor, max_drops=3)
     _, state = optimizer.update(params, state, params)
     assert float(applied_rate(state)) == pytest.approx(factor**3, rel=1e-5)
+
+
+def test_backoff_halves_the_rate_beside_the_drops_of_a_plateau():
+    """What divergence does goes on with an older state, which has had fewer drops."""
+    optimizer = create_optimizer(0.08)
+    params = {"fc6": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((2,))}}
+    saved = optimizer.init(params)
+    assert float(backoff(saved)) == 1
+    rates = []
+    for _ in range(3):
+        diverged = reduce_on_plateau(reduce_on_plateau(saved, 0.9), 0.9)
+        _, diverged = optimizer.update(params, diverged, params)
+        rates.append(float(applied_rate(diverged)))
+        saved = with_backoff(saved, backoff(diverged) / 2)
+    _, state = optimizer.update(params, saved, params)
+    rates.append(float(applied_rate(state)))
+    assert rates == pytest.approx([0.008, 0.004, 0.002, 0.01])
+    assert float(backoff(state)) == 1 / 8
+    assert jax.tree.structure(saved) == jax.tree.structure(optimizer.init(params))
+
+
+@pytest.mark.parametrize("rule", ["paper", "notebook"])
+def test_the_state_stays_to_the_bit_where_gradients_are_not_finite(rule):
+    """With every part of a chain, of which some count steps."""
+    schedule = create_schedule(0.05, boundaries=[2], warmup_steps=2)
+    optimizer = create_optimizer(schedule, rule=rule, clip_norm=1.0)
+    params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), start())
+    update = jax.jit(optimizer.update)
+    _, before = update(params, optimizer.init(params), params, finite=True)
+    bad = jax.tree.map(lambda w: w * jnp.nan, params)
+    _, after = update(bad, before, params, finite=False)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    _, moved = update(params, before, params)
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(moved), strict=True)
+    changed = [not np.array_equal(a, b) for a, b in pairs]
+    assert sum(changed) >= len(jax.tree.leaves(params)) + 2, "velocities, steps, the rate"
+
+
+def test_a_velocity_that_overflows_is_the_largest_number():
+    optimizer = create_optimizer(1e10)
+    params = {"fc6": {"kernel": jnp.ones((2, 2))}}
+    gradients = {"fc6": {"kernel": jnp.array([[1e38, -1e38], [1.0, 0.0]])}}
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    largest = np.finfo(np.float32).max
+    assert updates["fc6"]["kernel"][0].tolist() == [-largest, largest]
+
+
+@pytest.mark.parametrize("rule", ["paper", "notebook"])
+def test_an_update_that_may_not_be_made_copies_neither_parameters_nor_velocities(rule):
+    optimizer = create_optimizer(0.01, rule=rule)
+    params = {"fc6": {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)}}
+
+    def step(params, state, gradients, finite):
+        updates, state = optimizer.update(gradients, state, params, finite=finite)
+        added = jax.tree.map(lambda w, u: jnp.where(finite, w + u, w), params, updates)
+        return added, state
+
+    state, finite = jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), bool)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params, finite).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * 4 * 512**2
+    assert memory.temp_size_in_bytes < 4 * 512**2
 
 
 def test_an_unknown_rule_is_an_error():

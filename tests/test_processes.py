@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -95,13 +96,18 @@ def children(launcher):
     return [int(pid) for pid, state in rows if not state.startswith("Z")]
 
 
-def kill_one(launcher, workdir, checkpoint, victim):
-    """Kills a process once `checkpoint` is there; seconds until the others have ended."""
+def wait_for(launcher, workdir, checkpoint):
+    """Waits until `checkpoint` is there."""
     deadline = time.monotonic() + 300
     while not (workdir / "checkpoints" / str(checkpoint)).exists():
         assert launcher.poll() is None, workdir.with_suffix(".log").read_text()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def kill_one(launcher, workdir, checkpoint, victim):
+    """Kills a process once `checkpoint` is there; seconds until the others have ended."""
+    wait_for(launcher, workdir, checkpoint)
     processes = children(launcher)
     assert len(processes) == 4
     os.kill(processes[victim], signal.SIGKILL)
@@ -143,14 +149,19 @@ def test_four_processes_start_again_and_follow_one(lost, single):
     assert "process 0 ended with exit code 137" in said
 
 
-def test_the_launcher_ends_its_processes(data_dir, tmp_path):
-    launcher = start(2, tmp_path / "run", data_dir)
-    while len(children(launcher)) < 2:
-        time.sleep(0.05)
-    time.sleep(3)  # by then they have met, or are about to
-    launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(timeout=20) == 130
-    assert not children(launcher)
+def test_signals_stop_all_at_the_same_step_and_they_go_on_from_there(single, data_dir, tmp_path):
+    workdir = tmp_path / "run"
+    for checkpoint in (10, 20):
+        launcher = start(2, workdir, data_dir)
+        wait_for(launcher, workdir, checkpoint)
+        if checkpoint == 10:  # one of the processes
+            os.kill(children(launcher)[1], signal.SIGTERM)
+        else:  # the launcher, which tells all
+            launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(timeout=100) == 75, workdir.with_suffix(".log").read_text()[-3000:]
+        stopped = re.search(r"stopped at step (\d+);", workdir.with_suffix(".log").read_text())
+        assert (workdir / "checkpoints" / stopped[1]).exists()
+    assert_same(finish(start(2, workdir, data_dir), workdir), single)
 
 
 @pytest.mark.parametrize(("processes", "name"), [(2, "two"), (1, "one")])

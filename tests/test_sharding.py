@@ -45,7 +45,7 @@ def initial(template):
         values = np.zeros(leaf.shape, leaf.dtype)
         if jax.tree_util.keystr(path[:1]) == ".mean":
             values += 127
-        elif jax.tree_util.keystr(path[-1:]) == ".factor":  # of the rate
+        elif jax.tree_util.keystr(path[-1:]) in (".factor", ".backoff"):  # of the rate
             values += 1
         elif jax.tree_util.keystr(path[:1]) == ".params" and len(leaf.shape) > 1:
             std = (2 / np.prod(leaf.shape[:-1])) ** 0.5

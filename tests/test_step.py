@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from flax_alexnet.architectures import architecture
-from flax_alexnet.augment import augment, preprocess
+from flax_alexnet.augment import preprocess
 from flax_alexnet.build import compile_steps, initialize, state_template
 from flax_alexnet.config import AugmentConfig, Config
 from flax_alexnet.model import AlexNet
 from flax_alexnet.optimizer import create_optimizer
 from flax_alexnet.sharding import make_layout
-from flax_alexnet.step import create_state, eval_step, train_step, zero_totals
+from flax_alexnet.step import create_state, eval_step, zero_totals
 
 CROP = 64
 MEAN = np.full((70, 70, 3), 127, np.float32)
@@ -35,20 +35,31 @@ def batches(count):
 
 
 @functools.cache
-def run(dtype="float32"):
-    """Losses of ten steps with dropout and augmentation, and the state after them."""
-    layout = make_layout(
-        "data", architecture("notebook").scaled(10, 0.1), devices=jax.devices()[:2]
-    )
+def compiled(dtype):
+    """A step of (state, batch) on devices that split batch and dense layers, and a first state."""
+    layers = architecture("notebook").scaled(10, 0.1)
+    layout = make_layout("hybrid", layers, (2, 2), jax.devices()[:4])
     model = AlexNet("notebook", 10, width=0.1, initialization="he", dtype=jnp.dtype(dtype))
     optimizer = create_optimizer(0.01)
     init = functools.partial(create_state, model=model, optimizer=optimizer, crop_size=CROP)
     template = state_template(init, 70, layout)
-    state = initialize(init, jax.random.key(0), MEAN, template)
+    first = jax.tree.map(np.asarray, initialize(init, jax.random.key(0), MEAN, template))
     step_fn, _ = compile_steps(CONFIG, model, optimizer, layout, template)
+
+    def step(state, batch):
+        state = jax.tree.map(lambda a, t: jax.device_put(a, t.sharding), state, template)
+        return step_fn(state, layout.put(batch, 16), jax.random.key(5))
+
+    return step, first
+
+
+@functools.cache
+def run(dtype="float32"):
+    """Losses of ten steps with dropout and augmentation, and the state after them."""
+    step, state = compiled(dtype)
     losses = []
     for batch in batches(10):
-        state, loss = step_fn(state, layout.put(batch, 16), jax.random.key(5))
+        state, loss = step(state, batch)
         losses.append(float(loss))
     return losses, state
 
@@ -67,47 +78,108 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     assert losses != run()[0]
 
 
+@functools.partial(jax.jit, compiler_options=QUICK)
+def evaluate(params, batch, mask=True):
+    batch = {**batch, "mask": jnp.broadcast_to(mask, batch["label"].shape)}
+    model = AlexNet("notebook", 10, width=0.1)
+    scaled = functools.partial(preprocess, crop_size=CROP, scale=1 / 64)
+    return eval_step(zero_totals(), params, MEAN, batch, model=model, preprocess=scaled)
+
+
+def assert_same_bits(one, other):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True
+    ):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
+
+
+def with_params(state, **changed):
+    """The state with `fc8_bias=values`, or with one unit of a layer: `fc7_kernel={(…): value}`."""
+    params = jax.tree.map(np.copy, state.params)
+    for name, values in changed.items():
+        layer, part = name.split("_")
+        for place, value in (values if isinstance(values, dict) else {...: values}).items():
+            params[layer][part][place] = value
+    return state.replace(params=params)
+
+
+def no_such_label(state, batch):
+    return state, {**batch, "label": np.full(16, 10, np.int32)}
+
+
+def infinite_loss(state, batch):
+    """The loss of label 1 exceeds the largest number, and its gradient is at most 1."""
+    bias = np.float32([3e38, -3e38, *[0] * 8])
+    return with_params(state, fc8_bias=bias), {**batch, "label": np.full(16, 1, np.int32)}
+
+
+def infinite_gradient(state, batch):
+    """By one unit of fc7, on one device of two: tiny by its bias, and fc8 makes up for it."""
+    unit = 7
+    state = with_params(
+        state,
+        fc6_kernel=state.params["fc6"]["kernel"] * np.float32(1e16),
+        fc7_kernel=0,
+        fc7_bias={...: 0, unit: 1e-25},
+        fc8_kernel={unit: np.arange(10) * 1e24},
+    )
+    return state, batch
+
+
+@pytest.mark.parametrize("spoil", [no_such_label, infinite_loss, infinite_gradient])
+def test_a_step_that_is_not_finite_is_not_made(spoil):
+    step, _ = compiled("float32")
+    _, trained = run()
+    before, batch = spoil(jax.tree.map(np.asarray, trained), next(batches(1)))
+    after, loss = step(before, batch)
+    assert np.isnan(loss)
+    assert_same_bits(after, before)
+
+
+def test_the_infinite_gradient_has_a_finite_loss():
+    state, batch = infinite_gradient(compiled("float32")[1], next(batches(1)))
+    assert 0 < float(evaluate(state.params, batch)["loss"]) < 1e6
+
+
+def test_a_batch_that_failed_changes_nothing_after_it():
+    step, first = compiled("float32")
+    state = first
+    for number, batch in enumerate(batches(10)):
+        if number in (0, 5):
+            state, loss = step(*no_such_label(state, batch))
+            assert np.isnan(loss)
+        state, loss = step(state, batch)
+        assert float(loss) == run()[0][number]
+    assert_same_bits(state, run()[1])
+
+
+def test_what_overflows_in_the_update_is_the_largest_number():
+    """A unit of fc7 that is dead already, whose bias falls at a great speed."""
+    step, first = compiled("float32")
+    largest = np.finfo(np.float32).max
+    state = with_params(first, fc7_bias={3: -largest})
+    speeds = state.opt_state[2].trace
+    speeds["fc7"]["bias"] = np.where(np.arange(speeds["fc7"]["bias"].size) == 3, -largest, 0)
+    state, loss = step(state, next(batches(1)))
+    assert np.isfinite(loss)
+    assert state.params["fc7"]["bias"][3] == -largest
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, state.totals)))
+
+
 def test_draws_derive_from_the_step():
     """The same batch twice gives two losses, and the same step once more gives the same one."""
-    model = AlexNet("notebook", 10, width=0.1, initialization="he")
-    optimizer = create_optimizer(0.01)
-    create = functools.partial(create_state, model=model, optimizer=optimizer, crop_size=CROP)
-    state = jax.jit(create, compiler_options=QUICK)(jax.random.key(0), MEAN)
-    fn = jax.jit(
-        functools.partial(
-            train_step,
-            model=model,
-            optimizer=optimizer,
-            augment=functools.partial(augment, crop_size=CROP, scale=1 / 64),
-        )
-    )
+    step, first = compiled("float32")
     (batch,) = batches(1)
-    at = lambda step: float(fn(state.replace(step=jnp.int32(step)), batch, jax.random.key(0))[1])  # noqa: E731
+    at = lambda number: float(step(first.replace(step=np.int32(number)), batch)[1])  # noqa: E731
     assert at(0) != at(1)
     assert at(0) == at(0)
 
 
 def test_evaluation_counts_each_image_once():
-    model = AlexNet("notebook", 10, width=0.1, initialization="he")
-    mean, images = MEAN, jnp.zeros((1, CROP, CROP, 3))
-    init = jax.jit(lambda key: model.init(key, images)["params"], compiler_options=QUICK)
-    params = init(jax.random.key(0))
-    fn = jax.jit(
-        functools.partial(
-            eval_step,
-            model=model,
-            preprocess=functools.partial(preprocess, crop_size=CROP, scale=1 / 64),
-        )
-    )
+    params = compiled("float32")[1].params
     (batch,) = batches(1)
-    mask = np.arange(16) < 11
-    masked = fn(zero_totals(), params, mean, batch | {"mask": mask})
-    alone = fn(
-        zero_totals(),
-        params,
-        mean,
-        {name: rows[:11] for name, rows in batch.items()} | {"mask": np.ones(11, bool)},
-    )
+    masked = evaluate(params, batch, np.arange(16) < 11)
+    alone = evaluate(params, {name: rows[:11] for name, rows in batch.items()})
     assert float(masked["images"]) == 11
     for name in masked:
         assert float(masked[name]) == pytest.approx(float(alone[name]), rel=1e-5)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +50,7 @@ def test_a_run_leaves_what_the_design_promises(finished):
     assert {path.name for path in workdir.iterdir()} == {
         "checkpoints",
         "config.json",
+        "lock",
         "metrics.jsonl",
         "report",
         "summary.json",
@@ -99,8 +102,8 @@ def test_training_imports_neither_tensorflow_nor_torch(finished):
     assert finished[1].splitlines()[-1] == "foreign: []"
 
 
-def interrupt_at(step, argv):
-    """Runs the command, and presses Ctrl-C once it has logged `step`."""
+def signal_at(step, argv, number, again=False):
+    """Runs the command, and sends it a signal once it has logged `step`; and perhaps again."""
     said = []
     with subprocess.Popen(
         [sys.executable, "-u", "-m", "flax_alexnet.train", *argv],
@@ -111,17 +114,27 @@ def interrupt_at(step, argv):
         for line in process.stdout:
             said.append(line)
             if line.startswith("step") and int(line.split()[1]) == step:
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
+            if line.startswith("stopping") and again:
+                process.send_signal(number)
     return process.returncode, "".join(said)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(data_dir, tmp_path):
+def test_a_run_that_signals_stop_goes_on_to_the_same_bits(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    long = ["--steps", "80", "--eval-epochs", "6"]
+    long = ["--steps", "120", "--eval-epochs", "6"]
     assert main(arguments(whole, data_dir, *long)) == 0
-    code, said = interrupt_at(4, arguments(parts, data_dir, *long))
-    assert code == 130, said
-    assert "the same command goes on from there" in said
+    for step, number in ((4, signal.SIGINT), (40, signal.SIGTERM)):
+        code, said = signal_at(step, arguments(parts, data_dir, *long), number)
+        assert code == 75, said
+        assert "stopping after the steps under way" in said
+        stopped = int(re.search(r"stopped at step (\d+); the same command goes on", said)[1])
+        assert (parts / "checkpoints" / str(stopped)).exists()
+        assert stopped >= step
+    code, said = signal_at(80, arguments(parts, data_dir, *long), signal.SIGTERM, again=True)
+    assert code == -signal.SIGTERM, "the second signal ends it at once"
+    assert "stopped at" not in said
     assert main(arguments(parts, data_dir, *long)) == 0
     for name in ("step", "params_sha256", "eval_loss", "eval_top1", "eval_top5"):
         assert read(parts, "summary.json")[name] == read(whole, "summary.json")[name], name
@@ -131,6 +144,47 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(data_dir, tmp_path):
         for path in (whole, parts)
     ]
     assert logged[0] == logged[1]
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_its_steps_made_again(
+    finished, data_dir, tmp_path, capsys
+):
+    workdir = shutil.copytree(finished[0], tmp_path / "runs")
+    (workdir / "summary.json").unlink()
+    damaged = workdir / "checkpoints" / "12"
+    largest = max((p for p in damaged.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    bits = bytearray(largest.read_bytes())
+    bits[len(bits) // 2] ^= 1
+    largest.write_bytes(bits)
+    assert main(arguments(workdir, data_dir)) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"checkpoint 12 is damaged \(default/\S+ has changed\) and was moved", said)
+    assert "steps 6 to 12" in said
+    assert (workdir / "damaged" / "12").is_dir()
+    for name in ("params_sha256", "eval_loss", "eval_top1"):
+        assert read(workdir, "summary.json")[name] == read(finished[0], "summary.json")[name]
+    assert [line["step"] for line in lines(workdir)] == [
+        line["step"] for line in lines(finished[0])
+    ]
+
+
+def test_a_second_run_in_a_directory_is_refused(finished, data_dir, tmp_path, capsys):
+    alias = tmp_path / "another name"
+    alias.symlink_to(finished[0])
+    holder = (
+        "import sys, time; from pathlib import Path; from flax_alexnet.workdir import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", holder, str(finished[0])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        for name in (finished[0], alias):
+            said = refused(capsys, arguments(name, data_dir))
+            assert f"{name} is in use by process {process.pid} on " in said
+        process.kill()  # as a crash does; the file stays, and the lock does not
+    assert (finished[0] / "lock").exists()
+    assert main(arguments(alias, data_dir)) == 0
+    assert main(arguments(alias, data_dir)) == 0, "a run lets go of the lock when it ends"
 
 
 def test_a_finished_run_is_not_made_again(finished, data_dir, capsys):
@@ -220,7 +274,8 @@ class TestMistakes:
         (tmp_path / "checkpoints" / "2" / "default").mkdir(parents=True)
         (tmp_path / "checkpoints" / "2" / "default" / "x").write_text("")
         said = refused(capsys, arguments(tmp_path, data_dir))
-        assert "checkpoints/2 is damaged: remove that folder" in said
+        assert "no checkpoint in" in said
+        assert "checkpoints is whole (2: it has no 2.sha256)" in said
 
     def test_no_device(self, data_dir, tmp_path):
         command = [sys.executable, "-m", "flax_alexnet.train", *arguments(tmp_path, data_dir)]
@@ -245,10 +300,42 @@ class TestMistakes:
         assert "GB free" in refused(capsys, arguments(tmp_path, data_dir))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_explained(data_dir, tmp_path, capsys):
     argv = arguments(tmp_path, data_dir, "--optimizer.learning-rate", "1e9")
     assert main(argv) == 2
-    assert "with a lower --optimizer.learning-rate" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search(
+        r"not finite at step \d, .* rate of 1e\+09; the largest activation is \S+, in", said
+    )
+    assert "the last good checkpoint is none" in said
+    assert "with a lower --optimizer.learning-rate" in said
+    assert not list((tmp_path / "checkpoints").iterdir()), "nothing that is not finite is saved"
+
+
+def test_a_run_that_diverges_goes_back_with_half_the_rate_three_times(data_dir, tmp_path, capsys):
+    """A rate that rises until no halving helps; the first steps are fine, and saved."""
+    rising = ["--optimizer.learning-rate", "60", "--optimizer.warmup-epochs", "100"]
+    more = ["--steps", "60", "--log-every", "1", "--on-divergence", "rollback"]
+    assert main(arguments(tmp_path, data_dir, *rising, *more)) == 2
+    said = capsys.readouterr()
+    back = re.findall(
+        r"the last good checkpoint is that of step (\d+); back at step (\d+)", said.out
+    )
+    assert len(back) == 3
+    assert all(saved == start for saved, start in back)
+    assert [f"with {share} of the rate" in said.out for share in (0.5, 0.25, 0.125)] == [True] * 3
+    assert "not finite at step" in said.err
+    steps = [line["step"] for line in lines(tmp_path) if "train_loss" in line]
+    assert steps == list(range(1, len(steps) + 1)), "steps that were made again are logged once"
+
+
+def test_a_plateau_is_warned_of_once(data_dir, tmp_path, capsys):
+    """The notebook's own initial values on small pictures: the README says that they stall."""
+    plateau = ["--model.initialization", "published", "--steps", "18"]
+    assert main(arguments(tmp_path, data_dir, *plateau)) == 0
+    said = capsys.readouterr().out
+    assert said.count("warning: the loss has not moved from ln(10) = 2.303") == 1
+    assert re.search(r"conv1 \d+%.* fc7 \d+%", said)
 
 
 def test_photographs_in_class_folders_train(shared_data, tmp_path):

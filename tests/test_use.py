@@ -81,7 +81,7 @@ def test_bad_pictures_are_named_and_stop_no_other(weights, photographs, tmp_path
     assert rows["b.jpg"]["problem"] == "it is empty"
     assert "no picture in a known format" in rows["d.txt"]["problem"]
     assert "No such file" in rows["e.jpg"]["problem"]
-    assert "not a regular file" in rows["h.jpg"]["problem"]
+    assert "no regular file" in rows["h.jpg"]["problem"]
     assert len(rows) == 7
     said = capsys.readouterr().out
     assert "2 of 7 pictures read; 5 not:" in said

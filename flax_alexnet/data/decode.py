@@ -1,24 +1,34 @@
 """Encoded pictures to square uint8 images, by the rule that a net was trained with."""
 
 import io
+import re
 import warnings
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
+from flax_alexnet.errors import first_line
 from flax_alexnet.preprocessing import ResizeRule
 
 LARGEST_PICTURE = 178_956_970  # pixels: where Pillow refuses a picture; half of that it warns at
 # Pixels up to which a picture is decoded whole, which takes up to 22 bytes each. A larger JPEG is
 # decoded at a half, a quarter or an eighth of its size; other formats cannot be.
 LARGEST_WHOLE = 20_000_000
-# A progressive JPEG keeps 2 bytes of each value until it is complete, whatever its size then.
-LARGEST_PROGRESSIVE = 180_000_000  # pixels times channels
+# A JPEG in several scans, such as a progressive one, keeps 2 bytes of each value until the last,
+# whatever its size then, and each scan passes over all of them, however little it says.
+LARGEST_IN_SCANS = 150_000_000  # pixels times channels
+LONGEST_IN_SCANS = 1_500_000_000  # pixels times scans: about 2 s
+# What Pillow decodes in Python takes some seconds a megapixel: plain and scaled PPM, BMP in runs.
+LARGEST_SLOW = 2**18  # pixels, and bytes
+LARGEST_FILE = 200_000_000  # bytes
 # Of what Pillow reads; some others start programs, or read what is no picture of pixels.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 EXIF_ORIENTATION, FAR = 0x0112, 2**18  # within so many bytes of a JPEG's start
+TILE_WIDTH, TILE_LENGTH = 322, 323  # of a TIFF
+MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # of a JPEG, with a segment
+JPEG, SCAN, PROGRESSIVE = b"\xff\xd8\xff", 0xDA, (0xC2, 0xCA)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of damaged metadata
 
@@ -37,17 +47,19 @@ def decode(encoded: bytes, size: int, resize: ResizeRule = "paper") -> np.ndarra
 
     Raises:
       DecodeError: the bytes are truncated, damaged, no picture, one with 32 bits a channel, or one
-        of more pixels than `LARGEST_PICTURE` (of a progressive JPEG `LARGEST_PROGRESSIVE` over its
-        channels, of another format `LARGEST_WHOLE`).
+        of more pixels than `LARGEST_PICTURE` (of a JPEG in several scans `LARGEST_IN_SCANS` over
+        its channels, of another format `LARGEST_WHOLE`, or `LARGEST_SLOW`).
     """
     return to_square(_pixels(encoded, 2 * size), size, resize)
 
 
 def read_file(path: Path) -> bytes:
-    """A picture's bytes; DecodeError where there are none to be had."""
+    """A picture's bytes; DecodeError where there are none to be had, or too many."""
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for for ever
             raise DecodeError("it is no regular file")
+        if (size := path.stat().st_size) > LARGEST_FILE:
+            raise DecodeError(f"it has {size:,} bytes; at most {LARGEST_FILE:,} are read")
         return path.read_bytes()
     except OSError as error:
         raise DecodeError(error.strerror or type(error).__name__) from None
@@ -92,40 +104,78 @@ def _pixels(encoded: bytes, enough: int | None) -> np.ndarray:
     if not encoded:
         raise DecodeError("it is empty")
     try:
-        if simplejpeg.is_jpeg(encoded):
-            height, width, colors, _ = simplejpeg.decode_jpeg_header(encoded)
-            _need_at_most(LARGEST_PICTURE if enough else LARGEST_WHOLE, height * width)
-            least = max(height, width)
-            if enough and height * width > LARGEST_WHOLE:
-                least = enough
-                with _open(encoded) as image:
-                    if image.info.get("progressive"):
-                        channels = {"Gray": 1, "CMYK": 4, "YCCK": 4}.get(colors, 3)
-                        _need_at_most(LARGEST_PROGRESSIVE // channels, height * width)
-            pixels = simplejpeg.decode_jpeg(encoded, "RGB", min_height=least, min_width=least)
-            if encoded.find(b"Exif\0\0", 0, FAR) < 0:  # dearer to parse than to look for
-                return pixels
-            with _open(encoded) as image:
-                return _upright(pixels, image)
-        with _open(encoded) as image:
-            _need_at_most(LARGEST_WHOLE, image.height * image.width)
-            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey rather than scale it
-                grey = (np.asarray(image) >> 8).astype(np.uint8)
-                return _upright(np.repeat(grey[..., None], 3, axis=-1), image)
-            if image.mode in ("I", "F"):  # and of these nobody knows the range
-                raise DecodeError("it has 32 bits a channel; save it with 8 or 16")
-            return _upright(np.asarray(image.convert("RGB")), image)
+        return _jpeg(encoded, enough) if encoded.startswith(JPEG) else _other(encoded)
     except UnidentifiedImageError:
         raise DecodeError("it is no picture in a known format") from None
-    # Pillow reports a damaged picture by any of these, depending on the format.
-    except (
-        *(ValueError, OSError, SyntaxError, EOFError, MemoryError, RuntimeError, OverflowError),
-        Image.DecompressionBombError,
-    ) as error:
-        raise DecodeError(str(error).splitlines()[0] if str(error) else repr(error)) from error
+    except Exception as error:  # Pillow reports a damaged picture by almost any, TypeError included
+        raise DecodeError(first_line(error)) from error
 
 
-def _open(encoded: bytes) -> Image.Image:
+def _jpeg(encoded: bytes, enough: int | None) -> np.ndarray:
+    try:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(encoded)
+    except ValueError:  # an unusual sampling of the colours, which Pillow knows
+        return _other(encoded)
+    _need_at_most(LARGEST_PICTURE if enough else LARGEST_WHOLE, height * width)
+    _need_few_scans(encoded, {"Gray": 1, "CMYK": 4, "YCCK": 4}.get(colors, 3), height * width)
+    least = enough if enough and height * width > LARGEST_WHOLE else max(height, width)
+    pixels = simplejpeg.decode_jpeg(encoded, "RGB", min_height=least, min_width=least)
+    if encoded.find(b"Exif\0\0", 0, FAR) < 0:  # dearer to parse than to look for
+        return pixels
+    with _open(encoded) as image:
+        return _upright(pixels, image)
+
+
+def _need_few_scans(jpeg: bytes, channels: int, pixels: int) -> None:
+    if _in_scans(jpeg, channels):
+        _need_at_most(LARGEST_IN_SCANS // channels, pixels)
+        scans = jpeg.count(bytes([0xFF, SCAN]))
+        if scans * pixels > LONGEST_IN_SCANS:
+            raise DecodeError(f"it has {scans:,} scans over {pixels:,} pixels: too many")
+
+
+def _in_scans(jpeg: bytes, channels: int) -> bool:
+    """Whether a JPEG is not decoded row by row: it is progressive, or its channels come apart."""
+    place = 2
+    while found := MARKER.search(jpeg, place):
+        kind, place = found[1][0], found.end()
+        if kind == SCAN:
+            return jpeg[place + 2 : place + 3] != bytes([channels])
+        if kind in PROGRESSIVE:
+            return True
+        place += int.from_bytes(jpeg[place : place + 2], "big")
+    return False
+
+
+def _other(encoded: bytes) -> np.ndarray:
+    with _open(encoded) as image:
+        _need_at_most(LARGEST_WHOLE, _stored(image))
+        if encoded.startswith(JPEG):
+            _need_few_scans(encoded, len(image.getbands()), image.height * image.width)
+        slow = image.tile and image.tile[0][0] in Image.DECODERS
+        if slow and max(image.height * image.width, len(encoded)) > LARGEST_SLOW:
+            raise DecodeError(
+                f"of its kind of {image.format} only {LARGEST_SLOW:,} pixels and bytes are read; "
+                "save it as PNG"
+            )
+        if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey rather than scale it
+            grey = (np.asarray(image) >> 8).astype(np.uint8)
+            return _upright(np.repeat(grey[..., None], 3, axis=-1), image)
+        if image.mode in ("I", "F"):  # and of these nobody knows the range
+            raise DecodeError("it has 32 bits a channel; save it with 8 or 16")
+        rgb = image if image.mode == "RGB" else image.convert("RGB")  # else a copy for nothing
+        return _upright(np.asarray(rgb), image)
+
+
+def _stored(image: Image.Image) -> int:
+    """The pixels that are decoded: a TIFF's tiles may reach far over the edges of its picture."""
+    tags = getattr(image, "tag_v2", {})
+    tile = tags.get(TILE_WIDTH, 1), tags.get(TILE_LENGTH, 1)
+    width, height = (-(-side // step) * step for side, step in zip(image.size, tile, strict=True))
+    return width * height
+
+
+def _open(encoded: bytes) -> ImageFile.ImageFile:
     return Image.open(io.BytesIO(encoded), formats=FORMATS)
 
 

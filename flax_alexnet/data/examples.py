@@ -1,13 +1,14 @@
 """Pictures decoded to equal squares, by index, and their mean."""
 
-import collections
+import abc
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from flax_alexnet.data.ahead import map_threads
-from flax_alexnet.data.decode import DecodeError, decode
+from flax_alexnet.data.bad_records import OnBad, refuse
+from flax_alexnet.data.pictures import Picture, read_rows
 from flax_alexnet.data.sources import Source
 from flax_alexnet.errors import UserError
 from flax_alexnet.preprocessing import ResizeRule
@@ -21,74 +22,117 @@ T = TypeVar("T")
 
 Example = dict[str, Any]  # "image": uint8[size, size, 3], "label": int32[]
 
+UNKNOWN, BAD = -2, -1  # in the place of a label: not tried yet, cannot be read
 
-class Examples(Protocol):
-    """Decoded pictures by index, as Grain reads them."""
 
+class Examples(abc.ABC):
+    """Decoded pictures by index, some of which may turn out to be unreadable."""
+
+    @abc.abstractmethod
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Example: ...
+    @abc.abstractmethod
+    def find(self, index: int) -> Example | None:
+        """The picture at `index`; None where it cannot be read."""
+
+    def __getitem__(self, index: int) -> Example:
+        """The picture at `index`, or the next one, in a circle, that can be read.
+
+        Who takes the place of a bad picture follows from the data alone, and so is the same in any
+        thread, on any process, and after a run was resumed.
+
+        Raises:
+          UserError: no picture can be read.
+        """
+        for step in range(len(self)):
+            example = self.find((index + step) % len(self))
+            if example is not None:
+                return example
+        raise UserError(f"none of the {len(self):,} pictures can be read; take another dataset")
 
 
-class DecodedExamples:
-    """Pictures read and decoded each time they are asked for."""
+class DecodedExamples(Examples):
+    """Pictures read and decoded each time they are asked for; `on_bad` is told of bad ones."""
 
-    def __init__(self, source: Source, size: int, resize: ResizeRule = "paper"):
-        self._source, self._size, self._resize = source, size, resize
+    def __init__(
+        self, source: Source, size: int, resize: ResizeRule = "paper", on_bad: OnBad = refuse
+    ):
+        self._source, self._size, self._resize, self._on_bad = source, size, resize, on_bad
 
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> Example:
-        image, label = _decoded(self._source, [index], self._size, self._resize)
-        return {"image": image[0], "label": label[0]}
+    def find(self, index: int) -> Example | None:
+        (picture,) = _read(self._source, [index], self._size, self._resize)
+        if picture.image is None:
+            self._on_bad(picture.name, picture.problem)
+            return None
+        return {"image": picture.image, "label": np.int32(picture.label)}
 
 
-class CachedExamples:
-    """Pictures decoded once and kept in memory: those of `share` now, others when asked for."""
+class CachedExamples(Examples):
+    """Pictures decoded once and kept in memory: those of `share` now, others when asked for.
+
+    `on_bad` is told of those that cannot be read.
+    """
 
     def __init__(
-        self, source: Source, size: int, share: slice = EVERYTHING, resize: ResizeRule = "paper"
+        self,
+        source: Source,
+        size: int,
+        share: slice = EVERYTHING,
+        resize: ResizeRule = "paper",
+        on_bad: OnBad = refuse,
     ):
-        self._source, self._size, self._resize = source, size, resize
+        self._source, self._size, self._resize, self._on_bad = source, size, resize, on_bad
         self._images = np.empty((len(source), size, size, 3), np.uint8)
-        self._labels = np.empty((len(source),), np.int32)
-        self._known = np.zeros((len(source),), bool)
-        _exhaust(_for_chunks(self._fill, np.arange(len(source))[share]))
+        self._labels = np.full((len(source),), UNKNOWN, np.int32)
+        _try(source, share, self._fill, on_bad)
 
-    def _fill(self, rows: Sequence[int]) -> None:
-        self._images[rows], self._labels[rows] = _decoded(
-            self._source, rows, self._size, self._resize
-        )
-        self._known[rows] = True
+    def _fill(self, rows: Sequence[int]) -> list[Picture]:
+        """Decodes some pictures; returns the bad ones."""
+        pictures = _read(self._source, rows, self._size, self._resize)
+        for row, picture in zip(rows, pictures, strict=True):
+            if picture.image is None:
+                self._labels[row] = BAD
+            else:  # the label last: it says to other threads that the picture is there
+                self._images[row] = picture.image
+                self._labels[row] = picture.label
+        return _bad(pictures)
 
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, index: int) -> Example:
-        if not self._known[index]:
-            self._fill([index])
+    def find(self, index: int) -> Example | None:
+        if self._labels[index] == UNKNOWN:
+            for picture in self._fill([index]):
+                self._on_bad(picture.name, picture.problem)
+        if self._labels[index] == BAD:
+            return None
         return {"image": self._images[index], "label": self._labels[index]}
 
 
 def open_examples(
-    source: Source, size: int, share: slice = EVERYTHING, resize: ResizeRule = "paper"
+    source: Source,
+    size: int,
+    share: slice = EVERYTHING,
+    resize: ResizeRule = "paper",
+    on_bad: OnBad = refuse,
 ) -> Examples:
     """`source` brought to `size` × `size`: kept in memory where that takes less than 1 GiB.
 
+    All pictures of `share` are tried here, before the training. Large datasets that were prepared
+    were tried then, and are not here.
+
     Raises:
-      UserError: a picture of `share` that cannot be decoded, named here and not in the middle of a
-        training. Large datasets that were prepared were tried then, and are not here.
+      UserError: a picture without a label; or one that cannot be read, where `on_bad`, which is
+        told of each in order, raises it.
     """
     if len(source) * size * size * 3 <= CACHE_BYTES:
-        return CachedExamples(source, size, share, resize)
+        return CachedExamples(source, size, share, resize, on_bad)
     if not source.prepared:
-
-        def attempt(rows: Sequence[int]) -> None:
-            _decoded(source, rows, size, resize)
-
-        _exhaust(_for_chunks(attempt, np.arange(len(source))[share]))
-    return DecodedExamples(source, size, resize)
+        _try(source, share, lambda rows: _bad(_read(source, rows, size, resize)), on_bad)
+    return DecodedExamples(source, size, resize, on_bad)
 
 
 def mean_image(
@@ -116,32 +160,37 @@ def mean_image(
     return (total(sums) / count).astype(np.float32)
 
 
-def _for_chunks(function: Callable[[Sequence[int]], T], indices: np.ndarray) -> Iterator[T]:
+def _for_chunks(
+    function: Callable[[Sequence[int]], T], indices: np.ndarray, chunk: int = CHUNK
+) -> Iterator[T]:
     """What `function` gives for each few of the indices, in all threads."""
-    chunks = np.split(indices, range(CHUNK, len(indices), CHUNK))
-    return map_threads(lambda chunk: function(chunk.tolist()), chunks)
+    chunks = np.split(indices, range(chunk, len(indices), chunk))
+    return map_threads(lambda rows: function(rows.tolist()), chunks)
 
 
-def _exhaust(items: Iterator[object]) -> None:
-    collections.deque(items, maxlen=0)
+def _try(
+    source: Source, share: slice, function: Callable[[Sequence[int]], list[Picture]], on_bad: OnBad
+) -> None:
+    """Tells `on_bad` of the bad pictures of `share`, in order, which `function` of rows finds."""
+    # Prepared records are read many at once, several times faster than one by one; files may be
+    # large.
+    chunk = CHUNK if source.prepared else 1
+    for bad in _for_chunks(function, np.arange(len(source))[share], chunk):
+        for picture in bad:
+            on_bad(picture.name, picture.problem)
 
 
-def _decoded(
-    source: Source, indices: Sequence[int], size: int, resize: ResizeRule
-) -> tuple[np.ndarray, np.ndarray]:
-    images = np.empty((len(indices), size, size, 3), np.uint8)
-    labels = np.empty((len(indices),), np.int32)
-    for row, record in enumerate(source.records(indices)):
-        try:
-            images[row] = decode(record.image, size, resize)
-        except DecodeError as error:
+def _bad(pictures: Sequence[Picture]) -> list[Picture]:
+    return [picture for picture in pictures if picture.image is None]
+
+
+def _read(source: Source, rows: Sequence[int], size: int, resize: ResizeRule) -> list[Picture]:
+    """The pictures at `rows`, each with an outcome; UserError for a label that is out of range."""
+    pictures = read_rows(source, rows, size, resize)
+    for picture in pictures:
+        if picture.image is not None and not 0 <= picture.label < len(source.label_names):
             raise UserError(
-                f"cannot decode picture {record.name}: {error}; remove or repair it"
-            ) from None
-        if not 0 <= record.label < len(source.label_names):
-            raise UserError(
-                f"picture {record.name} has the label {record.label}, but there are only "
+                f"picture {picture.name} has the label {picture.label}, but there are only "
                 f"{len(source.label_names)} classes; take a split with labels"
             )
-        labels[row] = record.label
-    return images, labels
+    return pictures

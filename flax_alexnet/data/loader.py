@@ -17,7 +17,7 @@ Batch = dict[str, np.ndarray]  # "image": uint8[b, s, s, 3], "label": int32[b], 
 
 
 def training_batches(
-    examples: Examples,
+    examples: grain.sources.RandomAccessDataSource[Example],
     batch_size: int,
     *,
     seed: int,
@@ -28,8 +28,9 @@ def training_batches(
     """Batches without end, each epoch a new permutation, from the one of `start_step` on.
 
     The stream of pictures is cut into batches of `batch_size`, which may span two epochs, so
-    that every picture is seen equally often. Of each batch only `rows` are read, those of the
-    process's own devices; None is all.
+    that every picture is seen equally often. The place of one that cannot be read is taken by the
+    next one in `examples`. Of each batch only `rows` are read, those of the process's own devices;
+    None is all.
     """
     dataset = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
     return _batches(dataset, batch_size, start_step, threads, rows)
@@ -44,14 +45,15 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Every picture exactly once, in order; the last batch is filled up and masked.
 
-    Batches have an entry "mask": bool[b], false for what was filled up.
+    Batches have an entry "mask": bool[b], false for what was filled up, and for what stands in the
+    place of a picture that cannot be read.
     """
     dataset = grain.MapDataset.source(_Padded(examples, batch_size))
     return _batches(dataset, batch_size, 0, threads, rows)
 
 
 class _Padded:
-    """Examples with a mask, up to a whole number of batches."""
+    """Examples with a mask, up to a whole number of batches; bad ones are masked."""
 
     def __init__(self, examples: Examples, batch_size: int):
         self._examples = examples
@@ -61,8 +63,8 @@ class _Padded:
         return self._length
 
     def __getitem__(self, index: int) -> Example:
-        real = index < len(self._examples)
-        return {**self._examples[index if real else 0], "mask": np.bool_(real)}
+        example = self._examples.find(index) if index < len(self._examples) else None
+        return {**(example or self._examples[0]), "mask": np.bool_(example is not None)}
 
 
 class _Rows(grain.MapDataset):

@@ -92,28 +92,49 @@ def read_pictures(
     indices: Sequence[int] | None = None,
     threads: int | None = None,
 ) -> Iterator[Picture]:
-    """The pictures of a source brought to `size` × `size`, in order; see `decode` for the rules."""
+    """The pictures of a source brought to `size` × `size`, in order; see `decode` for the rules.
+
+    Raises:
+      UserError: a prepared dataset is damaged.
+    """
 
     def read(rows: Sequence[int]) -> list[Picture]:
-        label = NO_LABEL
-        try:
-            pictures = []
-            for record in source.records(rows):
-                label = record.label
-                pictures.append(Picture(record.name, label, decode(record.image, size, resize)))
-            return pictures
-        except (UserError, DecodeError) as error:
-            if len(rows) > 1:  # one of them; the others are not to suffer
-                return [picture for row in rows for picture in read([row])]
-            if source.prepared and isinstance(error, UserError):
-                raise  # the dataset as a whole is damaged
-            return [Picture(source.name(rows[0]), label, None, str(error))]
+        return read_rows(source, rows, size, resize, strict=source.prepared)
 
     indices = range(len(source)) if indices is None else indices
     # Prepared records are read many at once, several times faster than one by one.
     chunk = CHUNK if source.prepared else 1
     chunks = [indices[start : start + chunk] for start in range(0, len(indices), chunk)]
     return itertools.chain.from_iterable(map_threads(read, chunks, threads))
+
+
+def read_rows(
+    source: Source, rows: Sequence[int], size: int, resize: ResizeRule, *, strict: bool = False
+) -> list[Picture]:
+    """Some pictures of a source, read at once, each with its own outcome.
+
+    Raises:
+      UserError: a record cannot be read, if `strict`.
+    """
+    try:
+        records = source.records(rows)
+    except UserError as error:
+        if len(rows) > 1:  # one of them; the others are not to suffer
+            parts = (read_rows(source, [row], size, resize, strict=strict) for row in rows)
+            return list(itertools.chain.from_iterable(parts))
+        if strict:
+            raise
+        why = error.__context__  # what is wrong with a file, without its name
+        problem = str(why if isinstance(why, DecodeError) else error)
+        return [Picture(source.name(rows[0]), NO_LABEL, None, problem)]
+    pictures = []
+    for record in records:
+        try:
+            image, problem = decode(record.image, size, resize), ""
+        except DecodeError as error:
+            image, problem = None, str(error)
+        pictures.append(Picture(record.name, record.label, image, problem))
+    return pictures
 
 
 def summarize(problems: Sequence[tuple[str, str]], total: int, what: str = "pictures") -> str:

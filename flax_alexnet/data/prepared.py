@@ -1,66 +1,318 @@
-"""A folder of pictures as a TFDS dataset of equal squares: what `prepare` writes."""
+"""Pictures brought to equal squares and stored as a TFDS dataset: what `prepare` writes.
 
-import io
-from collections.abc import Iterator
+A dataset is made in a folder beside its place, `1.0.0.incomplete` for `1.0.0`, and put there by one
+renaming when it is whole. Its pictures, in an order that follows from their number alone, are cut
+into shards. With each shard goes a list of what became of its pictures, which is written last: a
+shard that has its list is whole, and a run that is started again leaves it as it is.
+"""
+
+import contextlib
+import csv
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, Protocol
 
+import numpy as np
+import simplejpeg
 import tensorflow_datasets as tfds
-from PIL import Image
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+from tqdm import tqdm
 
 from flax_alexnet.data.ahead import map_threads
 from flax_alexnet.data.decode import DecodeError, decode
-from flax_alexnet.data.sources import PREPARED_FOLDER, Dataset, Source
-from flax_alexnet.errors import UserError
+from flax_alexnet.data.sources import Record
+from flax_alexnet.errors import UserError, first_line, printable
+
+SHARD = 8192  # pictures of a shard at most: what a kill can cost
+QUALITY = 90  # of the JPEGs
+OK = "ok"  # the outcome of a picture that was taken; any other says why it was not
+DATASET, LOCK, PLAN = "dataset", "lock", "plan"  # what lies in an unfinished folder
+OUTCOMES = "outcomes.csv"
 
 
-class PreparedFolder(tfds.core.GeneratorBasedBuilder):
-    """Pictures of a folder brought to `size` × `size` by the paper's rule, as JPEG.
+class Pictures(Protocol):
+    """Encoded pictures by index, any of which may turn out to be none."""
 
-    The dataset's name is "prepared_folder/NAME", where NAME is the folder's.
+    label_names: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int, /) -> str: ...
+
+    def read(self, index: int, /) -> Record:
+        """The picture at `index`; DecodeError says why there is none."""
+        ...
+
+
+class Prepared(NamedTuple):
+    """A dataset that is whole, and what became of its pictures."""
+
+    folder: Path
+    counts: dict[str, int]  # pictures taken, by split
+    problems: list[tuple[str, str]]  # (name, why) of those that were not
+    size: int  # bytes of all shards
+    rate: float  # pictures a second, of this run
+
+
+class Shard(NamedTuple):
+    """Pictures of a split that go into one file."""
+
+    split: str
+    file: str
+    indices: np.ndarray
+
+
+class Result(NamedTuple):
+    """What is noted of a shard that is whole."""
+
+    size: int  # bytes of its file
+    outcomes: list[str]  # of its pictures
+
+
+def write_dataset(
+    splits: Mapping[str, Pictures], folder: Path, name: str, size: int, name_feature: str = "name"
+) -> Prepared:
+    """Brings all pictures to `size` × `size` by the paper's rule and stores them as JPEG.
+
+    All cores decode, and a progress bar shows the time left. A run that was stopped at any moment
+    and is started again ends with the same bytes. `outcomes.csv` lists every picture.
+
+    Args:
+      splits: pictures of each split; all have the same label names.
+      folder: the dataset's, named by its version.
+      name: the dataset's, which begins the names of its files.
+      size: pixels a side.
+      name_feature: under which a picture's name stands in its record.
+
+    Raises:
+      UserError: the dataset is there already, another process prepares it, a split has no picture
+        that can be read, or the folder cannot be written to, such as on a full disk.
     """
+    need_new(folder)
+    label_names = next(iter(splits.values())).label_names
+    features, serialize = _format(label_names, size, name_feature)
+    shards = [shard for split in splits for shard in _shards(name, split, len(splits[split]))]
+    work = folder.with_name(f"{folder.name}.incomplete")
+    try:
+        with _alone(work):
+            need_new(folder)  # another process may just have made it
+            _begin(work, _plan(splits, shards, size))
+            results = {s.file: result for s in shards if (result := _result(work, s))}
+            done = sum(len(result.outcomes) for result in results.values())
+            total = sum(len(pictures) for pictures in splits.values())
+            start = time.perf_counter()
+            with tqdm(total=total, initial=done, unit=" images", disable=None) as bar:
+                for shard in shards:
+                    if shard.file not in results:
+                        example = _example(splits[shard.split], size, serialize)
+                        examples = map_threads(example, shard.indices.tolist())
+                        results[shard.file] = _write(work, shard, examples, bar)
+            rate = (total - done) / (time.perf_counter() - start)
+            problems = _list_outcomes(work, splits, shards, results)
+            infos = [_split_info(split, shards, results) for split in splits]
+            tfds.folder_dataset.write_metadata(
+                data_dir=work / DATASET,
+                features=features,
+                split_infos=infos,
+                version=folder.name,
+                check_data=False,  # which would need TensorFlow
+                supervised_keys=("image", "label"),
+                description=f"Pictures brought to {size} × {size} by the rule of the 2012 paper.",
+            )
+            _publish(work, folder)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(
+            f"cannot write to {work}: {reason}; when that is mended, the same command goes on "
+            "where it stopped"
+        ) from None
+    counts = {info.name: info.num_examples for info in infos}
+    return Prepared(folder, counts, problems, sum(r.size for r in results.values()), rate)
 
-    name = PREPARED_FOLDER
-    VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, dataset: Dataset, name: str, data_dir: Path, size: int, quality: int = 90):
-        self._dataset, self._size, self._quality = dataset, size, quality
-        config = tfds.core.BuilderConfig(name=name, version=self.VERSION)
-        super().__init__(config=config, data_dir=str(data_dir), file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        shape = (self._size, self._size, 3)
-        return self.dataset_info_from_configs(
-            description=__doc__,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=shape, encoding_format="jpeg"),
-                    "label": tfds.features.ClassLabel(names=list(self._dataset.label_names)),
-                    "name": tfds.features.Text(),
-                }
-            ),
-            supervised_keys=("image", "label"),
+def need_new(folder: Path) -> None:
+    """Raises UserError if there is a dataset in `folder`."""
+    if folder.exists():
+        raise UserError(
+            f"{folder} is there already; remove it to prepare it once more, or take another "
+            "--data.data-dir"
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        del dl_manager
-        return {
-            "train": self._generate_examples(self._dataset.train),
-            "test": self._generate_examples(self._dataset.eval),
+
+def _format(
+    label_names: Sequence[str], size: int, name_feature: str
+) -> tuple[tfds.features.FeaturesDict, Callable[[Record], bytes]]:
+    """What a record holds, and the function that makes its bytes."""
+    names = [printable(name) for name in label_names]
+    for name in names:
+        if name != name.strip():  # TFDS keeps them as the lines of a file
+            raise UserError(f"class folder {name!r} has a space at an end; rename it")
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(size, size, 3), encoding_format="jpeg"),
+            "label": tfds.features.ClassLabel(names=names),
+            name_feature: tfds.features.Text(),
         }
+    )
+    serializer = ExampleSerializer(features.get_serialized_info())
 
-    def _generate_examples(self, source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
-        def example(index: int) -> dict[str, Any]:
-            (record,) = source.records([index])
-            try:
-                pixels = decode(record.image, self._size)
-            except DecodeError as error:
-                raise UserError(
-                    f"cannot decode picture {record.name}: {error}; remove or repair it"
-                ) from None
-            encoded = io.BytesIO()
-            Image.fromarray(pixels).save(encoded, "jpeg", quality=self._quality)
-            encoded.seek(0)
-            return {"image": encoded, "label": record.label, "name": record.name}
+    def serialize(record: Record) -> bytes:
+        values = {"image": record.image, "label": record.label, name_feature: record.name}
+        example = serializer.get_tf_example(features.encode_example(values))
+        return example.SerializeToString(deterministic=True)  # in one order in all processes
 
-        yield from enumerate(map_threads(example, range(len(source))))
+    return features, serialize
+
+
+def _shards(name: str, split: str, pictures: int) -> list[Shard]:
+    """The pictures of a split in a random order, so that slices of it hold all classes."""
+    order = np.random.default_rng(pictures).permutation(pictures)
+    count = max(1, -(-pictures // SHARD))
+    return [
+        Shard(split, f"{name}-{split}.array_record-{number:05}-of-{count:05}", indices)
+        for number, indices in enumerate(np.array_split(order, count))
+    ]
+
+
+def _plan(splits: Mapping[str, Pictures], shards: Sequence[Shard], size: int) -> str:
+    """A digest of what decides which picture goes where, and how it is stored."""
+    label_names = next(iter(splits.values())).label_names
+    digest = hashlib.sha256(json.dumps([size, QUALITY, *label_names]).encode())
+    for shard in shards:
+        names = map(splits[shard.split].name, shard.indices.tolist())
+        digest.update(json.dumps([shard.file, *names]).encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Makes the folder and keeps other processes out of it; when one dies, it lets go."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is at work in {work}; wait until it ends") from None
+        yield
+
+
+def _begin(work: Path, plan: str) -> None:
+    """Makes the folder ready for a plan; what was done by another one is removed."""
+    path = work / PLAN
+    if path.exists() and path.read_text() != plan:
+        print(f"{work} was begun with other pictures or another size; it is begun anew")
+        path.unlink()
+    if not path.exists():
+        for left in work.iterdir():
+            if left.name == DATASET:
+                shutil.rmtree(left)
+            elif left.name != LOCK:
+                left.unlink()
+        path.write_text(plan)
+    (work / DATASET).mkdir(exist_ok=True)
+
+
+def _result(work: Path, shard: Shard) -> Result | None:
+    """What is noted of a shard, if it is whole; one without any picture is tried again."""
+    try:
+        result = Result(*json.loads((work / shard.file).read_text()))
+        whole = (work / DATASET / shard.file).stat().st_size == result.size
+    except (OSError, ValueError):  # not there, or cut off when the machine lost its power
+        return None
+    return result if whole and OK in result.outcomes else None
+
+
+def _example(
+    pictures: Pictures, size: int, serialize: Callable[[Record], bytes]
+) -> Callable[[int], tuple[bytes | None, str]]:
+    """The function from a picture's index to the record to store, if any, and the outcome."""
+
+    def example(index: int) -> tuple[bytes | None, str]:
+        try:
+            record = pictures.read(index)
+            pixels = decode(record.image, size)
+        except DecodeError as error:
+            return None, str(error)
+        encoded = simplejpeg.encode_jpeg(pixels, QUALITY, colorsubsampling="420")
+        return serialize(record._replace(image=encoded)), OK
+
+    return example
+
+
+def _write(
+    work: Path, shard: Shard, examples: Iterable[tuple[bytes | None, str]], bar: tqdm
+) -> Result:
+    """Writes a shard, and then its result."""
+    path, outcomes = work / DATASET / shard.file, []
+    try:
+        # As TFDS does, but JPEG does not become smaller by being compressed once more.
+        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        for example, outcome in examples:
+            if example is not None:
+                writer.write(example)
+            outcomes.append(outcome)
+            bar.update()
+        writer.close()
+    except RuntimeError as error:  # how the writer says that the disk is full
+        raise OSError(first_line(error)) from None
+    result = Result(path.stat().st_size, outcomes)
+    partial = work / f"{shard.file}.partial"
+    partial.write_text(json.dumps(result))
+    partial.replace(work / shard.file)
+    return result
+
+
+def _list_outcomes(
+    work: Path,
+    splits: Mapping[str, Pictures],
+    shards: Sequence[Shard],
+    results: Mapping[str, Result],
+) -> list[tuple[str, str]]:
+    """Writes what became of each picture, and returns (name, why) of those not taken."""
+    problems = []
+    with (work / DATASET / OUTCOMES).open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["split", "name", "outcome"])
+        for split, pictures in splits.items():
+            outcomes = [""] * len(pictures)
+            for shard in shards:
+                if shard.split == split:
+                    of_shard = results[shard.file].outcomes
+                    for index, outcome in zip(shard.indices.tolist(), of_shard, strict=True):
+                        outcomes[index] = outcome
+            for index, outcome in enumerate(outcomes):
+                name = pictures.name(index)
+                table.writerow([split, name, outcome])
+                if outcome != OK:
+                    problems.append((name, outcome))
+            if OK not in outcomes:
+                why = f", such as {problems[-1][0]}: {problems[-1][1]}" if outcomes else ""
+                raise UserError(f"no picture of the split {split!r} can be read{why}")
+    return problems
+
+
+def _split_info(
+    split: str, shards: Sequence[Shard], results: Mapping[str, Result]
+) -> tfds.core.SplitInfo:
+    of_split = [results[shard.file] for shard in shards if shard.split == split]
+    return tfds.core.SplitInfo(
+        name=split,
+        shard_lengths=[result.outcomes.count(OK) for result in of_split],
+        num_bytes=sum(result.size for result in of_split),
+    )
+
+
+def _publish(work: Path, folder: Path) -> None:
+    """Gives the dataset its place, once all of it is on the disk."""
+    for path in (work / DATASET).iterdir():
+        with path.open("rb") as file:
+            os.fsync(file)
+    (work / DATASET).rename(folder)
+    shutil.rmtree(work, ignore_errors=True)

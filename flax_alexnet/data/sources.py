@@ -3,6 +3,7 @@
 Each is a `Source`: a length, encoded pictures with their labels by index, and label names.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +11,16 @@ from typing import NamedTuple, Protocol
 
 import tensorflow_datasets as tfds
 from google.protobuf.json_format import ParseError
+from google.protobuf.message import DecodeError as DecodeProtoError
 
 from flax_alexnet.data import shapes
+from flax_alexnet.data.decode import DecodeError, read_file
 from flax_alexnet.errors import UserError, first_line, printable, unknown
 
 FOLDER = "folder:"
 PREPARED_FOLDER = "prepared_folder"  # what TFDS calls folders once they are prepared
-PICTURE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
+# The entries of `features.json` whose values are imported.
+CLASS_KEYS = frozenset({"pythonClassName", "python_class_name", "type"})
 # What TFDS raises for a prepared dataset whose description is damaged.
 UNREADABLE = (ParseError, tfds.core.dataset_info.DatasetInfoFileError)
 
@@ -78,13 +80,8 @@ def open_dataset(
       UserError: no such dataset, not prepared, of a form that cannot be read, or without labels.
     """
     if name.startswith(FOLDER):
-        path = Path(os.path.expanduser(name.removeprefix(FOLDER)))
-        try:
-            return _open_folder(path)
-        except OSError as error:
-            raise UserError(
-                f"cannot read {error.filename}: {error.strerror}; take another folder"
-            ) from None
+        train_files, test_files = open_folder(Path(os.path.expanduser(name.removeprefix(FOLDER))))
+        return Dataset(name, train_files, test_files, train_files.label_names)
     data_dir = data_dir or default_data_dir()
     if name == shapes.NAME:
         try:
@@ -158,12 +155,19 @@ class TfdsSource:
         """
         try:
             items = self._data.__getitems__([int(i) for i in indices])
-        except (RuntimeError, ValueError, IndexError) as error:
+            return [
+                Record(bytes(item[self._image]), int(item[self._label]), self.name(index))
+                for index, item in zip(indices, items, strict=True)
+            ]
+        except (
+            RuntimeError,
+            ValueError,
+            IndexError,
+            KeyError,
+            TypeError,
+            DecodeProtoError,
+        ) as error:
             raise damaged(self._folder, error) from None
-        return [
-            Record(item[self._image], int(item[self._label]), self.name(index))
-            for index, item in zip(indices, items, strict=True)
-        ]
 
 
 class FolderSource:
@@ -171,10 +175,14 @@ class FolderSource:
 
     prepared = False
 
-    def __init__(self, files: Sequence[tuple[Path, int]], label_names: Sequence[str]):
+    def __init__(self, files: Sequence[tuple[str | Path, int]], label_names: Sequence[str]):
         self._files = files
-        self.paths = [path for path, _ in files]
         self.label_names = label_names
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files."""
+        return [Path(path) for path, _ in self._files]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -183,17 +191,20 @@ class FolderSource:
         """The picture's path, printable."""
         return printable(str(self._files[index][0]))
 
+    def read(self, index: int) -> Record:
+        """The record at `index`; DecodeError says why its file cannot be read."""
+        path, label = self._files[index]
+        return Record(read_file(Path(path)), label, self.name(index))
+
     def records(self, indices: Sequence[int]) -> list[Record]:
         """The records at `indices`; UserError names a file that cannot be read."""
         result = []
-        for path, label in (self._files[index] for index in indices):
+        for index in indices:
             try:
-                if path.exists() and not path.is_file():  # a pipe would be waited for for ever
-                    raise UserError(f"{printable(str(path))} is not a regular file; remove it")
-                result.append(Record(path.read_bytes(), label, printable(str(path))))
-            except OSError as error:
+                result.append(self.read(index))
+            except DecodeError as error:
                 raise UserError(
-                    f"cannot read {printable(str(path))}: {error.strerror}; remove or repair it"
+                    f"cannot read {self.name(index)}: {error}; remove or repair it"
                 ) from None
         return result
 
@@ -256,33 +267,58 @@ def class_folders(path: Path) -> list[str]:
     return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def list_pictures(path: Path, label_names: Sequence[str]) -> list[tuple[Path, int]]:
-    """All picture files of the class folders of `path`, with labels, sorted by class and name.
+def list_pictures(path: Path, label_names: Sequence[str]) -> list[tuple[str, int]]:
+    """All files below the class folders of `path`, with labels, sorted by class and name.
+
+    What is inside counts, not what a file's name says: whatever is no folder and not hidden is
+    taken, so that it has an outcome where it turns out to be no picture. Links to folders are not
+    followed.
 
     Raises:
-      UserError: a class folder without a picture, or a file there that is no picture by its name
-        (hidden files are passed over).
+      UserError: a class folder without a file.
+      OSError: a folder that cannot be read.
     """
     result = []
     for label, name in enumerate(label_names):
-        next((path / name).iterdir(), None)  # which raises, where rglob passes over
-        files = sorted(p for p in (path / name).rglob("*") if not p.name.startswith("."))
-        files = [p for p in files if not p.is_dir()]
-        for file in files:
-            if file.suffix.lower() not in PICTURE_SUFFIXES:
-                raise UserError(f"{file} is not a picture by its name; move it out of {path}")
+        files = _files_below(os.path.join(path, name))
         if not files:
             raise UserError(f"class folder {path / name} has no pictures: add some or remove it")
         result += [(file, label) for file in files]
     return result
 
 
-def _open_folder(path: Path) -> Dataset:
-    """PATH/train and PATH/validation (or val, test), or PATH with a tenth of it held out.
+def _files_below(folder: str) -> list[str]:
+    """Paths as text: they take a third of the memory of `Path`s, which counts with a million."""
+    files: list[str] = []
+    folders = [folder]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    is_folder = entry.is_dir(follow_symlinks=False)
+                    (folders if is_folder else files).append(entry.path)
+    return sorted(files, key=lambda path: path.split(os.sep))
 
-    Held out is every tenth picture in the order of classes and names, so that each class gives its
-    share and the same picture is held out every time.
+
+def open_folder(path: Path) -> tuple[FolderSource, FolderSource]:
+    """Pictures to train on and to test on, in class folders.
+
+    These are PATH/train and PATH/validation (or val, test), or PATH with a tenth of it held out:
+    every tenth picture in the order of classes and names, so that each class gives its share and
+    the same picture is held out every time.
+
+    Raises:
+      UserError: no folder, one that cannot be read, too few classes or pictures.
     """
+    try:
+        return _split_folder(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot read {printable(str(error.filename))}: {error.strerror}; take another folder"
+        ) from None
+
+
+def _split_folder(path: Path) -> tuple[FolderSource, FolderSource]:
     if not path.is_dir() or path == Path():
         raise UserError(
             f"no folder {path}: --data.name folder:PATH needs one with a folder per class"
@@ -310,8 +346,7 @@ def _open_folder(path: Path) -> Dataset:
             raise UserError(
                 f"{path} has {len(files)} pictures; at least 10 are needed to test on one"
             )
-    train, test = FolderSource(train_files, label_names), FolderSource(held_out, label_names)
-    return Dataset(f"{FOLDER}{path}", train, test, label_names)
+    return FolderSource(train_files, label_names), FolderSource(held_out, label_names)
 
 
 def _need_classes(path: Path, label_names: Sequence[str]) -> None:
@@ -324,6 +359,9 @@ def _need_classes(path: Path, label_names: Sequence[str]) -> None:
 
 def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     """The newest version of `name` on the disk, read without the code that prepared it."""
+    for prepared, folder in _prepared(data_dir).items():
+        if _base(prepared) == _base(name):
+            _need_features_of_tfds(folder)
     try:
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=str(data_dir))
     # None of that name; or one that cannot be read; or no name at all.
@@ -343,10 +381,32 @@ def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     )
 
 
+def _need_features_of_tfds(folder: Path) -> None:
+    """Raises UserError where a dataset names classes that are not TFDS's.
+
+    TFDS imports the classes that `features.json` names, and what is imported is run.
+    """
+    named: list[str] = []
+
+    def note(pairs: list[tuple[str, object]]) -> None:
+        named.extend(str(value) for key, value in pairs if key in CLASS_KEYS)
+
+    try:
+        json.loads((folder / "features.json").read_text(), object_pairs_hook=note)
+    except (OSError, ValueError, RecursionError):
+        return  # TFDS says it
+    for value in named:
+        if not value.startswith(("tensorflow_datasets.", "tfds.")):
+            raise UserError(
+                f"the dataset in {folder} would run {printable(value)}, which is not of TFDS: "
+                "prepare it once more from its source"
+            )
+
+
 def _prepared(data_dir: Path) -> dict[str, Path]:
     """Names with versions of what is prepared in `data_dir`, such as "cifar10:3.0.2"."""
     described = [*data_dir.glob("*/*/*.json"), *data_dir.glob("*/*/*/*.json")]
-    folders = sorted({path.parent for path in described})
+    folders = sorted({p.parent for p in described if tfds.core.Version.is_valid(p.parent.name)})
     return {f"{p.parent.relative_to(data_dir).as_posix()}:{p.name}": p for p in folders}
 
 

@@ -1,19 +1,15 @@
 """Digests of weight files, and whether well-known ones are what their publishers say."""
 
-import hashlib
 import re
 from pathlib import Path
+
+from flax_alexnet.integrity import digest_of_file
 
 # From the `readme.md` of Caffe's model zoo, beside each net.
 SHA1 = {
     "bvlc_alexnet.caffemodel": "9116a64c0fbe4459d18f4bb6b56d647b63920377",
     "bvlc_reference_caffenet.caffemodel": "4c8d77deb20ea792f84eb5e6d0a11ca0a8660a46",
 }
-
-
-def sha256(path: Path) -> str:
-    """The digest of a file's bytes, in hexadecimal digits."""
-    return _digest(path, "sha256")
 
 
 def mismatch(path: Path, sha256: str) -> str | None:
@@ -25,15 +21,10 @@ def mismatch(path: Path, sha256: str) -> str | None:
     in_name = re.fullmatch(r"alexnet-owt-([0-9a-f]{8,64})\.pth", name)
     expected = in_name[1] if in_name else ""
     if name in SHA1:
-        expected, found = SHA1[name], _digest(path, "sha1")
+        expected, found = SHA1[name], digest_of_file(path, "sha1")
     if found.startswith(expected):
         return None
     return (
         f"{name} is not the well-known file, or is damaged: its digest is "
         f"{found[: len(expected)]}, expected {expected}"
     )
-
-
-def _digest(path: Path, kind: str) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_alexnet.checkpoint import Checkpoints, digest
+from flax_alexnet.checkpoint import digest, newest_whole, restore_model
 from flax_alexnet.config import ModelConfig
 from flax_alexnet.errors import UserError, first_line, unknown
+from flax_alexnet.integrity import sha256
 from flax_alexnet.preprocessing import Preprocessing
 from flax_alexnet.weights import layouts, native
 from flax_alexnet.weights.caffe_files import read_caffemodel, read_mean
-from flax_alexnet.weights.digests import mismatch, sha256
+from flax_alexnet.weights.digests import mismatch
 from flax_alexnet.weights.labels import imagenet_labels
 from flax_alexnet.weights.numpy_files import read_npy, read_npz
 from flax_alexnet.weights.pretrained import (
@@ -96,7 +97,7 @@ def read(
     except OSError as error:  # a name that is too long
         raise UserError(f"no weights {path}: {error.strerror}") from None
     if is_folder:
-        net = _read_run(path)
+        net, notes = _read_run(path)
     elif not is_file:
         raise UserError(f"no weights {path}: expected {KINDS}")
     elif not 0 < path.stat().st_size <= LARGEST:
@@ -200,7 +201,7 @@ def _not_finite(net: Pretrained) -> str:
     return ", ".join(f"{count} in {name}" for name, count in counts.items() if count)
 
 
-def _read_run(workdir: Path) -> Pretrained:
+def _read_run(workdir: Path) -> tuple[Pretrained, list[str]]:
     """The newest checkpoint of a run, with the preprocessing that its configuration says."""
     try:
         config = json.loads((workdir / "config.json").read_text())["config"]
@@ -218,23 +219,22 @@ def _read_run(workdir: Path) -> Pretrained:
             mean=np.zeros((size, size, 3), np.float32),
             scale=tuple(scale) if isinstance(scale, list) else scale,
         )
+        need_sane(Pretrained(model, {}, rule, ()))  # before memory is taken as it says
         # A run may have more outputs than its data has classes.
         names += tuple(f"class {label}" for label in range(len(names), num_classes))
         net = Pretrained(model, {}, rule, names)
         need_sane(net)
-    except (OSError, ValueError, KeyError, TypeError, MemoryError) as error:
+    except (OSError, ValueError, KeyError, TypeError, MemoryError, RecursionError) as error:
         raise UserError(
             f"{workdir} is no working directory of a run: no config.json that says so "
             f"({first_line(error)})"
         ) from None
-    # An empty folder would be made where there is none, and this one is only read.
-    steps = Checkpoints(workdir / "checkpoints") if (workdir / "checkpoints").is_dir() else None
-    latest = steps.latest_step() if steps else None
-    if steps is None or latest is None:
-        raise UserError(f"{workdir} has no checkpoint yet; wait for the first evaluation")
-    params, mean = steps.restore_model(latest)
-    steps.close()
-    source = {"file": f"{workdir.name}, step {latest}", "format": "run", "sha256": digest(params)}
+    step, notes = newest_whole(workdir / "checkpoints")
+    if step is None:
+        reason = "; ".join(notes) or "wait for the first evaluation"
+        raise UserError(f"{workdir} has no checkpoint that is whole: {reason}")
+    params, mean = restore_model(workdir / "checkpoints" / str(step))
+    source = {"file": f"{workdir.name}, step {step}", "format": "run", "sha256": digest(params)}
     rule = dataclasses.replace(rule, mean=mean)
     net = dataclasses.replace(net, params=params, preprocessing=rule, source=source)
     found = {
@@ -242,5 +242,5 @@ def _read_run(workdir: Path) -> Pretrained:
         for layer, values in params.items()
         for name, value in values.items()
     }
-    need_tensors(found, expected_shapes(net), f"checkpoint {latest} of {workdir}")
-    return net
+    need_tensors(found, expected_shapes(net), f"checkpoint {step} of {workdir}")
+    return net, notes

@@ -1,0 +1,247 @@
+"""Pictures that cannot be read, in training: skipped, counted, named, and the same every time."""
+
+import io
+import itertools
+import json
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flax_alexnet.data.bad_records import BadRecords
+from flax_alexnet.data.examples import CachedExamples, DecodedExamples, open_examples
+from flax_alexnet.data.loader import evaluation_batches, training_batches
+from flax_alexnet.data.sources import Record, open_dataset
+from flax_alexnet.errors import UserError
+from flax_alexnet.prepare import prepare
+
+BAD = {4: "it is on fire", 5: "", 17: "", 29: "it is on fire"}  # 5 and 17 are no pictures
+
+
+class Damaged:
+    """Thirty pictures whose grey level and label say their index; some cannot be read."""
+
+    prepared = False
+    label_names = tuple("class") * 6
+
+    def __init__(self, bad=BAD):
+        self.bad = bad
+
+    def __len__(self):
+        return 30
+
+    def name(self, index):
+        return f"picture {index}"
+
+    def records(self, indices):
+        for index in indices:
+            if self.bad.get(index):
+                raise UserError(self.bad[index])
+        return [Record(self.bytes(index), index, self.name(index)) for index in indices]
+
+    def bytes(self, index):
+        if index in self.bad:
+            return b"no picture"
+        data = io.BytesIO()
+        Image.fromarray(np.full((2, 2, 3), index, np.uint8)).save(data, "png")
+        return data.getvalue()
+
+
+def ignore(name, problem):
+    del name, problem
+
+
+def ledger(tmp_path, max_bad=1.0, total=30, **options):
+    return BadRecords(tmp_path, "train", total, max_bad, **options)
+
+
+def lines(tmp_path, file="bad_records.jsonl"):
+    return [json.loads(line) for line in (tmp_path / file).read_text().splitlines()]
+
+
+def labels(batches, count):
+    result = []
+    for batch in itertools.islice(batches, count):
+        np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["label"])
+        result.append(batch["label"].tolist())
+    return result
+
+
+@pytest.mark.parametrize("kind", [CachedExamples, DecodedExamples])
+class TestSkipping:
+    def test_the_next_readable_one_takes_the_place(self, kind):
+        """All others keep theirs, with any number of threads, resumed anywhere."""
+        whole = labels(training_batches(kind(Damaged({}), 2), 8, seed=1), 8)
+        place = {4: 6, 5: 6, 17: 18, 29: 0}
+        expected = [[place.get(label, label) for label in row] for row in whole]
+        for threads, step in ((4, 0), (1, 3), (4, 6)):
+            examples = kind(Damaged(), 2, on_bad=ignore)
+            batches = training_batches(examples, 8, seed=1, threads=threads, start_step=step)
+            assert labels(batches, 8 - step) == expected[step:]
+
+    def test_a_process_reads_the_same_rows(self, kind):
+        examples = kind(Damaged(), 2, on_bad=ignore)
+        whole = labels(training_batches(examples, 8, seed=1), 5)
+        other = kind(Damaged(), 2, on_bad=ignore)
+        rows = labels(training_batches(other, 8, seed=1, rows=[2, 6]), 5)
+        assert rows == [[row[2], row[6]] for row in whole]
+
+    @pytest.mark.parametrize("threads", [1, 4])
+    def test_evaluation_counts_each_readable_one_once(self, kind, threads):
+        bad = {**BAD, 0: "it fills up the last batch"}
+        batches = list(evaluation_batches(kind(Damaged(bad), 2, on_bad=ignore), 8, threads=threads))
+        assert [batch["image"].shape for batch in batches] == [(8, 2, 2, 3)] * 4
+        seen = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
+        assert seen.tolist() == [index for index in range(30) if index not in bad]
+
+    def test_each_is_told_of_with_its_problem(self, kind, tmp_path):
+        bad = ledger(tmp_path)
+        labels(training_batches(kind(Damaged(), 2, on_bad=bad.add), 8, seed=1), 5)
+        assert {line["name"]: line["problem"] for line in lines(tmp_path)} == {
+            f"picture {index}": problem or "it is no picture in a known format"
+            for index, problem in BAD.items()
+        }
+
+    def test_none_that_can_be_read(self, kind):
+        examples = kind(Damaged(dict.fromkeys(range(30), "")), 2, on_bad=ignore)
+        with pytest.raises(UserError, match="none of the 30 pictures can be read"):
+            next(training_batches(examples, 8, seed=1))
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_too_many_end_the_training(tmp_path, threads):
+    bad = ledger(tmp_path, max_bad=3 / 30)
+    batches = training_batches(
+        DecodedExamples(Damaged(), 2, on_bad=bad.add), 8, seed=1, threads=threads
+    )
+    with pytest.raises(
+        UserError, match=r"with it 4 of 30 train pictures are bad, more than .* 0\.1"
+    ):
+        labels(batches, 5)
+    assert len(lines(tmp_path)) == 4
+    examples = DecodedExamples(Damaged(), 2, on_bad=ledger(tmp_path, max_bad=4 / 30).add)
+    labels(training_batches(examples, 8, seed=1), 5)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_trial_at_the_start_names_the_first(tmp_path, monkeypatch, cached):
+    if not cached:
+        monkeypatch.setattr("flax_alexnet.data.examples.CACHE_BYTES", 0)
+    with pytest.raises(UserError, match="cannot read picture picture 4: it is on fire; remove or"):
+        open_examples(Damaged(), 2)
+    with pytest.raises(UserError, match="picture 4: it is on fire; with it 1 of 30"):
+        open_examples(Damaged(), 2, on_bad=ledger(tmp_path, max_bad=0.001).add)
+    bad = ledger(tmp_path)
+    open_examples(Damaged(), 2, slice(1, None, 2), on_bad=bad.add)
+    assert bad.summary().startswith("3 of 30 train pictures cannot be read and are skipped")
+    assert [line["name"] for line in lines(tmp_path)] == [f"picture {i}" for i in (4, 5, 17, 29)]
+
+
+def test_a_label_out_of_range_is_a_mistake_in_the_split(tmp_path):
+    source = Damaged()
+    source.label_names = tuple("class")
+    for make in (CachedExamples, DecodedExamples):
+        with pytest.raises(UserError, match="picture 6 has the label 6, but there are only 5"):
+            make(source, 2, on_bad=ledger(tmp_path).add)[5]
+
+
+class TestLedger:
+    def test_nothing_bad_leaves_no_file(self, tmp_path):
+        assert len(ledger(tmp_path)) == 0
+        assert not any(tmp_path.iterdir())
+
+    def test_a_picture_is_named_once_by_any_thread(self, tmp_path):
+        bad = ledger(tmp_path, process=3)
+        several = [
+            threading.Thread(target=lambda: [bad.add(f"{i}\n", "torn") for i in range(30)])
+            for _ in range(4)
+        ]
+        for thread in several:
+            thread.start()
+        for thread in several:
+            thread.join()
+        assert len(bad) == 30
+        names = [line["name"] for line in lines(tmp_path, "bad_records.3.jsonl")]
+        assert sorted(names) == sorted(f"{i}\n" for i in range(30))
+
+    @pytest.mark.parametrize("cut", [0, 1, 30])
+    def test_a_later_start_repeats_nothing(self, tmp_path, cut):
+        """What it knows from the file does not count: those pictures may be repaired by now."""
+        path = tmp_path / "bad_records.jsonl"
+        first = ledger(tmp_path)
+        for name in "abc":
+            first.add(name, "torn")
+        path.write_bytes(path.read_bytes()[: -cut or None])  # as a kill may leave it
+        later = ledger(tmp_path, max_bad=2 / 30)
+        later.add("c", "torn")
+        later.add("d", "torn")
+        assert len(later) == 2
+        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        assert [json.loads(line)["name"] for line in whole] == ["a", "b", "c", "d"]
+        assert json.loads(whole[3]) == {"split": "train", "name": "d", "problem": "torn"}
+
+    @pytest.mark.parametrize(("max_bad", "allowed"), [(0, 0), (0.01, 2), (0.295, 59), (1, 200)])
+    def test_the_limit(self, tmp_path, max_bad, allowed):
+        bad = ledger(tmp_path, max_bad, total=200)
+        for index in range(allowed):
+            bad.add(f"{index}", "torn")
+        if allowed < 200:
+            with pytest.raises(
+                UserError, match=f"cannot read picture x: torn.* {allowed + 1} of 200"
+            ):
+                bad.add("x", "torn")
+            with pytest.raises(UserError):  # whoever comes later hears it too
+                bad.add("x", "torn")
+
+    def test_what_a_full_disk_keeps_out_is_said_and_comes_later(self, tmp_path, capsys):
+        bad = ledger(tmp_path / "later")
+        bad.add("a", "torn")
+        said = capsys.readouterr().err
+        assert said.startswith(f"cannot write {tmp_path}/later/bad_records.jsonl (No such file or")
+        assert '"name": "a"' in said
+        (tmp_path / "later").mkdir()
+        bad.add("b", "torn")
+        assert [line["name"] for line in lines(tmp_path / "later")] == ["a", "b"]
+        assert not capsys.readouterr().err
+
+
+class TestPrepared:
+    """A dataset that was whole when it was prepared, and is not any more."""
+
+    @pytest.fixture
+    def data_dir(self, tmp_path):
+        rng = np.random.default_rng(0)
+        for index in range(40):
+            path = tmp_path / "pets" / ("cat", "dog")[index % 2] / f"{index:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+        prepare(f"folder:{tmp_path / 'pets'}", tmp_path / "data", image_size=16)
+        return tmp_path / "data"
+
+    def test_a_flipped_bit_costs_one_picture(self, data_dir, tmp_path):
+        source = open_dataset("prepared_folder/pets", data_dir).train
+        image = source.records([7])[0].image
+        before = [DecodedExamples(source, 16)[index] for index in range(len(source))]
+        (path,) = data_dir.rglob("*-train.*")
+        data = bytearray(path.read_bytes())
+        data[data.index(image) + len(image) // 2] ^= 1
+        path.write_bytes(data)
+        bad = BadRecords(tmp_path, "train", len(source), 0.1)
+        examples = open_examples(
+            open_dataset("prepared_folder/pets", data_dir).train, 16, on_bad=bad.add
+        )
+        assert examples.find(7) is None
+        before[7] = before[8]
+        for index, expected in enumerate(before):
+            np.testing.assert_array_equal(examples[index]["image"], expected["image"])
+        (line,) = lines(tmp_path)
+        assert line["name"] == "train[7]"
+        assert "is damaged (" in line["problem"]
+
+    def test_a_missing_file_ends_the_run(self, data_dir, tmp_path):
+        source = open_dataset("prepared_folder/pets", data_dir).train
+        next(data_dir.rglob("*-train.*")).unlink()
+        bad = BadRecords(tmp_path, "train", len(source), 0.1)
+        with pytest.raises(UserError, match=r"is damaged \(.*with it 4 of 36 train pictures"):
+            open_examples(source, 16, on_bad=bad.add)

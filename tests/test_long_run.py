@@ -1,0 +1,59 @@
+"""A long run in full, and that its measures can fail: see `experiments/long_run.py`."""
+
+import json
+import os
+import runpy
+import threading
+from pathlib import Path
+
+import pytest
+
+from flax_alexnet.data import shapes
+
+SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "long_run.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    return runpy.run_path(str(SCRIPT))
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    """The script makes the embedded dataset smaller; here for as long as it runs."""
+    for split, count in shapes.EXAMPLES.items():
+        monkeypatch.setitem(shapes.EXAMPLES, split, count)
+
+
+@pytest.mark.usefixtures("examples")
+def test_ten_thousand_steps_leave_nothing_behind(script, tmp_path):
+    code = script["main"](["--output", str(tmp_path)])
+    result = json.loads((tmp_path / "long_run.json").read_text())
+    assert result["steps"] == 10_000
+    assert result["growth_after_a_tenth"] < 0.02, result
+    assert max(result["left_behind"].values()) <= 0, result
+    assert result["exit_seconds"] < 10, result
+    assert code == 0
+    assert (tmp_path / "long_run.png").stat().st_size > 10_000
+
+
+def test_growth_is_seen(script):
+    """A kilobyte a step, and a save at each tenth line that takes much memory for a moment."""
+    memory = [(n, 2**20 + 2**10 * n + 2**23 * (n % 10 == 0)) for n in range(1, 101)]
+    first, last = script["first_and_last"](10, memory)
+    assert (first, last) == (2**20 + 2**10 * 15, 2**20 + 2**10 * 96)
+
+
+def test_what_is_held_is_counted(script):
+    before = script["held_now"]()
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    descriptor = os.open(os.devnull, os.O_RDONLY)
+    try:
+        now = script["held_now"]()
+    finally:
+        os.close(descriptor)
+        end.set()
+        thread.join()
+    assert now == {kind: count + 1 for kind, count in before.items()}

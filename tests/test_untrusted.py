@@ -1,0 +1,168 @@
+"""Files and names from others: what they may decide, and what is said of what does not fit."""
+
+import json
+import os
+import shutil
+
+import pytest
+from PIL import Image
+
+from flax_alexnet.config import flatten
+from flax_alexnet.data.sources import open_dataset
+from flax_alexnet.errors import UserError, printable
+from flax_alexnet.prepare import prepare
+from flax_alexnet.recipes import QUICKSTART
+from flax_alexnet.weights.reading import load
+from flax_alexnet.workdir import claim, locked, record
+
+CONFIG = flatten(QUICKSTART) | {"dataset.label_names": ["a", "b"]}
+
+
+def write(workdir, config):
+    workdir.mkdir(exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps({"config": config, "versions": {}}))
+
+
+class TestConfigurationFiles:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"optimizer.lerning_rate": 0.1}, "did you mean 'optimizer.learning_rate'?"),
+            ({"modle.width": 1}, "did you mean 'model.width'?"),
+            ({"zzz": 1}, "unknown key 'zzz': choose one of: those of --help"),
+            ({"a\nb": 1}, r"unknown key 'a\\nb'"),
+            ({"seed": "0"}, "seed was 0, is now 0"),
+            ({"seed": [0]}, r"seed was [0], is now 0"),
+            ({"model.width": None}, "model.width was None, is now 0.25"),
+        ],
+    )
+    def test_a_run_refuses_keys_and_values_that_it_did_not_write(self, tmp_path, change, message):
+        write(tmp_path, CONFIG | change)
+        with pytest.raises(UserError) as error:
+            claim(tmp_path, CONFIG)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize(
+        "text", ["", "{", "[]", "null", '{"config": []}', '{"config": 5}', "\x00", '{"config": {}}']
+    )
+    def test_what_is_no_configuration_is_one_line(self, tmp_path, text):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError):
+            claim(tmp_path, CONFIG)
+        with pytest.raises(UserError, match="no working directory of a run"):
+            load(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"model.variant": "paper2"}, "no working directory of a run"),
+            ({"model.width": "wide"}, "no working directory of a run"),
+            ({"data.image_size": 10**9}, "no working directory of a run"),
+            ({"dataset.label_names": 7}, "no working directory of a run"),
+        ],
+    )
+    def test_values_of_another_type_are_one_line_where_a_run_is_read(
+        self, tmp_path, change, message
+    ):
+        write(tmp_path, CONFIG | change)
+        with pytest.raises(UserError, match=message):
+            load(tmp_path)
+
+
+class TestWorkingDirectories:
+    def test_a_link_elsewhere_is_followed_and_both_names_are_one_directory(self, tmp_path):
+        (tmp_path / "real").mkdir()
+        link = tmp_path / "link"
+        link.symlink_to("real")
+        claim(link, CONFIG)
+        record(link, CONFIG)
+        assert (tmp_path / "real" / "config.json").is_file()
+        assert link.is_symlink()
+        with pytest.raises(UserError, match="seed was 0, is now 1"):
+            claim(tmp_path / "real", CONFIG | {"seed": 1})
+        second = locked(tmp_path / "real")
+        with locked(link), pytest.raises(UserError, match="is in use by process"):
+            second.__enter__()
+
+    def test_a_link_to_nowhere_is_one_line(self, tmp_path):
+        link = tmp_path / "link"
+        link.symlink_to("gone")
+        with pytest.raises(UserError, match="cannot write to"):
+            claim(link, CONFIG)
+        assert not (tmp_path / "gone").exists()
+
+    def test_a_link_to_a_file_is_one_line(self, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        (tmp_path / "link").symlink_to("file")
+        with pytest.raises(UserError, match="cannot write to"):
+            claim(tmp_path / "link", CONFIG)
+        assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_dataset_runs_no_code_of_its_own(tmp_path, monkeypatch):
+    """TFDS imports the class that `features.json` names; the current folder is on Python's path."""
+    source = make_pictures(tmp_path / "pets")
+    prepare(f"folder:{source}", tmp_path / "data", image_size=16)
+    (path,) = (tmp_path / "data").rglob("features.json")
+    (tmp_path / "evil.py").write_text("open('done', 'w')")
+    text = path.read_text()
+    path.write_text(
+        text.replace(
+            "tensorflow_datasets.core.features.features_dict.FeaturesDict", "evil.Features"
+        )
+    )
+    assert path.read_text() != text
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"would run evil\.Features, which is not of TFDS"):
+        open_dataset("prepared_folder/pets", tmp_path / "data")
+    assert not (tmp_path / "done").exists()
+
+
+def make_pictures(folder):
+    """Ten small pictures of two classes."""
+    for letter in "ab":
+        (folder / letter).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (20, 20), (12 * number, 0, 0)).save(folder / letter / f"{number}.png")
+    return folder
+
+
+class TestNamesOfDatasets:
+    @pytest.mark.parametrize(
+        "name",
+        ["../secret", "../../etc", "/etc", "a/../../secret", "..", ".", "secret/../../x:1.0"],
+    )
+    def test_no_name_leads_out_of_the_data(self, tmp_path, name):
+        """Even where there is a dataset to be found."""
+        data_dir = tmp_path / "data"
+        data_dir.mkdir()
+        folder = tmp_path / "secret" / "1.0.0"
+        folder.mkdir(parents=True)
+        (folder / "dataset_info.json").write_text("{}")
+        with pytest.raises(UserError, match=r"unknown dataset|is not prepared|did you mean folder"):
+            open_dataset(name, data_dir)
+        with pytest.raises(UserError):
+            prepare(name, data_dir)
+        assert list(data_dir.iterdir()) == []
+
+    def test_links_in_a_folder_are_read_as_any_path_and_nothing_is_written_there(
+        self, tmp_path, photographs
+    ):
+        elsewhere = tmp_path / "elsewhere"
+        shutil.copytree(photographs, elsewhere)
+        for letter in "ab":
+            (tmp_path / "linked" / letter).mkdir(parents=True)
+            for source in ("class a", "class b", "class c"):
+                for number in range(3):
+                    link = tmp_path / "linked" / letter / f"{source} {number}.png"
+                    link.symlink_to(elsewhere / source / f"{number}.png")
+        before = sorted(os.walk(elsewhere))
+        said = prepare(f"folder:{tmp_path / 'linked'}", tmp_path / "data", image_size=16)
+        assert "18 of 18" in said
+        assert sorted(os.walk(elsewhere)) == before
+
+    def test_messages_are_one_line_whatever_a_name_holds(self):
+        assert printable("a\nb\x1b[31m\udcff") == r"a\nb\x1b[31m\xff"
+        assert printable("Zoë 猫") == "Zoë 猫"
