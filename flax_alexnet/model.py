@@ -23,6 +23,7 @@ from flax_alexnet.architectures import (
     layers_until,
     trace,
 )
+from flax_alexnet.ops.choices import Convolution, choose
 from flax_alexnet.ops.convolution import convolve
 from flax_alexnet.ops.lrn import local_response_normalization
 from flax_alexnet.ops.pooling import adaptive_average_pool, average_pool, max_pool
@@ -185,6 +186,40 @@ class Affine(nn.Module):
         bias = self.param("bias", self.bias_init, self.shape[-1:], jnp.float32)
         y = self.operator(x, kernel.astype(self.dtype))
         return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def implementations(layers: tuple[Layer, ...], platform: str, channels: int = 3) -> str:
+    """A line that says which implementations `flax_alexnet.ops.choices` picks for the layers.
+
+    Args:
+      layers: with their features.
+      platform: as JAX calls it when it compiles: "cpu", "cuda", "tpu" …
+      channels: of the images.
+    """
+    used: dict[str, dict[str, list[str]]] = {}
+
+    def note(layer: Layer, operator: str, facts: Convolution | None = None) -> None:
+        name = choose(operator, platform, facts)
+        used.setdefault(operator, {}).setdefault(name, []).append(layer.name)
+
+    for layer in layers:
+        match layer:
+            case Conv(groups=groups):
+                for direction in ("forward", "input gradient", "kernel gradient"):
+                    if direction == "input gradient" and layer is layers[0]:
+                        continue  # nobody asks for it
+                    sizes = channels // groups, layer.features // groups
+                    facts = Convolution(*sizes, layer.window, layer.stride)
+                    note(layer, f"convolution {direction}", facts)
+                channels = layer.features
+            case Norm():
+                note(layer, "normalization")
+            case Pool(kind="MAX"):
+                note(layer, "max-pooling")
+    return "; ".join(
+        f"{operator}: " + ", ".join(f"{name} ({' '.join(at)})" for name, at in sorted(by.items()))
+        for operator, by in used.items()
+    )
 
 
 def _flat_product(x: jax.Array, kernel: jax.Array) -> jax.Array:

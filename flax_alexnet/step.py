@@ -99,6 +99,7 @@ def train_step(
     gradients = jax.lax.optimization_barrier(gradients)
     finite = all_finite((loss, gradients))
     updates, opt_state = optimizer.update(gradients, state.opt_state, trained, finite=finite)
+    updates = apart_on_cpu(updates)
 
     def keep(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -124,6 +125,17 @@ def all_finite(tree: Any) -> jax.Array:
     """
     sums = [jnp.sum(leaf) for leaf in jax.tree.leaves(tree)]
     return jnp.isfinite(functools.reduce(jnp.add, sums))
+
+
+def apart_on_cpu(updates: Any) -> Any:
+    """The same updates, computed before the parameters that they are added to.
+
+    On a CPU XLA then writes both to where they lie (119 ms for the notebook's fc6; else it writes
+    velocities to a new place first, 244 ms); on a GPU one pass over both is faster.
+    """
+    return jax.lax.platform_dependent(
+        updates, cpu=jax.lax.optimization_barrier, default=lambda updates: updates
+    )
 
 
 def eval_step(

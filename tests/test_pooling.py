@@ -119,6 +119,25 @@ def test_a_tie_sends_its_gradient_to_one_pixel():
 
 
 @pytest.mark.parametrize(
+    ("window", "stride", "padding"),
+    [(2, 1, (0, 0)), (3, 1, (1, 1)), (3, 2, (0, 1)), (2, 3, (0, 0))],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients_are_xlas_to_the_bit(window, stride, padding, dtype):
+    """With many ties, and sums of up to nine numbers, which depend on their order."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(0, 4, (2, 9, 10, 5)), dtype)
+    pool = functools.partial(max_pool, window=window, stride=stride, padding=(padding, padding))
+    y = pool(x)
+    g = jnp.asarray(rng.standard_normal(y.shape), dtype)
+    ours, theirs = (
+        jax.vjp(functools.partial(pool, implementation=implementation), x)[1](g)[0]
+        for implementation in ("slices", "xla")
+    )
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
     "pool",
     [
         functools.partial(max_pool, window=3, stride=2, padding=((0, 1), (0, 1))),

@@ -18,7 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Implementation = Literal["shifted_sums", "reference"]
+from flax_alexnet.ops.choices import choose
+
+Implementation = Literal["shifted_sums", "pallas", "reference"]
+Window = tuple[int, float, float, float]  # radius, bias, alpha, beta
 
 
 def local_response_normalization(
@@ -44,14 +47,17 @@ def local_response_normalization(
       alpha: scale of the sum of squares, ≥ 0.
       beta: exponent, ≥ 0.
       groups: windows stay within each of this many equal groups of channels (the paper's towers).
-      implementation: "shifted_sums" (closed-form gradient, stores only x) or "reference" (plain
-        `reduce_window`, differentiated by JAX); None takes the fastest for the backend.
+      implementation: "shifted_sums" (closed-form gradient, stores only x), "pallas" (the same, in
+        one kernel each way for NVIDIA GPUs, and interpreted elsewhere; wider windows than 17,
+        symbolic shapes and meshes of explicit axes are left to "shifted_sums"), or "reference"
+        (plain `reduce_window`, differentiated by JAX); None takes the fastest for the backend.
 
     Returns:
       float[..., channels] in the type of `x`.
 
     Raises:
       ValueError: an argument out of its range, or an implementation that does not exist.
+      ImportError: "pallas", and this version of JAX no longer has Pallas's Triton backend.
       TypeError: `x` is not floating point.
 
     References:
@@ -68,49 +74,83 @@ def local_response_normalization(
         )
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"{x.shape[-1]} channels cannot be split into {groups} equal groups")
-    if implementation is None:
-        implementation = "shifted_sums"
-    if implementation not in _IMPLEMENTATIONS:
+    if implementation is not None and implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"unknown implementation {implementation!r}; expected one of {sorted(_IMPLEMENTATIONS)}"
         )
-    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     # A window that reaches past the whole group is the same as one that just covers it.
     per_group = x.shape[-1] // groups
-    radius = min(depth_radius, max(per_group - 1, 0))
+    window = (min(depth_radius, max(per_group - 1, 0)), bias, alpha, beta)
     grouped = x.reshape(*x.shape[:-1], groups, per_group)
-    normalize = _IMPLEMENTATIONS[implementation]
-    y = normalize(grouped.astype(wide), radius, bias, alpha, beta)
-    return y.reshape(x.shape).astype(x.dtype)
+    if implementation == "reference":
+        y = _reference(window, grouped)
+    else:
+        compute = _IMPLEMENTATIONS[implementation] if implementation else _fastest
+        y = _closed_form(compute, window, grouped)
+    return y.reshape(x.shape)
 
 
-def _reference(x: jax.Array, radius: int, bias: float, alpha: float, beta: float) -> jax.Array:
-    window = (1,) * (x.ndim - 1) + (2 * radius + 1,)
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+
+def _reference(window: Window, x: jax.Array) -> jax.Array:
+    radius, bias, alpha, beta = window
+    wide = _wide(x)
+    shape = (1,) * (x.ndim - 1) + (2 * radius + 1,)
     padding = ((0, 0),) * (x.ndim - 1) + ((radius, radius),)
-    total = lax.reduce_window(x * x, 0.0, lax.add, window, (1,) * x.ndim, padding)
-    return x * (bias + alpha * total) ** -beta
+    total = lax.reduce_window(wide * wide, 0.0, lax.add, shape, (1,) * x.ndim, padding)
+    return (wide * (bias + alpha * total) ** -beta).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _shifted_sums(x: jax.Array, radius: int, bias: float, alpha: float, beta: float) -> jax.Array:
-    return x * _inverse_power(bias + alpha * _window_sum(x * x, radius), beta)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _closed_form(compute: Callable[..., jax.Array], window: Window, x: jax.Array) -> jax.Array:
+    """What `compute` gives for x; given the gradient of that too, it gives the gradient of x."""
+    return compute(window, x)
 
 
-def _shifted_sums_forward(
-    x: jax.Array, radius: int, bias: float, alpha: float, beta: float
-) -> tuple[jax.Array, jax.Array]:
-    return _shifted_sums(x, radius, bias, alpha, beta), x
+_closed_form.defvjp(
+    lambda compute, window, x: (compute(window, x), x),
+    lambda compute, window, x, gradient: (compute(window, x, gradient),),
+)
 
 
-def _shifted_sums_backward(
-    radius: int, bias: float, alpha: float, beta: float, x: jax.Array, gradient: jax.Array
-) -> tuple[jax.Array]:
-    scale = bias + alpha * _window_sum(x * x, radius)
-    weighted = gradient * _inverse_power(scale, beta)
-    return (weighted - 2 * alpha * beta * x * _window_sum(weighted * x / scale, radius),)
+def _shifted_sums(window: Window, x: jax.Array, gradient: jax.Array | None = None) -> jax.Array:
+    radius, bias, alpha, beta = window
+    wide = _wide(x)
+    scale = bias + alpha * _window_sum(wide * wide, radius)
+    if gradient is None:
+        return (wide * _inverse_power(scale, beta)).astype(x.dtype)
+    weighted = _wide(gradient) * _inverse_power(scale, beta)
+    total = _window_sum(weighted * wide / scale, radius)
+    return (weighted - 2 * alpha * beta * wide * total).astype(x.dtype)
 
 
-_shifted_sums.defvjp(_shifted_sums_forward, _shifted_sums_backward)
+def _pallas(window: Window, *arrays: jax.Array) -> jax.Array:
+    from flax_alexnet.ops.lrn_pallas import MAX_RADIUS, window_kernel
+
+    shifted_sums = functools.partial(_shifted_sums, window)
+    is_symbolic = not all(isinstance(size, int) for size in arrays[0].shape)
+    if window[0] > MAX_RADIUS or is_symbolic or jax.typeof(arrays[0]).sharding.mesh.explicit_axes:
+        return shifted_sums(*arrays)
+    operator = jax.custom_jvp(window_kernel(*window))
+    # Only where the gradient is differentiated again.
+    operator.defjvp(lambda primals, tangents: jax.jvp(shifted_sums, primals, tangents))
+    return operator(*arrays)
+
+
+def _fastest(window: Window, *arrays: jax.Array) -> jax.Array:
+    def form(platform: str) -> Callable[..., jax.Array]:
+        return functools.partial(_IMPLEMENTATIONS[choose("normalization", platform)], window)
+
+    if jax.default_backend() != "gpu":  # or both would be traced
+        return form("any")(*arrays)
+    try:
+        import flax_alexnet.ops.lrn_pallas  # noqa: F401
+    except ImportError:
+        return form("any")(*arrays)
+    # A program may be for the CPU where there is a GPU.
+    return lax.platform_dependent(*arrays, cuda=form("cuda"), default=form("any"))
 
 
 def _window_sum(x: jax.Array, radius: int) -> jax.Array:
@@ -141,7 +181,8 @@ def _inverse_power(x: jax.Array, beta: float) -> jax.Array:
     return x**-beta
 
 
-_IMPLEMENTATIONS: dict[str, Callable[[jax.Array, int, float, float, float], jax.Array]] = {
+_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "shifted_sums": _shifted_sums,
+    "pallas": _pallas,
     "reference": _reference,
 }

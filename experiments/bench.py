@@ -1,0 +1,338 @@
+"""How fast it is where it runs, beside TensorFlow, PyTorch and the limits of the machine.
+
+One command measures every row of the README's table on the device that is there, with the peers
+that are installed:
+
+    python experiments/bench.py
+
+A row times the same work in ours and in others, each in a process of its own (`works.py`), in turn
+for some rounds; a ratio is of the medians, above 1 where ours is faster, and beside it stand the
+smallest and the largest of the rounds. Ours is the whole step that a run makes (crop, flip and mean
+included), the peers' begin with float32 images. With nothing else running it takes half an hour on
+two cores (`--rows train/notebook` takes those whose names begin so), on a GPU some minutes.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tyro
+from matplotlib.figure import Figure
+from works import Work, Worker
+
+from flax_alexnet.architectures import architecture, trace
+
+VARIANTS = ("notebook", "paper", "torchvision", "caffe", "caffenet", "cuda_convnet_cifar10")
+NORMS = ((64, 56, 56, 96), (64, 28, 28, 256))  # of the notebook, batch 64
+SIZE, PICTURES, BATCH = 256, 4096, 64  # of the rows about input
+GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # each process takes what it needs
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Measures ours beside others."""
+
+    output: Path = Path("experiments/results")
+    """Where bench_DEVICE.json and .png go."""
+    data: Path = Path("../shared/data")
+    """Where imagenet_samples/ lies, for the rows about input; without it they are left out."""
+    rounds: int = 5
+    """How often each is timed."""
+    rows: tuple[str, ...] = ("",)
+    """How the names of the rows begin that are measured."""
+    quick: bool = False
+    """A round of one tiny row: shows that it works."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Work that ours and others do."""
+
+    name: str
+    goal: float
+    ours: Work
+    others: dict[str, Work]
+    amount: float  # of `unit` a time
+    unit: str = "images/s"
+    # Of "limit" alone: what it does a time in the same unit, were all the time spent as it does.
+    limit: float = 0.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures all rows, and writes and prints them; returns 0."""
+    arguments = tyro.cli(Arguments, args=argv)
+    gpu = on_gpu()
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        rows: Iterator[Row] = gpu_rows() if gpu else cpu_rows(arguments, Path(folder))
+        if arguments.quick:
+            model: dict[str, Any] = {"variant": "cuda_convnet_cifar10", "batch": 8, "size": 32}
+            rows = iter([Row("quick", 1, Work("ours_infer", model), peers("infer", model), 8)])
+        for row in rows:
+            if row.name.startswith(arguments.rows):
+                results.append(measure(row, 1 if arguments.quick else arguments.rounds))
+                save(results, arguments, gpu)
+        if not gpu and not arguments.quick and "start".startswith(arguments.rows):
+            results += starts(Path(folder), arguments.rounds)
+            save(results, arguments, gpu)
+    return 0
+
+
+def save(results: Sequence[dict[str, Any]], arguments: Arguments, gpu: bool) -> None:
+    """Writes what has been measured so far."""
+    described = {k: v for result in results for k, v in result["said"].items()}
+    described["machine"] = machine(gpu)
+    device = "quick" if arguments.quick else described.get("device", "cpu")
+    rows = [{k: v for k, v in result.items() if k != "said"} for result in results]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"bench_{device.lower().replace(' ', '_')}.json"
+    path.write_text(json.dumps({"versions": described, "rows": rows}, indent=1) + "\n")
+    plot(results, path.with_suffix(".png"))
+
+
+def on_gpu() -> bool:
+    """Whether JAX would use a GPU, looked at in another process, which takes no memory of it."""
+    code = "import jax; print(jax.default_backend())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip() == "gpu"
+
+
+def machine(gpu: bool) -> str:
+    """The machine in words."""
+    if gpu:
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    cores = f"{os.cpu_count()} cores, {platform.machine()}"
+    info = Path("/proc/cpuinfo").read_text()
+    name = next((line for line in info.splitlines() if line.startswith("model name")), "")
+    return f"{name.partition(': ')[2]}, {cores}{', AVX-512' if 'avx512f' in info else ''}"
+
+
+def peers(
+    work: str, arguments: dict[str, Any], frameworks: Sequence[str] = ("tensorflow", "torch")
+) -> dict[str, Work]:
+    """The same work in the peers that are installed."""
+    there = [name for name in frameworks if importlib.util.find_spec(name)]
+    return {name: Work(f"{name}_{work}", arguments) for name in there}
+
+
+def limit(macs: float, side: int = 4096) -> dict[str, Any]:
+    """A matrix product, and how many of what takes so many multiply-accumulates it would do."""
+    return {"others": {"limit": Work("product", {"side": side})}, "limit": side**3 / macs}
+
+
+def macs_of_training(variant: str, size: int) -> float:
+    """Multiply-accumulates of a step for one image: three passes, but no first input gradient."""
+    table = architecture(variant)
+    infos = trace(table.scaled(table.num_classes), size, size)
+    return 3 * sum(info.macs for info in infos) - infos[0].macs
+
+
+def cpu_rows(arguments: Arguments, folder: Path) -> Iterator[Row]:
+    """The rows for a CPU."""
+    for variant, batch, goals in (
+        ("notebook", 64, (1.1, 1.5)),
+        ("notebook", 128, (1.1, 1.5)),
+        ("paper", 64, (1.1, 1.1)),
+        ("torchvision", 64, (1.1, 1.1)),
+    ):
+        model = {"variant": variant, "batch": batch, "size": 224}
+        ours = Work("ours_train", model)
+        for (name, work), goal in zip(peers("train", model).items(), goals, strict=False):
+            yield Row(f"train/{variant}/{batch}/{name}", goal, ours, {name: work}, batch)
+        if variant == "notebook":
+            there = limit(macs_of_training(variant, 224))
+            yield Row(f"train/{variant}/{batch}/limit", 0.8, ours, amount=batch, **there)
+    for variant in VARIANTS:
+        size = architecture(variant).image_size
+        for batch in (1, 16, 64):
+            model = {"variant": variant, "batch": batch, "size": size}
+            ours = Work("ours_infer", model)
+            yield Row(f"infer/{variant}/{batch}", 1, ours, peers("infer", model), batch)
+    for shape in NORMS:
+        a = {"shape": shape, "times": 3}
+        ours = Work("ours_lrn", a | {"dtype": "float32", "implementation": None})
+        plain = Work("ours_lrn", a | {"dtype": "float32", "implementation": "reference"})
+        others = {**peers("lrn", a), "reduce_window": plain}
+        yield Row(f"lrn/{'×'.join(map(str, shape))}", 2, ours, others, 3, "passes/s")
+    yield from input_rows(arguments, folder)
+
+
+def input_rows(arguments: Arguments, folder: Path) -> Iterator[Row]:
+    """From prepared pictures to batches, where there are photographs to prepare."""
+    photographs = sorted((arguments.data / "imagenet_samples").glob("*.JPEG"))
+    if not photographs or not "input".startswith(arguments.rows):
+        return
+    from flax_alexnet.data.sources import open_dataset
+    from flax_alexnet.prepare import prepare
+
+    pictures, jpegs = folder / "pictures", folder / "jpegs"
+    for number, path in enumerate(photographs):
+        for copy in range(8):
+            place = pictures / f"class{number % 10}" / f"{number}_{copy}.JPEG"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(path.resolve())
+    prepare(f"folder:{pictures}", folder, SIZE)
+    train = open_dataset("prepared_folder/pictures", folder, "train", None).train
+    jpegs.mkdir()
+    for number, record in enumerate(train.records(range(len(train)))):
+        (jpegs / f"{number:05}.jpg").write_bytes(record.image)
+    a = {"batch": BATCH, "images": PICTURES}
+    where = {"data_dir": str(folder), "name": "prepared_folder/pictures", "size": SIZE}
+    ours = Work("ours_batches", a | where)
+    alone = Work("decoder", {"data_dir": str(jpegs), "images": PICTURES})
+    yield Row("input/prepared/decoder", 0.85, ours, {"decoder alone": alone}, PICTURES)
+    if importlib.util.find_spec("tensorflow"):
+        for name, goal, source in (("prepared", 1.1, jpegs), ("photographs", 4, pictures)):
+            theirs = {"pattern": str(source), "size": SIZE, "resize": source is pictures}
+            work = Work("tensorflow_batches", a | theirs)
+            yield Row(f"input/{name}/tf.data", goal, ours, {"tf.data": work}, PICTURES)
+
+
+def gpu_rows() -> Iterator[Row]:
+    """The rows for a GPU: bfloat16."""
+    for variant in VARIANTS:
+        batch = 1024  # of 256 and 1024 the better one for both
+        model = {"variant": variant, "batch": batch, "size": architecture(variant).image_size}
+        ours = Work("ours_train", model | {"dtype": "bfloat16"}, GPU)
+        others = peers("train", model, ("torch",))
+        yield Row(f"train/{variant}/{batch}", 1.2, ours, others, batch)
+    for _, *shape in NORMS:
+        for dtype, width in (("bfloat16", 2), ("float32", 4)):
+            a = {"shape": (512, *shape), "dtype": dtype, "times": 30}
+            array = 512 * shape[0] * shape[1] * shape[2] * width * 30 / 1e9
+            ours = Work("ours_lrn", a | {"implementation": None}, GPU)
+            copy = {"copy": Work("copy", a, GPU)}
+            name = f"lrn/512×{'×'.join(map(str, shape))}/{dtype}"
+            # Forward reads one array and writes one, backward reads two and writes one.
+            yield Row(name, 0.7, ours, copy, 5 * array, "GB/s", limit=2 * array)
+
+
+def measure(row: Row, rounds: int) -> dict[str, Any]:
+    """Times ours and the others in turn; prints a line."""
+    seconds: dict[str, list[float]] = {}
+    result: dict[str, Any] = {"row": row.name, "goal": row.goal, "unit": row.unit, "said": {}}
+    with contextlib.ExitStack() as held:
+        workers: dict[str, Worker] = {}
+        with ThreadPoolExecutor() as pool:  # they compile at the same time
+            works = {"ours": row.ours, **row.others}
+            starting = {name: pool.submit(Worker, work) for name, work in works.items()}
+        for name, future in starting.items():
+            try:
+                workers[name] = future.result()
+            except RuntimeError as error:
+                if name == "ours":
+                    raise
+                print(f"{row.name}: {name} cannot: {error}", flush=True)
+                continue
+            held.callback(workers[name].close)
+            result["said"] |= workers[name].said
+        for _ in range(rounds):
+            for name, worker in workers.items():
+                seconds.setdefault(name, []).append(worker.seconds())
+    amounts = dict.fromkeys(seconds, row.amount)
+    if row.limit:
+        amounts |= dict.fromkeys(row.others, row.limit)
+    rates = {name: [amounts[name] / value for value in values] for name, values in seconds.items()}
+    result["rates"] = {name: statistics.median(values) for name, values in rates.items()}
+    result["peak_bytes"] = {name: worker.peak for name, worker in workers.items()}
+    others = {name: rate for name, rate in result["rates"].items() if name != "ours"}
+    if others:
+        best = max(others, key=lambda name: others[name])
+        ratios = [a / b for a, b in zip(rates["ours"], rates[best], strict=True)]
+        result |= {
+            "against": best,
+            "ratio": result["rates"]["ours"] / others[best],
+            "from": min(ratios),
+            "to": max(ratios),
+        }
+        memory = result["peak_bytes"]
+        print(
+            f"{row.name:32} {result['ratio']:5.2f} ({min(ratios):.2f} to {max(ratios):.2f}, goal "
+            f"{row.goal}) of {best}; "
+            + ", ".join(f"{name} {rate:,.1f}" for name, rate in result["rates"].items())
+            + f" {row.unit}; peak "
+            + ", ".join(f"{name} {peak / 2**30:.2f}" for name, peak in memory.items())
+            + " GiB",
+            flush=True,
+        )
+    return result
+
+
+def starts(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """What it takes to import the package, to see `--help`, and to come to the first step."""
+
+    def seconds(*command: str) -> float:
+        best = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
+            best.append(time.perf_counter() - start)
+        return statistics.median(best)
+
+    def first_step(workdir: Path) -> float:
+        command = [sys.executable, "-u", "-m", "flax_alexnet.train", "--workdir", str(workdir)]
+        flags = ["--steps", "1", "--log-every", "1", "--data.data-dir", str(folder / "data")]
+        start = time.perf_counter()
+        env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
+        took = 0.0
+        with subprocess.Popen(
+            command + flags, stdout=subprocess.PIPE, text=True, env=env
+        ) as process:
+            assert process.stdout
+            for line in process.stdout:
+                if line.startswith("step ") and not took:
+                    took = time.perf_counter() - start
+        return took
+
+    bare = seconds("-c", "pass")
+    results = []
+    for name, goal, command in (
+        ("start/import", 0.3, ("-c", "import flax_alexnet")),
+        ("start/--help", 1.5, ("-m", "flax_alexnet.train", "--help")),
+    ):
+        more = seconds(*command) - bare
+        results.append({"row": name, "goal": goal, "unit": "s more", "seconds": more, "said": {}})
+    first_step(folder / "dataset")  # renders the dataset, and finds all that is read in a cache
+    subprocess.run(["rm", "-r", str(folder / "programs")], check=True)
+    cold, warm = (first_step(folder / name) for name in ("cold", "warm"))
+    result = {"row": "start/first step", "goal": 0.5, "unit": "s", "cold": cold, "seconds": warm}
+    results.append({**result, "ratio": warm / cold, "said": {}})
+    for result in results:
+        print({name: value for name, value in result.items() if name != "said"}, flush=True)
+    return results
+
+
+def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws each ratio with its spread, beside its goal."""
+    shown = [result for result in results if "against" in result]
+    figure = Figure(figsize=(7, 1 + 0.24 * max(1, len(shown))), layout="constrained")
+    axis = figure.subplots()
+    for place, result in enumerate(reversed(shown)):
+        low, high = result["ratio"] - result["from"], result["to"] - result["ratio"]
+        met = result["ratio"] >= result["goal"]
+        error = [[max(low, 0)], [max(high, 0)]]
+        color = "tab:green" if met else "tab:orange"
+        axis.barh(place, result["ratio"], xerr=error, color=color)
+        axis.plot([result["goal"]] * 2, [place - 0.45, place + 0.45], color="black")
+    axis.set_yticks(range(len(shown)), [f"{r['row']} / {r['against']}" for r in reversed(shown)])
+    axis.tick_params(axis="y", labelsize=7)
+    axis.set_xlabel("ours / the other (above 1: ours is faster); black: the goal")
+    axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

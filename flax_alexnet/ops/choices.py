@@ -1,0 +1,112 @@
+"""Which implementation of an operator is used where, and the measurement that says so.
+
+Operators keep one signature and have several implementations; with `implementation=None` the first
+row below that fits decides. Times are of two cores of an AVX-512 CPU (AMD EPYC, jax 0.10.2),
+float32, 64 images, in milliseconds for the row's implementation against XLA's own.
+`python experiments/bench_operators.py` measures them again, on any device.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Convolution(NamedTuple):
+    """What decides about a convolution; of one with groups, what each group is."""
+
+    channels: int
+    features: int
+    window: int
+    stride: int
+
+
+class Choice(NamedTuple):
+    """A row of the table."""
+
+    operator: str
+    platform: str  # as JAX calls it, or "any"
+    shapes: str  # for which
+    fits: Callable[[Any], bool]
+    implementation: str
+    measured: str
+
+
+def _all(facts: Any) -> bool:
+    del facts
+    return True
+
+
+CHOICES = (
+    Choice(
+        "convolution forward",
+        "cpu",
+        "3 × 3, stride 2",
+        lambda c: (c.window, c.stride) == (3, 2),
+        "patches",
+        "notebook's conv3 126 against 159; its conv4 181 against 164, conv2 412 against 362",
+    ),
+    Choice(
+        "convolution kernel gradient",
+        "cpu",
+        "all but fewer than 96 features of 3 channels at stride 4",
+        lambda c: c.stride < 4 or c.features >= 96,
+        "patches",
+        "notebook's conv1 199 against 535, conv2 458 against 737, conv3 136 against 210, conv4 183 "
+        "against 229; torchvision's conv1 218 against 187",
+    ),
+    Choice(
+        "convolution input gradient",
+        "cpu",
+        "5 × 5, stride 1",
+        lambda c: (c.window, c.stride) == (5, 1),
+        "patches",
+        "torchvision's conv2 219 against 317, a tower of the paper's conv2 137 against 143; "
+        "notebook's conv2 493 against 349, conv4 152 against 162",
+    ),
+    *(
+        Choice(
+            f"convolution {direction}",
+            "cuda",
+            "up to 4 channels at stride 4",
+            lambda c: c.channels <= 4 and c.stride == 4,
+            "space_to_depth",
+            "MEASURED",
+        )
+        for direction in ("forward", "kernel gradient")
+    ),
+    Choice("convolution forward", "any", "all", _all, "xla", ""),
+    Choice("convolution kernel gradient", "any", "all", _all, "xla", ""),
+    Choice("convolution input gradient", "any", "all", _all, "xla", ""),
+    Choice(
+        "normalization",
+        "cuda",
+        "all",
+        _all,
+        "pallas",
+        "on one H200 forward and backward 2.0 to 3.4 times as fast as shifted_sums",
+    ),
+    Choice(
+        "normalization",
+        "any",
+        "all",
+        _all,
+        "shifted_sums",
+        "notebook's norm1 11 forward and 43 backward; as `reduce_window` 64 and 90",
+    ),
+    Choice(
+        "max-pooling",
+        "any",
+        "all",
+        _all,
+        "slices",
+        "2 × 2 at stride 1 on 32 × 56 × 56 × 96: gradient 21 against 326",
+    ),
+)
+
+
+def choose(operator: str, platform: str, facts: Any = None) -> str:
+    """The implementation of `operator` on a platform ("cpu", "cuda", "tpu", …) for `facts`."""
+    return next(
+        row.implementation
+        for row in CHOICES
+        if row.operator == operator and row.platform in (platform, "any") and row.fits(facts)
+    )

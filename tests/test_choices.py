@@ -1,0 +1,35 @@
+"""The table of implementations: it decides for every layer, and a run says what it decides."""
+
+import pytest
+
+from flax_alexnet.architectures import ARCHITECTURES
+from flax_alexnet.model import implementations
+from flax_alexnet.ops import convolution, lrn, pooling
+from flax_alexnet.ops.choices import CHOICES, Convolution, choose
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu", "another"])
+@pytest.mark.parametrize("variant", ARCHITECTURES)
+def test_there_is_a_choice_for_every_layer(variant, platform):
+    table = ARCHITECTURES[variant]
+    said = implementations(table.scaled(table.num_classes), platform)
+    assert all(layer.name in said for layer in table.layers if layer.name.startswith("conv"))
+
+
+def test_each_row_names_what_exists():
+    known = {"normalization": set(lrn._IMPLEMENTATIONS), "max-pooling": {"slices", "xla"}}
+    for row in CHOICES:
+        operator = row.operator.partition(" ")[0]
+        assert row.implementation in known.get(operator, set(convolution._FORMS)), row
+        assert row.measured or row.implementation == "xla", row
+    assert pooling.choose is choose
+
+
+def test_a_line_tells_what_runs():
+    said = implementations(ARCHITECTURES["notebook"].scaled(1000), "cpu")
+    assert "convolution kernel gradient: patches (conv1 conv2 conv3 conv4 conv5)" in said
+    assert "convolution forward: patches (conv3), xla (conv1 conv2 conv4 conv5)" in said
+    assert "convolution input gradient: xla (conv2 conv3 conv4 conv5)" in said
+    assert "normalization: shifted_sums (norm1 norm2)" in said
+    assert "max-pooling: slices (pool1 pool2)" in said
+    assert choose("convolution forward", "cuda", Convolution(3, 96, 11, 4)) == "space_to_depth"

@@ -1,0 +1,38 @@
+"""Memory that a process frees is there for its next use, without the system."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import resource, sys
+import jax
+from flax_alexnet.host_memory import keep_for_reuse
+kept = keep_for_reuse() if sys.argv[1] == "keep" else False
+import jax.numpy as jnp
+x = jnp.ones((64, 2**20))  # 256 MiB
+program = jax.jit(lambda x: x * 2)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    program(x).block_until_ready()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(kept, [faults() for _ in range(4)][-1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is for glibc")
+def test_what_was_freed_is_used_again():
+    kept, faults = run("keep")
+    _, faults_else = run("leave")
+    assert kept == "True"
+    assert faults < 1000  # of 65,536 pages
+    assert faults_else > 10_000
+
+
+def run(how):
+    command = [sys.executable, "-c", CODE, how]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    kept, faults = done.stdout.split()
+    return kept, int(faults)
