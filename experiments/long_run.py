@@ -14,12 +14,14 @@ Run, from the project's root (a minute on two cores):
     python experiments/long_run.py
 """
 
+import contextlib
 import dataclasses
 import gc
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -46,6 +48,7 @@ FLAGS = (
     *("--log-every", "50", "--eval-epochs", str(EVERY * BATCH // PICTURES["train"])),
     *("--epochs", "1000000"),
 )
+SHARED = "/dev/shm"  # where segments of shared memory have names
 HELD = "held: "  # how a line starts in which the process says what it holds
 LARGEST_GROWTH, LONGEST_EXIT = 0.02, 10  # share; seconds
 
@@ -67,7 +70,7 @@ class Watched(NamedTuple):
 
     memory: list[tuple[int, int]]  # (step, resident bytes) of the long run
     held: list[dict[str, int]]  # after each run
-    segments: list[str]  # of shared memory that were not there before
+    segments: list[str]  # of shared memory that were not there before, and that nobody uses
     exit_seconds: float  # from the last line of metrics to the end of the process
 
 
@@ -141,7 +144,7 @@ def watch(folder: Path, steps: int) -> Watched:
     memory: list[tuple[int, int]] = []
     held: list[dict[str, int]] = []
     last = time.monotonic()
-    segments = set(os.listdir("/dev/shm"))
+    segments = set(os.listdir(SHARED))
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdout
         for line in process.stdout:
@@ -155,7 +158,25 @@ def watch(folder: Path, steps: int) -> Watched:
     seconds = time.monotonic() - last
     if process.returncode:
         raise RuntimeError(f"training ended with exit code {process.returncode}")
-    return Watched(memory, held, sorted(set(os.listdir("/dev/shm")) - segments), seconds)
+    until = time.monotonic() + 5  # others may be about to map a segment, or to remove one
+    while (left := ownerless() - segments) and time.monotonic() < until:
+        time.sleep(0.05)
+    return Watched(memory, held, sorted(left), seconds)
+
+
+def ownerless() -> set[str]:
+    """Our segments of shared memory that no process has mapped or open, as other programs may."""
+    used: set[str] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            used.update(re.findall(rf"{SHARED}/(\S+)", (process / "maps").read_text()))
+            used.update(os.path.basename(os.readlink(link)) for link in (process / "fd").iterdir())
+    own = set()
+    for entry in os.scandir(SHARED):
+        with contextlib.suppress(OSError):  # it is gone
+            if entry.stat(follow_symlinks=False).st_uid == os.getuid():
+                own.add(entry.name)
+    return own - used
 
 
 def first_and_last(step: float, memory: Sequence[tuple[int, int]]) -> tuple[float, float]:

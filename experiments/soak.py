@@ -15,7 +15,7 @@ line of metrics.jsonl but for its images per second. A line is written at every 
 of a step follows from its pictures and from their places in the batch, which determine how each is
 cropped, mirrored and coloured: other pictures, or another order, would show there.
 
-Run, from the project's root (a quarter of an hour on two cores; `--quick` takes a minute):
+Run, from the project's root (half an hour on two cores; `--quick` takes a minute):
 
     python experiments/soak.py --kills 100
 """

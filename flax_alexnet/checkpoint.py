@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,17 +48,30 @@ class Checkpoints:
       folder: made if it is not there.
       patience: seconds after which failing attempts are an error.
       say: says a line.
+      marker: a file that is made, elsewhere, once there is a step: see `need_steps`.
     """
 
     def __init__(
-        self, folder: Path, patience: float = 0.0, say: Callable[[str], None] = print
+        self,
+        folder: Path,
+        patience: float = 0.0,
+        say: Callable[[str], None] = print,
+        marker: Path | None = None,
     ) -> None:
         self._folder, self._patience, self.say = folder.absolute(), patience, say
+        self._marker = marker
         self._started: int | None = (
             None  # the step whose save has begun and is not known to be done
         )
         self._failing_since: float | None = None
         self._manager = self._open()
+        if self.latest_step() is not None:
+            self._mark()
+
+    def _mark(self) -> None:
+        if self._marker and jax.process_index() == 0:
+            with contextlib.suppress(OSError):  # the next save is another attempt
+                self._marker.touch()
 
     def _open(self) -> ocp.CheckpointManager:
         # `max_to_keep` with `best_fn` would delete the latest step whenever the metric worsens.
@@ -123,7 +137,11 @@ class Checkpoints:
             self._fail(error)
 
     def _need_room(self, state: Any) -> None:
-        """Raises OSError where the disk is too full: earlier, and tidier, than Orbax would."""
+        """Raises OSError where the disk is too full or read-only.
+
+        Earlier, and tidier, than Orbax would, whose threads wait for minutes after some failures.
+        """
+        tempfile.TemporaryFile(dir=self._folder).close()
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         if shutil.disk_usage(self._folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -142,6 +160,7 @@ class Checkpoints:
             self._fail(error)
             return False
         self._started = self._failing_since = None
+        self._mark()
         return True
 
     def look(self) -> None:
@@ -207,7 +226,8 @@ class Checkpoints:
 def set_aside_damaged(folder: Path, aside: Path) -> list[str]:
     """Reads every step under `folder`, and moves those that are not whole into `aside`.
 
-    Nothing is deleted. With none that is whole nothing is moved either.
+    So it does with what a kill in the middle of a save has left. Nothing is deleted. With steps of
+    which none is whole nothing is moved either.
 
     Returns:
       A line for each that was moved.
@@ -223,6 +243,8 @@ def set_aside_damaged(folder: Path, aside: Path) -> list[str]:
             f"no checkpoint in {folder} is whole ({said}): restore one from a copy, or take "
             "another --workdir"
         )
+    for path in sorted(folder.glob(f"*{TEMPORARY}*")):
+        damaged[path.name] = "its saving was cut off"
     moved = []
     for step, problem in damaged.items():
         place, number = aside / step, 1
@@ -238,6 +260,15 @@ def set_aside_damaged(folder: Path, aside: Path) -> list[str]:
             ) from None
         moved.append(f"checkpoint {step} is damaged ({problem}) and was moved to {place}")
     return moved
+
+
+def need_steps(folder: Path, marker: Path) -> None:
+    """Raises UserError where steps were saved, as `marker` tells, and none is under `folder`."""
+    if marker.exists() and not _steps(folder):
+        raise UserError(
+            f"{folder} has no checkpoint, though this run has saved some: restore one from a copy, "
+            "or take another --workdir"
+        )
 
 
 def newest_whole(folder: Path) -> tuple[int | None, list[str]]:

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -124,11 +125,14 @@ _LOSS = re.compile("gloo|nccl|unavailable|aborted|deadline|coordination|connecti
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[bool], bool]]:
+def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
     """Turns the first SIGTERM or Ctrl-C into a question to ask after each step; the next one ends.
 
     Of several processes any may get the signal, and each is at another step, so these ask each
     other, but only where they wait for the devices anyway.
+
+    Args:
+      alone: whether this process asks for itself, whatever the others do.
 
     Yields:
       (whether this is such a place) to whether the run is to be saved and ended here; the same on
@@ -140,21 +144,40 @@ def stop_requests() -> Iterator[Callable[[bool], bool]]:
         del signum, frame
         nonlocal pressed
         pressed = True
-        for number in before:  # Python's own action waits for what the device was given already
-            signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nstopping after the steps under way; once more to stop at once\n")
 
     def requested(waiting: bool) -> bool:
-        if jax.process_count() == 1:
+        if alone or jax.process_count() == 1:
             return pressed
         return waiting and bool(total(np.array([pressed], np.int32))[0])
 
+    def watch() -> None:
+        seen = 0
+        while number := os.read(reader, 1):
+            if number[0] not in before:
+                continue
+            seen += 1
+            if seen > 1:
+                os._exit(128 + number[0])
+            with contextlib.suppress(OSError):  # nobody reads it
+                os.write(2, b"\nstopping after the steps under way; once more to stop at once\n")
+
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Python calls `handle` between two of its instructions, and one may wait for the device for
+    # long. A thread is told of each signal at once.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    told_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield requested
     finally:
+        signal.set_wakeup_fd(told_before)
         for number, action in before.items():
             signal.signal(number, action)
+        os.close(writer)  # which ends the thread
+        watcher.join()
+        os.close(reader)
 
 
 def is_main() -> bool:

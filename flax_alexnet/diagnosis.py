@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ from flax_alexnet.model import AlexNet
 # Share of ln(classes) within which a loss has not moved from it. In quickstart with the notebook's
 # own initial values it is within 0.03 % after one epoch and two, with He et al.'s 20 % below.
 PLATEAU = 0.01
+PLATEAU_EPOCHS = 5  # in which a loss that does not move is worth a warning
 
 
 def largest_activation(
@@ -61,6 +62,21 @@ def dead_units(model: AlexNet, params: Mapping[str, Any], images: jax.Array) -> 
 def on_plateau(loss: float, classes: int) -> bool:
     """Whether a loss has not moved from that of equal chances for all classes, ln(classes)."""
     return abs(loss - math.log(classes)) <= PLATEAU * math.log(classes)
+
+
+def new_plateau(evaluations: Sequence[tuple[float, float]], classes: int) -> bool:
+    """Whether the last of these (epoch, loss) is the first that is worth a warning.
+
+    Those that count are the evaluations from epoch 1 to 5, and the first from epoch 1 on where it
+    comes later.
+    """
+    counting = [(epoch, loss) for epoch, loss in evaluations if epoch >= 1]
+    found = [
+        place
+        for place, (epoch, loss) in enumerate(counting)
+        if (place == 0 or epoch <= PLATEAU_EPOCHS) and on_plateau(loss, classes)
+    ]
+    return bool(counting) and found == [len(counting) - 1]
 
 
 def plateau_warning(classes: int, dead: Mapping[str, float]) -> str:

@@ -52,8 +52,12 @@ def leave(main: Callable[[], int]) -> NoReturn:
     try:
         code = main()
         sys.stdout.flush()
+        sys.stderr.flush()
     except BrokenPipeError:  # whoever read the output, such as `head`, has enough
         os._exit(0)
-    if code == INTERRUPTED:  # XLA may still be at work in its threads, and would crash in its end
+    # An orderly exit waits for threads: those of a save that failed take minutes, and where XLA is
+    # still at work after Ctrl-C, it crashes. Several processes of a run must leave each other.
+    jax = sys.modules.get("jax")
+    if code == INTERRUPTED or not (jax and jax.distributed.is_initialized()):
         os._exit(code)
     sys.exit(code)

@@ -1,6 +1,7 @@
 """Files that commands write: whole or not at all, and never over what they read."""
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,26 +10,46 @@ from flax_alexnet.errors import UserError, first_line
 
 
 @contextlib.contextmanager
-def writing(path: Path, *failures: type[Exception]) -> Iterator[Path]:
-    """Gives a path to write to, which gets the name `path` once all is written.
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, which gets the name `path` once all is written and on the disk.
 
-    Args:
-      path: its folder is made if it is not there.
-      failures: what may be raised while it is written, beside OSError and ValueError.
+    Its folder is made if it is not there.
 
     Raises:
-      UserError: it cannot be written there; then what was there before is as it was.
+      OSError: it cannot be written, with its name; then what was there before is as it was.
     """
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            partial.unlink(missing_ok=True)  # it may be a link, and what that leads to is not ours
             yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())  # else a loss of power may leave the name without the bytes
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or first_line(error), str(path)) from None
+
+
+@contextlib.contextmanager
+def writing(path: Path, *failures: type[Exception]) -> Iterator[Path]:
+    """As `replacing`, with a line for the user where that fails.
+
+    Args:
+      path: as there.
+      failures: what may be raised while it is written, beside OSError and ValueError.
+
+    Raises:
+      UserError: it cannot be written there; then what was there before is as it was.
+    """
+    try:
+        with replacing(path) as partial:
+            yield partial
     except (OSError, ValueError, *failures) as error:  # type: ignore[misc]
-        raise UserError(f"cannot write {path}: {first_line(error)}; take another path") from None
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot write {path}: {reason}; take another path") from None
 
 
 def need_writable(path: Path | None, inputs: Iterable[Path]) -> None:

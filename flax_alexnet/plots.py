@@ -6,20 +6,21 @@ Functions of plain arrays, each of which writes one PNG; folders on the way to i
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure  # without pyplot, whose backend is the user's choice
 from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 DPI = 110
 
 
 def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     """Loss and top-1 error of training and evaluation over epochs, from lines of metrics."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = _figure((10, 4))
     axes = figure.subplots(1, 2)
     panels = (
         ("loss", "loss (nats)", lambda v: v),
@@ -84,7 +85,7 @@ def plot_kernels(kernels: np.ndarray, path: Path, groups: int = 1) -> None:
     rows = -(-len(towers[0]) // columns)
     cell = 0.62  # inches
     size = (max(columns * cell, 6), groups * (1.2 * rows * cell + 0.45))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = _figure(size)
     axes = figure.subplots(groups, 1, squeeze=False).flat
     for number, (axis, tower) in enumerate(zip(axes, towers, strict=True), 1):
         channels = tower[np.argsort(selectivity[tower], kind="stable")]
@@ -123,7 +124,7 @@ def plot_activations(
     """
     columns = min(4, 1 + len(activations))
     rows = -(-(1 + len(activations)) // columns)
-    figure = Figure(figsize=(3 * columns, 3.2 * rows), layout="constrained")
+    figure = _figure((3 * columns, 3.2 * rows))
     picture, *panels = figure.subplots(rows, columns, squeeze=False).flat
     picture.imshow(image)
     picture.set_title("picture, {}×{}×{}".format(*image.shape), fontsize=10)
@@ -160,7 +161,7 @@ def plot_grad_cam(image: np.ndarray, maps: np.ndarray, names: Sequence[str], pat
     """
     columns = min(6, 1 + len(maps))
     rows = -(-(1 + len(maps)) // columns)
-    figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
+    figure = _figure((2.6 * columns, 2.9 * rows))
     picture, *panels = figure.subplots(rows, columns, squeeze=False).flat
     for axis in (picture, *panels):
         axis.axis("off")
@@ -184,12 +185,14 @@ def plot_confusion(matrix: np.ndarray, label_names: Sequence[str], path: Path) -
       label_names: of the classes; a class beyond them is shown by its number.
       path: the PNG to write.
     """
+    from matplotlib.colors import PowerNorm  # late, as in `_figure`
+
     matrix = np.asarray(matrix)
     count, total = len(matrix), int(matrix.sum())
     pictures = matrix.sum(1, keepdims=True)
     shares = np.where(pictures > 0, matrix / np.maximum(pictures, 1), np.nan)
     side = float(np.clip(0.45 * count, 3.5, 10))  # inches; 1000 classes have a pixel each
-    figure = Figure(figsize=(side + 2, side + (1 if count <= 60 else 3)), layout="constrained")
+    figure = _figure((side + 2, side + (1 if count <= 60 else 3)))
     axis = figure.subplots()
     # A root shows faint confusions beside a strong diagonal.
     norm = PowerNorm(1 / 2 if count <= 60 else 1 / 3, 0, 1)
@@ -245,7 +248,7 @@ def plot_neighbours(
       path: the PNG to write.
     """
     rows, columns = neighbours.shape[:2]
-    figure = Figure(figsize=(1.6 * (columns + 1), 2 * rows), layout="constrained")
+    figure = _figure((1.6 * (columns + 1), 2 * rows))
     for row, axes in enumerate(figure.subplots(rows, columns + 1, squeeze=False)):
         names = [query_names[row], *neighbour_names[row]]
         below = ["query", *(f"{distance:.4g}" for distance in distances[row])]
@@ -270,7 +273,7 @@ def plot_distance(a: np.ndarray, b: np.ndarray, distance: np.ndarray, path: Path
       distance: float[h, w], ≥ 0, such as `lpips` gives with `spatial`; its mean is written above.
       path: the PNG to write.
     """
-    figure = Figure(figsize=(10, 0.3 + 3 * a.shape[0] / a.shape[1]), layout="constrained")
+    figure = _figure((10, 0.3 + 3 * a.shape[0] / a.shape[1]))
     *pictures, there = figure.subplots(1, 3)
     for axis, image, name in zip(pictures, (a, b), "ab", strict=True):
         axis.imshow(image)
@@ -306,7 +309,7 @@ def plot_predictions(
         titles = [_name(label_names, label) if label >= 0 else "" for label in known]
     columns = min(4 if len(images) <= 16 else 8, len(images))
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(2.6 * columns, 3.9 * rows), layout="constrained")
+    figure = _figure((2.6 * columns, 3.9 * rows))
     axes = figure.subplots(2 * rows, columns, height_ratios=[2, 1] * rows, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -325,7 +328,7 @@ def plot_predictions(
     _save(figure, path)
 
 
-def _tiles(axis: Axes, tiles: np.ndarray, columns: int, cell_height: float = 1.0) -> None:
+def _tiles(axis: "Axes", tiles: np.ndarray, columns: int, cell_height: float = 1.0) -> None:
     """Draws [n, h, w] or [n, h, w, 3], row by row, tiles a little less than 1 × 1 wide and high."""
     for place, tile in enumerate(tiles):
         row, column = divmod(place, columns)
@@ -336,7 +339,7 @@ def _tiles(axis: Axes, tiles: np.ndarray, columns: int, cell_height: float = 1.0
     axis.axis("off")
 
 
-def _stems(axis: Axes, values: np.ndarray) -> None:
+def _stems(axis: "Axes", values: np.ndarray) -> None:
     """Draws float[units] as a line for each unit, and says how many are active and how much."""
     axis.vlines(np.arange(len(values)), 0, values, linewidth=max(0.5, 100 / len(values)))
     axis.axhline(0, color="black", linewidth=0.5)
@@ -356,11 +359,19 @@ def _short(text: str, length: int) -> str:
     return f"{text[: length // 2]}…{text[len(text) - (length - 1) // 2 :]}"
 
 
-def _title(axis: Axes, text: str, length: int = 30) -> None:
+def _title(axis: "Axes", text: str, length: int = 30) -> None:
     axis.set_title(_short(text, length), fontsize=10, parse_math=False)  # a name may have dollars
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _figure(size: tuple[float, float]) -> "Figure":
+    # Without pyplot, whose backend is the user's choice; and not before something is drawn, since
+    # every command imports this module, and few draw.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained")
+
+
+def _save(figure: "Figure", path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # names in scripts that the font does not have

@@ -13,6 +13,7 @@ from typing import Any
 import tqdm
 
 from flax_alexnet.errors import UserError
+from flax_alexnet.outputs import replacing
 
 # tensorboardX imports PyTorch where it is installed, to no use here: seconds and much memory.
 _hidden = "torch" not in sys.modules
@@ -67,10 +68,9 @@ class RunLog:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is damaged: remove it or repair it by hand") from None
         self._files.close()
-        partial = path.with_name(path.name + ".partial")
         try:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            partial.replace(path)  # so that a kill here loses nothing
+            with replacing(path) as partial:  # so that a kill here loses nothing
+                partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
             self._lines = self._files.enter_context(contextlib.closing(Lines(path)))
             events = Events(self._workdir / "tensorboard", purge_step=step + 1)
             self._events = self._files.enter_context(contextlib.closing(events))

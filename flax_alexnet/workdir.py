@@ -12,10 +12,13 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flax_alexnet.errors import UserError, printable, unknown
+from flax_alexnet.config import misfit
+from flax_alexnet.errors import UserError
+from flax_alexnet.outputs import replacing
 
+SAVED = "saved"  # the marker of a run that has saved a checkpoint
 FOLDERS = ("checkpoints", "damaged", "tensorboard", "report")
-FILES = ("bad_records.jsonl", "config.json", "lock", "metrics.jsonl", "summary.json")
+FILES = ("bad_records.jsonl", "config.json", "lock", "metrics.jsonl", SAVED, "summary.json")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -41,7 +44,7 @@ def claim(
     path = workdir / "config.json"
     for name, is_right in (
         *((name, Path.is_dir) for name in FOLDERS),
-        *((name, Path.is_file) for name in FILES),
+        *((name, _is_own_file) for name in FILES),
     ):
         if os.path.lexists(workdir / name) and not is_right(workdir / name):
             raise UserError(
@@ -52,7 +55,7 @@ def claim(
         tempfile.TemporaryFile(dir=workdir).close()
         before = json.loads(path.read_text())["config"] if path.exists() else config
         differences = [
-            f"{name} was {before.get(name)}, is now {config.get(name)}"
+            f"{name} was {before.get(name)!r}, is now {config.get(name)!r}"
             for name in sorted(before.keys() | config.keys())
             if before.get(name) != config.get(name) and name not in free_to_change
         ]
@@ -60,11 +63,8 @@ def claim(
         raise UserError(_cannot_write(workdir, error)) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is no configuration of a run; take another --workdir") from None
-    # Beside the flags, `config` has facts on the data and on what is started from.
-    keys = {name for name in before if not name.startswith(("dataset.", "init_from."))}
-    for name in sorted(keys - config.keys()) if not allow_changes else ():
-        said = unknown("key", printable(name), config, shown=("those of --help",))
-        raise UserError(f"{path} has an {said}; mend it, or take another --workdir")
+    if (problem := misfit(before)) and not allow_changes:
+        raise UserError(f"{path} has {problem}; mend it, or take another --workdir")
     if differences and not allow_changes:
         raise UserError(
             f"{workdir} holds a run of another configuration ({'; '.join(differences)}): take "
@@ -134,8 +134,11 @@ def need_room(workdir: Path, needed: int) -> None:
         )
 
 
+def _is_own_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()  # what a link leads to is not ours to write to
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is whole even if the program is killed meanwhile."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
+    """Writes a file that is whole even if the program, or the machine, stops meanwhile."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n")

@@ -3,6 +3,9 @@
 import io
 import itertools
 import json
+import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -15,6 +18,7 @@ from flax_alexnet.data.loader import evaluation_batches, training_batches
 from flax_alexnet.data.sources import Record, open_dataset
 from flax_alexnet.errors import UserError
 from flax_alexnet.prepare import prepare
+from flax_alexnet.train import main as train
 
 BAD = {4: "it is on fire", 5: "", 17: "", 29: "it is on fire"}  # 5 and 17 are no pictures
 
@@ -134,8 +138,12 @@ def test_the_trial_at_the_start_names_the_first(tmp_path, monkeypatch, cached):
         open_examples(Damaged(), 2, on_bad=ledger(tmp_path, max_bad=0.001).add)
     bad = ledger(tmp_path)
     open_examples(Damaged(), 2, slice(1, None, 2), on_bad=bad.add)
-    assert bad.summary().startswith("3 of 30 train pictures cannot be read and are skipped")
-    assert [line["name"] for line in lines(tmp_path)] == [f"picture {i}" for i in (4, 5, 17, 29)]
+    assert bad.news().startswith("3 of 30 train pictures cannot be read and are skipped")
+    assert bad.news() == ""
+    bad.add("another", "torn")
+    assert bad.news().startswith("4 of 30")
+    names = [line["name"] for line in lines(tmp_path)]
+    assert names == [*(f"picture {i}" for i in (4, 5, 17, 29)), "another"]
 
 
 def test_a_label_out_of_range_is_a_mistake_in_the_split(tmp_path):
@@ -206,6 +214,38 @@ class TestLedger:
         assert not capsys.readouterr().err
 
 
+def train_flags(workdir, data_dir):
+    """A small net, evaluated after 5, 9 and 12 steps."""
+    return [
+        *("--workdir", str(workdir), "--data.data-dir", str(data_dir), "--no-compilation-cache"),
+        *("--data.name", "prepared_folder/pets", "--data.image-size", "16", "--data.threads", "4"),
+        *("--model.variant", "cuda_convnet_cifar10", "--model.width", "0.1"),
+        *("--augment.crop-size", "12", "--batch-size", "8", "--steps", "12", "--epochs", "100"),
+        *("--log-every", "1", "--data.max-bad", "0.5"),
+    ]
+
+
+KILLED = """
+import os, signal, sys
+from flax_alexnet import train
+from flax_alexnet.checkpoint import Checkpoints
+from flax_alexnet.data import examples
+
+examples.CACHE_BYTES = 0
+save = Checkpoints.save
+
+def save_and_die(self, step, *arguments, **options):
+    if step == 9:  # with step 5 on the disk
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, step, *arguments, **options)
+    assert self.saved()
+
+Checkpoints.save = save_and_die
+train.main(sys.argv[1:])
+"""
+NAMES = ["test[2]", "train[20]", "train[7]"]  # of the bad ones
+
+
 class TestPrepared:
     """A dataset that was whole when it was prepared, and is not any more."""
 
@@ -238,6 +278,49 @@ class TestPrepared:
         (line,) = lines(tmp_path)
         assert line["name"] == "train[7]"
         assert "is damaged (" in line["problem"]
+
+    @pytest.fixture
+    def damaged(self, data_dir):
+        """Two pictures to train on and one to test on are bad."""
+        for split, indices in (("train", (7, 20)), ("test", (2,))):
+            dataset = open_dataset("prepared_folder/pets", data_dir)
+            source = dataset.train if split == "train" else dataset.eval
+            (path,) = data_dir.rglob(f"*-{split}.*")
+            data = path.read_bytes()
+            for record in source.records(indices):
+                data = data.replace(record.image, bytes(len(record.image)))
+            path.write_bytes(data)
+        return data_dir
+
+    def test_a_run_that_is_killed_ends_with_the_same_bits(
+        self, damaged, tmp_path, monkeypatch, capsys
+    ):
+        """Whether pictures are decoded once, or each time that they are asked for, in threads."""
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        assert train(train_flags(whole, damaged)) == 0
+        said = capsys.readouterr().out
+        command = [sys.executable, "-c", KILLED, *train_flags(parts, damaged)]
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        monkeypatch.setattr("flax_alexnet.data.examples.CACHE_BYTES", 0)
+        assert train(train_flags(parts, damaged)) == 0
+        said_later = capsys.readouterr().out
+        assert "steps 5 to 12" in said_later
+        for run, text in ((whole, said), (parts, said_later)):
+            before, _, after = text.partition("\nstep ")
+            for count in ("2 of 36 train", "1 of 4 eval"):
+                line = f"{count} pictures cannot be read and are skipped; see {run}/bad_records."
+                assert text.count(line) == 1
+                assert line in (before if run == whole else after), "it is said when it is found"
+            assert sorted(line["name"] for line in lines(run)) == NAMES
+        one, other = (json.loads((run / "summary.json").read_text()) for run in (whole, parts))
+        for name in ("params_sha256", "eval_loss", "eval_top1"):
+            assert one[name] == other[name]
+
+    def test_too_many_end_the_run(self, damaged, tmp_path, capsys):
+        assert train([*train_flags(tmp_path / "run", damaged), "--data.max-bad", "0.04"]) == 2
+        said = capsys.readouterr().err
+        assert "with it 2 of 36 train pictures are bad, more than --data.max-bad 0.04" in said
+        assert said.count("\n") == 1
 
     def test_a_missing_file_ends_the_run(self, data_dir, tmp_path):
         source = open_dataset("prepared_folder/pets", data_dir).train

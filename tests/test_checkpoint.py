@@ -13,6 +13,7 @@ from flax_alexnet.checkpoint import (
     Checkpoints,
     digest,
     manifest,
+    need_steps,
     newest_whole,
     restore_model,
     set_aside_damaged,
@@ -247,11 +248,54 @@ def test_with_none_that_is_whole_nothing_is_touched(two, tmp_path):
 def test_what_is_no_step_is_left_alone(two, tmp_path):
     (two / "notes.txt").write_text("hello")
     (two / "best").mkdir()
-    (two / "3.orbax-checkpoint-tmp").mkdir()  # left by a kill in the middle of a save
     assert set_aside_damaged(two, tmp_path / "aside") == []
     assert_is(restore(two)[1], 2)
-    assert not (two / "3.orbax-checkpoint-tmp").exists()
     assert (two / "notes.txt").read_text() == "hello"
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_what_a_kill_in_the_middle_of_a_save_leaves_is_set_aside(two, tmp_path, steps):
+    if not steps:
+        shutil.rmtree(two)
+    (two / "3.orbax-checkpoint-tmp" / "default").mkdir(parents=True)
+    (two / "3.orbax-checkpoint-tmp" / "default" / "half").write_text("a")
+    (said,) = set_aside_damaged(two, tmp_path / "aside")
+    aside = tmp_path / "aside" / "3.orbax-checkpoint-tmp"
+    assert said == (
+        f"checkpoint 3.orbax-checkpoint-tmp is damaged (its saving was cut off) and was moved to "
+        f"{aside}"
+    )
+    assert (aside / "default" / "half").read_text() == "a"
+    assert not (two / "3.orbax-checkpoint-tmp").exists()
+    if steps:
+        assert_is(restore(two)[1], 2)
+
+
+def test_steps_that_were_saved_and_are_gone_are_missed(tmp_path, monkeypatch):
+    folder, marker = tmp_path / "checkpoints", tmp_path / "saved"
+
+    def save_one(step):
+        checkpoints = Checkpoints(folder, 1000, marker=marker, say=lambda _: None)
+        checkpoints.save(step, state(step))
+        checkpoints.close()
+
+    with monkeypatch.context() as patch:
+
+        def fail(*_):
+            raise OSError(5, "Input/output error")
+
+        patch.setattr("flax_alexnet.checkpoint.write_manifest", fail)
+        save_one(1)
+    need_steps(folder, marker)  # a run that never could save starts again
+    save_one(2)
+    need_steps(folder, marker)
+    marker.unlink()  # as with a run of an older version, or a kill right after the save
+    Checkpoints(folder, marker=marker).close()
+    shutil.rmtree(folder / "2")
+    for _ in range(2):
+        with pytest.raises(UserError, match="has no checkpoint, though this run has saved some"):
+            need_steps(folder, marker)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class TestFullDisk:

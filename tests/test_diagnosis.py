@@ -12,6 +12,7 @@ from flax_alexnet.diagnosis import (
     dead_units,
     divergence,
     largest_activation,
+    new_plateau,
     on_plateau,
     plateau_warning,
 )
@@ -74,6 +75,25 @@ def test_a_plateau_is_a_loss_that_equal_chances_give():
     assert not on_plateau(1.8183, 10), "and with He et al.'s initial values"
     assert not on_plateau(2.25, 10)
     assert not on_plateau(math.log(10), 1000)
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "expected"),
+    [
+        ([], False),
+        ([(0.75, 2.303)], False),
+        ([(0.75, 2.303), (1.5, 2.303)], True),
+        ([(1, 2.303), (2, 2.303)], False),  # it has been said, perhaps before a restart
+        ([(1, 1.8), (5, 2.303)], True),
+        ([(1, 1.8), (6, 2.303)], False),
+        ([(10, 2.303)], True),  # with --eval-epochs 10
+        ([(0.5, 2.303), (10, 2.303)], True),
+        ([(10, 2.303), (20, 2.303)], False),
+        ([(1, 1.8), (2, 1.2)], False),
+    ],
+)
+def test_a_plateau_is_new_once_and_early(evaluations, expected):
+    assert new_plateau(evaluations, 10) is expected
 
 
 def test_what_is_said_is_one_line_with_all_that_counts():

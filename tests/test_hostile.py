@@ -476,6 +476,36 @@ def test_memory_and_time_are_bounded(outcomes):
     assert outcomes.seconds[slowest] < 10
 
 
+PREPARE = r"""
+import os, re, sys
+from pathlib import Path
+os.cpu_count = lambda: 8
+from flax_alexnet.prepare import main
+
+def memory(name):
+    return int(re.search(name + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+idle = memory("VmRSS")
+assert main(sys.argv[1:]) == 0
+print(memory("VmHWM") - idle)
+"""
+
+
+def test_memory_is_bounded_in_many_threads(corpus, tmp_path):
+    """All of the largest at the same time, in eight threads."""
+    for number, what in enumerate(CORPUS):
+        for copy in "ab" if what in SLOW else "":
+            (tmp_path / "pictures" / copy).mkdir(parents=True, exist_ok=True)
+            for path in (corpus / f"{number:02}").iterdir():
+                (tmp_path / "pictures" / copy / f"{path.name}{number}").symlink_to(path)
+    flags = ["--data.name", f"folder:{tmp_path}/pictures", "--data.data-dir", str(tmp_path)]
+    command = [sys.executable, "-c", PREPARE, *flags, "--data.image-size", str(SIDE)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak = float(done.stdout.split()[-1])
+    print(f"{peak:.0f} MB above idle in eight threads")
+    assert peak < 500
+
+
 def test_training_says_the_same(quick):
     names = sorted(path.name for path in quick.iterdir())
     source = FolderSource(list_pictures(quick, names), names)

@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import threading
+from multiprocessing import shared_memory
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,14 @@ def test_what_is_held_is_counted(script):
         end.set()
         thread.join()
     assert now == {kind: count + 1 for kind, count in before.items()}
+
+
+def test_shared_memory_counts_when_nobody_uses_it(script):
+    segment = shared_memory.SharedMemory(create=True, size=1)
+    try:
+        assert segment.name not in script["ownerless"]()
+        segment.close()
+        assert segment.name in script["ownerless"]()
+    finally:
+        segment.unlink()
+    assert segment.name not in script["ownerless"]()

@@ -5,9 +5,11 @@ import csv
 import fcntl
 import io
 import os
+import re
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +50,15 @@ class TestPrepare:
     def test_a_folder_becomes_squares_that_train_reads(self, tmp_path):
         folder = make_folder(tmp_path / "pets", {"cat": 12, "dog": 13}, size=40)
         said = prepare(f"folder:{folder}", tmp_path / "data", image_size=16).splitlines()
-        assert said[0].startswith("prepared_folder/pets: 23 train, 2 test pictures in ")
-        assert said[0].endswith(" images/s")
-        assert said[1] == "25 of 25 pictures read"
+        written = tmp_path / "data" / "prepared_folder" / "pets" / "1.0.0"
+        size = sum(path.stat().st_size for path in written.glob("*.array_record-*"))
+        beginning = f"prepared_folder/pets: 23 train, 2 test pictures in {written}, "
+        rate = re.fullmatch(rf"{re.escape(beginning)}{size / 1e6:,.1f} MB, (\S+) images/s", said[0])
+        assert int(rate[1].replace(",", "")) > 0
+        assert said[1:] == [
+            "25 of 25 pictures read",
+            f"what became of each: {written}/outcomes.csv",
+        ]
         dataset = open_dataset("prepared_folder/pets", tmp_path / "data")
         assert dataset.label_names == ["cat", "dog"]
         assert (len(dataset.train), len(dataset.eval)) == (23, 2)
@@ -201,6 +209,39 @@ class TestOutcomes:
         said = capsys.readouterr().out
         assert "43 of 50 pictures read; 7 not:" in said
         assert f"{folder}/cat/empty.png: it is empty" in said
+
+    @pytest.mark.parametrize("splits", [("",), ("train/", "val/")])
+    def test_what_is_in_no_split_is_named(self, tmp_path, splits):
+        """What is hidden, beside the class folders, or in a third split."""
+        folder = tmp_path / "pets"
+        folder.mkdir()
+        for split in splits:
+            make_folder(tmp_path / "elsewhere" / split, {"cat": 12, "dog": 13})
+        for link in (tmp_path / "elsewhere").iterdir():  # what is read may be links
+            (folder / link.name).symlink_to(link)
+        reasons = {
+            "README.txt": "it is in no class folder that is read",
+            ".DS_Store": "it is hidden",
+            ".thumbnails/cat/000.png": "it is hidden",
+            f"{splits[-1]}cat/.000.png": "it is hidden",
+            f"{splits[-1]}loose.png": "it is in no class folder that is read",
+        }
+        if len(splits) > 1:
+            reasons["test/cat/000.png"] = "it is in no class folder that is read"
+            (folder / "loop").symlink_to(".")
+            reasons["loop"] = "it is in no class folder that is read"
+        for name in reasons.keys() - {"loop"}:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(b"")
+        said = prepare(f"folder:{folder}", tmp_path / "data", image_size=16)
+        table = outcomes(tmp_path / "data" / "prepared_folder" / "pets" / "1.0.0")
+        assert list(table.values()).count("ok") == 25 * len(splits)
+        left_out = {name: why for (split, name), why in table.items() if not split}
+        assert left_out == {f"{folder}/{name}": why for name, why in reasons.items()}
+        assert len(table) == 25 * len(splits) + len(reasons)
+        for why, count in Counter(reasons.values()).items():
+            first = min(name for name, other in left_out.items() if other == why)
+            assert f"\n{count} other files: {why}, such as {first}\n" in said
 
     def test_a_split_without_a_picture_is_a_mistake_that_can_be_mended(self, tmp_path):
         folder = make_folder(tmp_path / "pets", {"cat": 12, "dog": 13})
@@ -359,6 +400,41 @@ class TestInterruption:
             with pytest.raises(UserError, match=r"another process is at work in .*\.incomplete"):
                 prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
         prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
+
+    def test_a_link_in_the_place_of_the_lock_is_refused(self, tmp_path, pets):
+        work = tmp_path / "data" / "prepared_folder" / "pets" / "1.0.0.incomplete"
+        work.mkdir(parents=True)
+        (tmp_path / "precious").write_text("mine")
+        (work / "lock").symlink_to(tmp_path / "precious")
+        with pytest.raises(UserError, match=r"cannot write to .*: Too many levels of symbolic"):
+            prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
+        assert (tmp_path / "precious").read_text() == "mine"
+
+
+class TestProgress:
+    """Pictures a second and the time left, at a terminal and in a log."""
+
+    @pytest.fixture
+    def pets(self, tmp_path, monkeypatch):
+        """A folder of 5 shards."""
+        monkeypatch.setattr(prepared, "SHARD", 4)
+        return make_folder(tmp_path / "pets", {"cat": 8, "dog": 8})
+
+    @pytest.mark.parametrize("terminal", [True, False])
+    def test_is_shown(self, tmp_path, pets, monkeypatch, capsys, terminal):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+        with full_disk(2), pytest.raises(UserError):
+            prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
+        capsys.readouterr()
+        prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
+        captured = capsys.readouterr()
+        shown, silent = captured.out.splitlines(), captured.err
+        if terminal:
+            shown, silent = captured.err.split("\r"), captured.out
+        assert silent == ""
+        made = [int(re.search(r" (\d+)/16 \[", line)[1]) for line in shown if line.strip()]
+        assert (made[0], made[-1]) == (8 if terminal else 12, 16)
+        assert re.search(r"\[\d\d:\d\d<00:00, +[\d.]+ images/s\]", shown[-1])
 
 
 def archive(members):

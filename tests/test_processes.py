@@ -213,6 +213,33 @@ def test_a_mistake_ends_every_process_with_the_same_line(tmp_path, data_dir, fla
 
 
 @pytest.mark.parametrize(
+    ("code", "restarts", "again"),
+    [
+        *((code, 0, False) for code in (0, 1, 2, 130)),  # it is over, or would end so once more
+        *((75, restarts, True) for restarts in (0, 10, 99)),  # a time limit
+        *((137, restarts, restarts < 10) for restarts in (0, 9, 10)),  # a lost process
+        (143, 3, True),
+    ],
+)
+def test_slurm_gives_back_to_the_queue_what_can_go_on(tmp_path, code, restarts, again):
+    for name, script in {"srun": f"exit {code}", "scontrol": "exit 0"}.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/said\n{script}\n')
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_CPUS_PER_TASK": "8", "SLURM_JOB_NAME": "alexnet", "SLURM_JOB_ID": "42"}
+    job |= {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
+    environment = job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = LAUNCHER.with_name("slurm.sbatch")
+    done = subprocess.run(["bash", str(script), "--seed", "1"], env=environment, check=False)
+    assert done.returncode == code
+    called = (tmp_path / "said").read_text().splitlines()
+    assert called[0].startswith(
+        "srun --cpus-per-task=8 python -m flax_alexnet.train --recipe paper"
+    )
+    assert called[0].endswith(" --workdir runs/alexnet --data.threads 8 --seed 1")
+    assert called[1:] == ["scontrol requeue 42"] * again
+
+
+@pytest.mark.parametrize(
     ("environment", "name"),
     [
         ({}, None),

@@ -1,19 +1,22 @@
 """Files and names from others: what they may decide, and what is said of what does not fit."""
 
+import dataclasses
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from flax_alexnet.config import flatten
+from flax_alexnet.config import FREE_TO_CHANGE, flatten, misfit
 from flax_alexnet.data.sources import open_dataset
 from flax_alexnet.errors import UserError, printable
 from flax_alexnet.prepare import prepare
-from flax_alexnet.recipes import QUICKSTART
+from flax_alexnet.recipes import QUICKSTART, RECIPES
+from flax_alexnet.reporting import RunLog
 from flax_alexnet.weights.reading import load
-from flax_alexnet.workdir import claim, locked, record
+from flax_alexnet.workdir import FILES, claim, locked, record
 
 CONFIG = flatten(QUICKSTART) | {"dataset.label_names": ["a", "b"]}
 
@@ -31,17 +34,46 @@ class TestConfigurationFiles:
             ({"modle.width": 1}, "did you mean 'model.width'?"),
             ({"zzz": 1}, "unknown key 'zzz': choose one of: those of --help"),
             ({"a\nb": 1}, r"unknown key 'a\\nb'"),
-            ({"seed": "0"}, "seed was 0, is now 0"),
-            ({"seed": [0]}, r"seed was [0], is now 0"),
-            ({"model.width": None}, "model.width was None, is now 0.25"),
+            ({"seed": "0"}, "seed '0', where int is expected"),
+            ({"seed": [0]}, "seed [0], where int is expected"),
+            ({"seed": False}, "seed False, where int is expected"),
+            ({"seed": 0.0}, "seed 0.0, where int is expected"),
+            ({"model.width": None}, "model.width None, where float is expected"),
+            ({"optimizer.momentum": "0.9"}, "optimizer.momentum '0.9', where float is expected"),
+            ({"optimizer.drop_epochs": [True]}, "optimizer.drop_epochs [True], where tuple[float"),
+            ({"augment.scale": [1, 2]}, "augment.scale [1, 2], where float | tuple[float, float"),
+            ({"model.dtype": "float16"}, "model.dtype 'float16', where typing.Literal['float32'"),
+            ({"dataset.label_names": "ab"}, "dataset.label_names 'ab', where tuple[str, ...] is"),
+            ({"data.threads": "2"}, "data.threads '2', where int is expected"),  # free to change
+            ({"data.data_dir": 7}, "data.data_dir 7, where pathlib.Path | None is expected"),
         ],
     )
     def test_a_run_refuses_keys_and_values_that_it_did_not_write(self, tmp_path, change, message):
         write(tmp_path, CONFIG | change)
         with pytest.raises(UserError) as error:
-            claim(tmp_path, CONFIG)
+            claim(tmp_path, CONFIG, free_to_change=FREE_TO_CHANGE)
         assert message in str(error.value)
         assert "\n" not in str(error.value)
+        with pytest.raises(UserError) as error:
+            load(tmp_path)
+        assert "no working directory of a run: no config.json that says so (" in str(error.value)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+        claim(tmp_path, CONFIG, allow_changes=True)  # the new configuration takes its place
+
+    @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+    def test_what_a_run_writes_fits(self, recipe):
+        assert misfit(flatten(recipe)) == ""
+        scaled = dataclasses.replace(recipe.augment, scale=(0.1, 0.2, 0.3))
+        values = flatten(dataclasses.replace(recipe, augment=scaled, init_from=Path("net")))
+        assert misfit(values | {"dataset.train": 64, "init_from.sha256": "0"}) == ""
+
+    def test_a_difference_is_shown_with_its_type(self, tmp_path):
+        write(tmp_path, CONFIG | {"data.name": "7", "epochs": 24.0})  # 24 is as good as 24.0
+        with pytest.raises(
+            UserError, match=r"\(data\.name was '7', is now 'shapes_and_textures'\)"
+        ):
+            claim(tmp_path, CONFIG)
 
     @pytest.mark.parametrize(
         "text", ["", "{", "[]", "null", '{"config": []}', '{"config": 5}', "\x00", '{"config": {}}']
@@ -84,6 +116,29 @@ class TestWorkingDirectories:
         second = locked(tmp_path / "real")
         with locked(link), pytest.raises(UserError, match="is in use by process"):
             second.__enter__()
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_a_link_in_the_place_of_a_file_of_ours_is_refused(self, tmp_path, name):
+        workdir = tmp_path / "run"
+        workdir.mkdir()
+        (tmp_path / "mine").write_text("mine")
+        (workdir / name).symlink_to(tmp_path / "mine")
+        with pytest.raises(UserError, match=f"{name} is not what a run left there"):
+            claim(workdir, CONFIG)
+        assert (tmp_path / "mine").read_text() == "mine"
+
+    def test_a_link_in_the_place_of_a_half_written_file_is_not_followed(self, tmp_path):
+        mine = tmp_path / "mine"
+        mine.write_text("mine")
+        names = ("config", ".json"), ("metrics", ".jsonl")
+        for link in (f".{stem}.partial{end}" for stem, end in names):
+            (tmp_path / link).symlink_to(mine)
+        for link in (f"{stem}{end}.partial" for stem, end in names):
+            (tmp_path / link).symlink_to(mine)
+        record(tmp_path, CONFIG)
+        RunLog(tmp_path, 0, 1).close()
+        assert mine.read_text() == "mine"
+        assert not (tmp_path / "config.json").is_symlink()
 
     def test_a_link_to_nowhere_is_one_line(self, tmp_path):
         link = tmp_path / "link"

@@ -38,6 +38,7 @@ class BadRecords:
         self.path = workdir / (f"bad_records.{process}.jsonl" if process else "bad_records.jsonl")
         self._split, self._total, self._max_share = split, total, max_share
         self._names: set[str] = set()
+        self._said = 0  # how many `news` has told of
         self._waiting: list[bytes] = []  # lines to be written
         self._written: set[bytes] | None = None  # lines of the file; None: look
         self._lock = threading.Lock()
@@ -70,10 +71,13 @@ class BadRecords:
                 f"allows (see {self.path}): remove or repair them, or raise --data.max-bad"
             )
 
-    def summary(self) -> str:
-        """One line for the terminal."""
+    def news(self) -> str:
+        """One line for the terminal, or "" where nothing was found since it was last asked for."""
+        known, self._said = self._said, len(self)
+        if self._said == known:
+            return ""
         return (
-            f"{len(self):,} of {self._total:,} {self._split} pictures cannot be read and are "
+            f"{self._said:,} of {self._total:,} {self._split} pictures cannot be read and are "
             f"skipped; see {self.path}"
         )
 

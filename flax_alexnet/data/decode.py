@@ -1,20 +1,24 @@
 """Encoded pictures to square uint8 images, by the rule that a net was trained with."""
 
+import contextlib
 import io
 import re
+import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from flax_alexnet.errors import first_line
 from flax_alexnet.preprocessing import ResizeRule
 
 LARGEST_PICTURE = 178_956_970  # pixels: where Pillow refuses a picture; half of that it warns at
 # Pixels up to which a picture is decoded whole, which takes up to 22 bytes each. A larger JPEG is
-# decoded at a half, a quarter or an eighth of its size; other formats cannot be.
+# decoded at a half, a quarter or an eighth of its size; other formats cannot be. All threads
+# together decode no more at a time, however many they are.
 LARGEST_WHOLE = 20_000_000
 # A JPEG in several scans, such as a progressive one, keeps 2 bytes of each value until the last,
 # whatever its size then, and each scan passes over all of them, however little it says.
@@ -31,10 +35,39 @@ MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # of a JPEG
 JPEG, SCAN, PROGRESSIVE = b"\xff\xd8\xff", 0xDA, (0xC2, 0xCA)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of damaged metadata
+# Of large pictures in blocks of 16 MB, as Pillow has them, each thread's heap would keep some for
+# ever. One block goes back to the system.
+Image.core.set_block_size(2**27)
+PngImagePlugin.MAX_TEXT_MEMORY = 2**22  # bytes, of which each thread may hold so many; else 64 MB
 
 
 class DecodeError(ValueError):
     """Bytes that are not a picture that can be read; the message says why."""
+
+
+class _Room:
+    """So many pixels that threads may hold at a time; whoever needs more than are left waits."""
+
+    def __init__(self, pixels: int):
+        self._all = self._left = pixels
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        """Holds so many pixels, or all."""
+        pixels = min(pixels, self._all)
+        with self._changed:
+            self._changed.wait_for(lambda: pixels <= self._left)
+            self._left -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += pixels
+                self._changed.notify_all()
+
+
+ROOM = _Room(LARGEST_WHOLE)
 
 
 def decode(encoded: bytes, size: int, resize: ResizeRule = "paper") -> np.ndarray:
@@ -43,14 +76,16 @@ def decode(encoded: bytes, size: int, resize: ResizeRule = "paper") -> np.ndarra
     What is inside counts, not what a file's name says. Grey and CMYK become RGB, 16 bits a channel
     become 8, transparency is dropped, of an animation the first frame is taken, and a picture is
     turned as its EXIF orientation says. JPEGs of more than `LARGEST_WHOLE` pixels are decoded at a
-    lower resolution, still at least twice `size`, so that no picture takes more than 500 MB.
+    lower resolution, still at least twice `size`, so that no picture takes more than 500 MB. Nor
+    do several threads together: small pictures are decoded side by side, large ones in turn.
 
     Raises:
       DecodeError: the bytes are truncated, damaged, no picture, one with 32 bits a channel, or one
         of more pixels than `LARGEST_PICTURE` (of a JPEG in several scans `LARGEST_IN_SCANS` over
         its channels, of another format `LARGEST_WHOLE`, or `LARGEST_SLOW`).
     """
-    return to_square(_pixels(encoded, 2 * size), size, resize)
+    with contextlib.ExitStack() as held:
+        return to_square(_pixels(encoded, 2 * size, held), size, resize)
 
 
 def read_file(path: Path) -> bytes:
@@ -67,7 +102,8 @@ def read_file(path: Path) -> bytes:
 
 def decode_whole(encoded: bytes) -> np.ndarray:
     """A picture of at most `LARGEST_WHOLE` pixels at its own size: uint8[h, w, 3]; see `decode`."""
-    return _pixels(encoded, None)
+    with contextlib.ExitStack() as held:
+        return _pixels(encoded, None, held)
 
 
 def to_square(image: np.ndarray, size: int, resize: ResizeRule = "paper") -> np.ndarray:
@@ -99,25 +135,29 @@ def to_square(image: np.ndarray, size: int, resize: ResizeRule = "paper") -> np.
     return np.asarray(square)
 
 
-def _pixels(encoded: bytes, enough: int | None) -> np.ndarray:
-    """uint8[h, w, 3], upright; of a very large JPEG with sides of at least `enough` pixels."""
+def _pixels(encoded: bytes, enough: int | None, held: contextlib.ExitStack) -> np.ndarray:
+    """uint8[h, w, 3], upright; of a very large JPEG with sides of at least `enough` pixels.
+
+    The room that they take is given back when `held` is closed.
+    """
     if not encoded:
         raise DecodeError("it is empty")
     try:
-        return _jpeg(encoded, enough) if encoded.startswith(JPEG) else _other(encoded)
+        return _jpeg(encoded, enough, held) if encoded.startswith(JPEG) else _other(encoded, held)
     except UnidentifiedImageError:
         raise DecodeError("it is no picture in a known format") from None
     except Exception as error:  # Pillow reports a damaged picture by almost any, TypeError included
         raise DecodeError(first_line(error)) from error
 
 
-def _jpeg(encoded: bytes, enough: int | None) -> np.ndarray:
+def _jpeg(encoded: bytes, enough: int | None, held: contextlib.ExitStack) -> np.ndarray:
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(encoded)
     except ValueError:  # an unusual sampling of the colours, which Pillow knows
-        return _other(encoded)
+        return _other(encoded, held)
     _need_at_most(LARGEST_PICTURE if enough else LARGEST_WHOLE, height * width)
     _need_few_scans(encoded, {"Gray": 1, "CMYK": 4, "YCCK": 4}.get(colors, 3), height * width)
+    held.enter_context(ROOM.take(height * width))
     least = enough if enough and height * width > LARGEST_WHOLE else max(height, width)
     pixels = simplejpeg.decode_jpeg(encoded, "RGB", min_height=least, min_width=least)
     if encoded.find(b"Exif\0\0", 0, FAR) < 0:  # dearer to parse than to look for
@@ -147,7 +187,7 @@ def _in_scans(jpeg: bytes, channels: int) -> bool:
     return False
 
 
-def _other(encoded: bytes) -> np.ndarray:
+def _other(encoded: bytes, held: contextlib.ExitStack) -> np.ndarray:
     with _open(encoded) as image:
         _need_at_most(LARGEST_WHOLE, _stored(image))
         if encoded.startswith(JPEG):
@@ -158,6 +198,7 @@ def _other(encoded: bytes) -> np.ndarray:
                 f"of its kind of {image.format} only {LARGEST_SLOW:,} pixels and bytes are read; "
                 "save it as PNG"
             )
+        held.enter_context(ROOM.take(_stored(image)))
         if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey rather than scale it
             grey = (np.asarray(image) >> 8).astype(np.uint8)
             return _upright(np.repeat(grey[..., None], 3, axis=-1), image)

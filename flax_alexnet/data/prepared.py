@@ -30,7 +30,7 @@ from flax_alexnet.data.decode import DecodeError, decode
 from flax_alexnet.data.sources import Record
 from flax_alexnet.errors import UserError, first_line, printable
 
-SHARD = 8192  # pictures of a shard at most: what a kill can cost
+SHARD = 8192  # pictures of a shard at most: what a kill can cost, so a small split as a whole
 QUALITY = 90  # of the JPEGs
 OK = "ok"  # the outcome of a picture that was taken; any other says why it was not
 DATASET, LOCK, PLAN = "dataset", "lock", "plan"  # what lies in an unfinished folder
@@ -77,12 +77,18 @@ class Result(NamedTuple):
 
 
 def write_dataset(
-    splits: Mapping[str, Pictures], folder: Path, name: str, size: int, name_feature: str = "name"
+    splits: Mapping[str, Pictures],
+    folder: Path,
+    name: str,
+    size: int,
+    name_feature: str = "name",
+    left_out: Sequence[tuple[str, str]] = (),
 ) -> Prepared:
     """Brings all pictures to `size` × `size` by the paper's rule and stores them as JPEG.
 
-    All cores decode, and a progress bar shows the time left. A run that was stopped at any moment
-    and is started again ends with the same bytes. `outcomes.csv` lists every picture.
+    All cores decode, and a progress bar shows the time left; without a terminal a line does after
+    each shard. A run that was stopped at any moment and is started again ends with the same bytes.
+    `outcomes.csv` lists every picture.
 
     Args:
       splits: pictures of each split; all have the same label names.
@@ -90,6 +96,7 @@ def write_dataset(
       name: the dataset's, which begins the names of its files.
       size: pixels a side.
       name_feature: under which a picture's name stands in its record.
+      left_out: (name, why) of files that are in no split, to be listed too.
 
     Raises:
       UserError: the dataset is there already, another process prepares it, a split has no picture
@@ -114,8 +121,15 @@ def write_dataset(
                         example = _example(splits[shard.split], size, serialize)
                         examples = map_threads(example, shard.indices.tolist())
                         results[shard.file] = _write(work, shard, examples, bar)
+                        if bar.disable:
+                            made = sum(len(result.outcomes) for result in results.values())
+                            seconds = time.perf_counter() - start
+                            said = tqdm.format_meter(
+                                made, total, seconds, ncols=0, unit=" images", initial=done
+                            )
+                            print(said, flush=True)
             rate = (total - done) / (time.perf_counter() - start)
-            problems = _list_outcomes(work, splits, shards, results)
+            problems = _list_outcomes(work, splits, shards, results, left_out)
             infos = [_split_info(split, shards, results) for split in splits]
             tfds.folder_dataset.write_metadata(
                 data_dir=work / DATASET,
@@ -195,7 +209,9 @@ def _plan(splits: Mapping[str, Pictures], shards: Sequence[Shard], size: int) ->
 def _alone(work: Path) -> Iterator[None]:
     """Makes the folder and keeps other processes out of it; when one dies, it lets go."""
     work.mkdir(parents=True, exist_ok=True)
-    with (work / LOCK).open("w") as lock:
+    # What a link of that name points to is not ours, and nothing of it is cut off.
+    file = os.open(work / LOCK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with open(file, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -274,8 +290,12 @@ def _list_outcomes(
     splits: Mapping[str, Pictures],
     shards: Sequence[Shard],
     results: Mapping[str, Result],
+    left_out: Sequence[tuple[str, str]],
 ) -> list[tuple[str, str]]:
-    """Writes what became of each picture, and returns (name, why) of those not taken."""
+    """Writes what became of each picture, and returns (name, why) of those not taken.
+
+    Those `left_out` follow, with no split.
+    """
     problems = []
     with (work / DATASET / OUTCOMES).open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
@@ -295,6 +315,7 @@ def _list_outcomes(
             if OK not in outcomes:
                 why = f", such as {problems[-1][0]}: {problems[-1][1]}" if outcomes else ""
                 raise UserError(f"no picture of the split {split!r} can be read{why}")
+        table.writerows(["", *row] for row in left_out)
     return problems
 
 

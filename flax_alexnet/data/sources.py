@@ -300,6 +300,30 @@ def _files_below(folder: str) -> list[str]:
     return sorted(files, key=lambda path: path.split(os.sep))
 
 
+def list_left_out(path: Path, taken: Sequence[FolderSource]) -> list[tuple[str, str]]:
+    """(name, why) of all files below `path` that `taken` do not have, sorted by name."""
+    pictures = {str(picture) for source in taken for picture in source.paths}
+    parents = (Path(folder, "_").parents for folder in set(map(os.path.dirname, pictures)))
+    inside = {str(parent) for several in parents for parent in several}
+    result, folders = [], [str(path)]
+    while folders:
+        folder = folders.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:  # of somebody else's, say
+            result.append((printable(folder), error.strerror or first_line(error)))
+            continue
+        for entry in entries:
+            # A class folder may be a link; no other link is followed, as it may lead back.
+            if entry.is_dir(follow_symlinks=entry.path in inside):
+                folders.append(entry.path)
+            elif entry.path not in pictures:
+                hidden = "/." in entry.path.removeprefix(str(path))
+                why = "it is hidden" if hidden else "it is in no class folder that is read"
+                result.append((printable(entry.path), why))
+    return sorted(result)
+
+
 def open_folder(path: Path) -> tuple[FolderSource, FolderSource]:
     """Pictures to train on and to test on, in class folders.
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_alexnet.checkpoint import digest, newest_whole, restore_model
-from flax_alexnet.config import ModelConfig
+from flax_alexnet.config import ModelConfig, misfit
 from flax_alexnet.errors import UserError, first_line, unknown
 from flax_alexnet.integrity import sha256
 from flax_alexnet.preprocessing import Preprocessing
@@ -205,6 +204,8 @@ def _read_run(workdir: Path) -> tuple[Pretrained, list[str]]:
     """The newest checkpoint of a run, with the preprocessing that its configuration says."""
     try:
         config = json.loads((workdir / "config.json").read_text())["config"]
+        if problem := misfit(config):
+            raise ValueError(problem)
         names = tuple(config["dataset.label_names"])
         fields = [field.name for field in dataclasses.fields(ModelConfig)]
         model = ModelConfig(**{name: config[f"model.{name}"] for name in fields})
@@ -224,11 +225,22 @@ def _read_run(workdir: Path) -> tuple[Pretrained, list[str]]:
         names += tuple(f"class {label}" for label in range(len(names), num_classes))
         net = Pretrained(model, {}, rule, names)
         need_sane(net)
-    except (OSError, ValueError, KeyError, TypeError, MemoryError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        MemoryError,
+        RecursionError,
+    ) as error:
         raise UserError(
             f"{workdir} is no working directory of a run: no config.json that says so "
             f"({first_line(error)})"
         ) from None
+    # Orbax, which takes a while to import, is for runs alone.
+    from flax_alexnet.checkpoint import digest, newest_whole, restore_model
+
     step, notes = newest_whole(workdir / "checkpoints")
     if step is None:
         reason = "; ".join(notes) or "wait for the first evaluation"
