@@ -46,7 +46,7 @@ from flax_alexnet.recipes import RECIPES
 from flax_alexnet.reporting import RunLog, Throughput
 from flax_alexnet.sharding import make_layout
 from flax_alexnet.step import create_state
-from flax_alexnet.train import train_means
+from flax_alexnet.training import train_means
 
 LOG_EVERY = 10  # steps between lines of metrics; recipes have 50 or more
 

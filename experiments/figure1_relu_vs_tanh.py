@@ -32,6 +32,7 @@ from flax_alexnet.build import (
     make_optimizer,
     no_totals,
     state_template,
+    use_compilation_cache,
 )
 from flax_alexnet.data.examples import CachedExamples, Examples, mean_image
 from flax_alexnet.data.loader import training_batches
@@ -40,7 +41,6 @@ from flax_alexnet.errors import UserError, exit_code
 from flax_alexnet.recipes import RECIPES
 from flax_alexnet.sharding import make_layout
 from flax_alexnet.step import create_state
-from flax_alexnet.train import use_compilation_cache
 
 TARGET = 0.25  # training error
 CLAIM = 6.0  # times fewer epochs, in the paper

@@ -1,7 +1,9 @@
 """From a configuration to what a run is made of: model, optimizer, compiled steps, state."""
 
 import functools
+import os
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -11,10 +13,7 @@ import numpy as np
 import optax
 
 from flax_alexnet.augment import augment, preprocess
-from flax_alexnet.checkpoint import Checkpoints
 from flax_alexnet.config import Config, ModelConfig, OptimizerConfig
-from flax_alexnet.data.examples import Examples
-from flax_alexnet.data.loader import evaluation_batches
 from flax_alexnet.model import AlexNet
 from flax_alexnet.optimizer import create_optimizer, create_schedule
 from flax_alexnet.sharding import Layout
@@ -134,42 +133,22 @@ def initialize(
     return init(key, mean, given)
 
 
-def restore_or_create(
-    checkpoints: Checkpoints,
-    init_fn: Callable[..., TrainState],
-    key: jax.Array,
-    start_with: Callable[[], tuple[np.ndarray, Mapping[str, Any]]],
-    template: TrainState,
-) -> TrainState:
-    """The newest saved state, or that before the first step, laid out as `template` either way."""
-    latest = checkpoints.latest_step()
-    if latest is not None:
-        return checkpoints.restore(latest, template)
-    mean, given = start_with()
-    return initialize(init_fn, jax.random.fold_in(key, 2**32 - 1), mean, template, given)
-
-
 def no_totals(layout: Layout) -> Totals:
     """Totals over no images, on all devices."""
     return jax.jit(zero_totals, out_shardings=layout.replicated)()
 
 
-def evaluate(
-    eval_fn: Callable[..., Totals],
-    state: TrainState,
-    examples: Examples,
-    batch_size: int,
-    threads: int,
-    layout: Layout,
-) -> dict[str, float]:
-    """Loss, top-1 and top-5 accuracy over all examples, each counted once."""
-    totals = no_totals(layout)
-    for batch in evaluation_batches(
-        examples,
-        batch_size,
-        threads=threads,
-        rows=layout.rows(batch_size),
-    ):
-        totals = eval_fn(totals, state.params, state.mean, layout.put(batch, batch_size))
-    images = float(totals["images"])
-    return {f"eval_{name}": float(totals[name]) / images for name in ("loss", "top1", "top5")}
+def collected(params: Any, layout: Layout) -> Any:
+    """All parameters on this host, from all devices; all processes must call it."""
+    collect = jax.jit(lambda tree: tree, out_shardings=layout.replicated)
+    return jax.tree.map(np.asarray, collect(params))
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, so that the next start is quicker."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return  # the user has chosen a place
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "flax_alexnet"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # JAX keeps what took a second; that of evaluation takes half of one.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,26 +1,25 @@
-"""What a training run can be told: frozen dataclasses, their ranges, and the command line."""
+"""What a training run can be told: frozen dataclasses, and the ranges of their values."""
 
-import contextlib
+import builtins
 import dataclasses
-import difflib
-import io
 import json
 import re
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
-import tyro
 
 from flax_alexnet.architectures import ARCHITECTURES
-from flax_alexnet.errors import UserError, unknown
+from flax_alexnet.errors import UserError, printable, unknown
+from flax_alexnet.flags import need, need_batch
 from flax_alexnet.preprocessing import ResizeRule, Scale
 
 # Beyond these a value is a slip of the keyboard.
 LARGEST_NUMBER = 1e10
 LARGEST_IMAGE = 8192
-LARGEST_BATCH = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +42,6 @@ class DataConfig:
     """Threads that decode and batch pictures."""
     max_bad: float = 0.001
     """Share of the pictures that may be unreadable and are skipped; more stop the run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class UseDataConfig:
-    """Pictures of a dataset that a trained net is used on."""
-
-    name: str = ""
-    """The embedded "shapes_and_textures", a TFDS name that has been prepared, or folder:PATH."""
-    data_dir: Path | None = None
-    """Where prepared datasets lie; none: TFDS_DATA_DIR or tensorflow_datasets in the home."""
-    split: str | None = None
-    """TFDS split; none: validation where there is one, else test. Of a folder: train, test or all;
-    none: test, which training holds out."""
-
-
-NO_DATASET = UseDataConfig()
-EMBEDDED_DATASET = UseDataConfig(name="shapes_and_textures")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +169,8 @@ class Config:
     """Minutes for which a run goes on although nothing can be saved, such as with a full disk."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder for the next start."""
+    keep_memory: bool = True
+    """On a CPU: keep freed memory for the next step, rather than giving it back to the system."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -198,6 +182,7 @@ class Config:
 LOCAL = frozenset(
     {
         "compilation_cache",
+        "keep_memory",
         "data.data_dir",
         "data.threads",
         "parallel.coordinator",  # only process 0 needs to know itself by another name
@@ -364,6 +349,56 @@ def _matching(flag: str, pattern: str, names: Sequence[str]) -> list[str]:
     return found
 
 
+def misfit(values: Mapping[str, Any]) -> str:
+    """What a run's `config.json` has that no run wrote, in a few words; "" if there is nothing.
+
+    That is a key which is unknown, or a value of another type than its field's.
+
+    Args:
+      values: flat, as JSON has them; some may be missing, as in a file of an older version.
+    """
+    hints = _hints(Config) | {  # beside the flags: facts on the data, and on what is started from
+        "dataset.train": int,
+        "dataset.eval": int,
+        "dataset.label_names": tuple[str, ...],
+        "init_from.sha256": str,
+    }
+    for name, value in sorted(values.items()):
+        if name not in hints:
+            return f"an {unknown('key', printable(name), hints, shown=('those of --help',))}"
+        if not _fits(value, hint := hints[name]):
+            expected = hint.__name__ if isinstance(hint, type) else hint
+            return f"{name} {value!r}, where {expected} is expected"
+    return ""
+
+
+def _hints(schema: type, prefix: str = "") -> dict[str, Any]:
+    """The types of a dataclass's fields and of those in them, by names such as "data.name"."""
+    result: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(schema).items():
+        inner = dataclasses.is_dataclass(hint)
+        result |= _hints(hint, f"{prefix}{name}.") if inner else {prefix + name: hint}
+    return result
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of JSON is one of a field's type."""
+    choices = typing.get_args(hint)
+    match typing.get_origin(hint):
+        case typing.Literal:
+            return isinstance(value, str) and value in choices
+        case types.UnionType | typing.Union:
+            return any(_fits(value, choice) for choice in choices)
+        case builtins.tuple:
+            several = choices[-1] is ...
+            return (
+                isinstance(value, list)
+                and (several or len(value) == len(choices))
+                and all(_fits(part, choices[0]) for part in value)
+            )
+    return type(value) in {float: (float, int), Path: (str,)}.get(hint, (hint,))
+
+
 def flatten(config: Any) -> dict[str, Any]:
     """A configuration as {"data.name": …}, with values as JSON has them."""
 
@@ -378,98 +413,3 @@ def flatten(config: Any) -> dict[str, Any]:
 
     values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return walk("", values)
-
-
-T = TypeVar("T")
-
-
-def need(flag: str, value: object, fits: bool, expected: str) -> None:
-    """Raises UserError for the value of a flag that does not fit."""
-    if not fits:
-        raise UserError(f"--{flag} is {value}; expected {expected}")
-
-
-def need_batch(size: int) -> None:
-    """Raises UserError for a `--batch-size` that is out of its range."""
-    need("batch-size", size, 1 <= size <= LARGEST_BATCH, f"1 to {LARGEST_BATCH}")
-
-
-def need_png(flag: str, path: Path | None) -> None:
-    """Raises UserError for a picture to be written under another ending."""
-    need(flag, path, path is None or path.suffix == ".png", "a .png file")
-
-
-def parse(schema: type[T], argv: Sequence[str], default: T | None, program: str) -> T:
-    """`default` with the flags of `argv` applied; None where `schema` has positional arguments.
-
-    Raises:
-      UserError: an unknown flag, with the nearest one, or a value that is not of its type or
-        names another user's home that is not there.
-      SystemExit: after `--help`.
-    """
-    start: Any = tyro.MISSING_NONPROP if default is None else default
-    if {"-h", "--help"} & set(argv):
-        return tyro.cli(schema, args=argv, default=start, prog=program)
-    flags = known_flags(schema if default is None else default)
-    for word in argv:
-        name = word.partition("=")[0].replace("_", "-")
-        if name.startswith("--") and name not in flags:
-            near = difflib.get_close_matches(name, flags, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"see python -m {program} --help"
-            raise UserError(f"unknown flag {name}: {hint}")
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            return _expand(tyro.cli(schema, args=argv, default=start, prog=program))
-    except SystemExit:
-        raise UserError(_first_paragraph(output.getvalue())) from None
-
-
-def _expand(config: Any) -> Any:
-    """Paths with the home for "~", which a shell leaves alone in `--flag=~/path`."""
-    changes = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            changes[field.name] = _expand(value)
-        elif isinstance(value, Path):
-            try:
-                changes[field.name] = value.expanduser()
-            except RuntimeError as error:
-                raise UserError(f"{value}: {error}") from None
-    return dataclasses.replace(config, **changes)
-
-
-def known_flags(default: Any, prefix: str = "--") -> list[str]:
-    """Every flag of a dataclass or its type, nested ones with their prefix, in tyro's spelling."""
-    flags = []
-    for field in dataclasses.fields(default):
-        name, value = field.name.replace("_", "-"), getattr(default, field.name, None)
-        if dataclasses.is_dataclass(value):
-            flags += known_flags(value, f"{prefix}{name}.")
-        elif isinstance(value, bool):
-            flags += [f"{prefix}{name}", f"{prefix}no-{name}"]
-        else:
-            flags.append(prefix + name)
-    return flags
-
-
-def value_of(flag: str, argv: Sequence[str], default: str) -> str:
-    """The value that `argv` gives a flag, before it is parsed as a whole."""
-    for index, word in reversed(list(enumerate(argv))):  # the last one counts, as in tyro
-        name, equals, value = word.partition("=")
-        if name.replace("_", "-") == flag:  # as tyro reads it
-            if equals:
-                return value
-            if index + 1 < len(argv):
-                return argv[index + 1]
-    return default
-
-
-def _first_paragraph(box: str) -> str:
-    """What tyro says first in its box of text, which is a title and paragraphs between rulers."""
-    text = re.sub(r"^╭.*╮$", "title\n---", box.strip(), flags=re.MULTILINE)
-    lines = [line.strip(" │|") for line in text.splitlines()]
-    paragraphs = "\n".join(line if re.search(r"\w", line) else "---" for line in lines).split("---")
-    said = [" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip()]
-    return said[1] if len(said) > 1 else "the command line could not be read; see --help"

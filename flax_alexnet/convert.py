@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import tyro
 
-from flax_alexnet.config import parse
 from flax_alexnet.errors import UserError, exit_code, leave
+from flax_alexnet.flags import parse
 from flax_alexnet.outputs import need_writable
 from flax_alexnet.weights import layouts, native, torch_files
 from flax_alexnet.weights.labels import read_labels

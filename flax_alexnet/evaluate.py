@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from flax_alexnet.config import EMBEDDED_DATASET, UseDataConfig, need_batch, parse
 from flax_alexnet.data.pictures import Picture, open_for_use, read_pictures, summarize
 from flax_alexnet.data.sources import Source
 from flax_alexnet.errors import UserError, exit_code, leave
+from flax_alexnet.flags import EMBEDDED_DATASET, UseDataConfig, need_batch, parse
 from flax_alexnet.inference import infer, log_probabilities
 from flax_alexnet.outputs import need_writable, writing
 from flax_alexnet.plots import plot_confusion

@@ -20,8 +20,8 @@ import numpy as np
 import tyro
 
 from flax_alexnet.activations import features
-from flax_alexnet.config import parse
 from flax_alexnet.errors import UserError, exit_code, first_line, leave, unknown
+from flax_alexnet.flags import parse
 from flax_alexnet.outputs import need_writable
 from flax_alexnet.weights.pretrained import Params, Pretrained, need_layers
 from flax_alexnet.weights.reading import load

@@ -17,7 +17,6 @@ import tyro
 from tqdm import tqdm
 
 from flax_alexnet.activations import features
-from flax_alexnet.config import NO_DATASET, UseDataConfig, need, need_batch, need_png, parse
 from flax_alexnet.data.pictures import (
     Picture,
     find_pictures,
@@ -28,6 +27,7 @@ from flax_alexnet.data.pictures import (
 from flax_alexnet.data.sources import FolderSource, Source
 from flax_alexnet.errors import UserError, exit_code, leave
 from flax_alexnet.feature_files import READ, SUFFIXES, UNREADABLE, FeatureFile, nearest
+from flax_alexnet.flags import NO_DATASET, UseDataConfig, need, need_batch, need_png, parse
 from flax_alexnet.inference import infer, on_devices
 from flax_alexnet.model import AlexNet
 from flax_alexnet.outputs import need_writable, writing

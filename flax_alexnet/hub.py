@@ -23,8 +23,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from flax_alexnet.config import parse
 from flax_alexnet.errors import UserError, exit_code, first_line, leave, unknown
+from flax_alexnet.flags import parse
 from flax_alexnet.weights import native
 from flax_alexnet.weights.pretrained import Pretrained
 from flax_alexnet.weights.reading import load

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import tyro
 
-from flax_alexnet.config import need, need_png, parse
 from flax_alexnet.data.decode import DecodeError, decode_whole, read_file
 from flax_alexnet.data.pictures import find_pictures, summarize
 from flax_alexnet.errors import UserError, exit_code, leave, printable
+from flax_alexnet.flags import need, need_png, parse
 from flax_alexnet.outputs import need_writable, writing
 from flax_alexnet.perceptual import lpips, signed
 from flax_alexnet.plots import plot_distance

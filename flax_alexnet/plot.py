@@ -15,8 +15,8 @@ import tyro
 from flax_alexnet.activations import features, grad_cam, map_names
 from flax_alexnet.architectures import activation_names, architecture
 from flax_alexnet.augment import center_crop
-from flax_alexnet.config import parse
 from flax_alexnet.errors import UserError, exit_code, leave, unknown
+from flax_alexnet.flags import parse
 from flax_alexnet.outputs import need_writable, writing
 from flax_alexnet.plots import plot_activations, plot_grad_cam, plot_kernels
 from flax_alexnet.weights.pretrained import Pretrained, need_classifier, need_layers

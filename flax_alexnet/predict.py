@@ -11,10 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from flax_alexnet.config import need, need_batch, need_png, parse
 from flax_alexnet.data.pictures import Picture, find_pictures, read_pictures, summarize
 from flax_alexnet.data.sources import Source
 from flax_alexnet.errors import UserError, exit_code, leave
+from flax_alexnet.flags import need, need_batch, need_png, parse
 from flax_alexnet.inference import infer, log_probabilities
 from flax_alexnet.outputs import need_writable, writing
 from flax_alexnet.plots import plot_predictions

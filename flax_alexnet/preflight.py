@@ -3,12 +3,13 @@
 import contextlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from flax_alexnet.architectures import Conv, Dense, Layer, architecture, trace
-from flax_alexnet.checkpoint import digest, set_aside_damaged
+from flax_alexnet.checkpoint import digest, need_steps, set_aside_damaged
 from flax_alexnet.cluster import gather, is_main
 from flax_alexnet.config import (
     FREE_TO_CHANGE,
@@ -22,10 +23,11 @@ from flax_alexnet.data.bad_records import BadRecords
 from flax_alexnet.data.examples import Examples, open_examples
 from flax_alexnet.data.sources import Dataset, Source, open_dataset
 from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.reporting import read_metrics
 from flax_alexnet.sharding import Layout, make_layout
 from flax_alexnet.weights.finetuning import Start, start_from
 from flax_alexnet.weights.reading import load
-from flax_alexnet.workdir import claim, locked, need_room
+from flax_alexnet.workdir import SAVED, claim, locked, need_room
 
 
 class Ready(NamedTuple):
@@ -34,6 +36,7 @@ class Ready(NamedTuple):
     dataset: Dataset
     train: Examples
     eval: Examples
+    bad: tuple[BadRecords, BadRecords]  # of both
     num_classes: int
     layout: Layout
     start: Start | None  # what is taken from --init-from
@@ -42,6 +45,7 @@ class Ready(NamedTuple):
     share: slice  # of the pictures: those that this process tries, and adds up for their mean
     identity: dict[str, Any]  # the configuration and the data, as JSON has them
     summarized: bool  # whether the run has been ended before
+    evaluations: list[tuple[int, float, float]]  # step, epoch and loss of those made before
 
 
 def check_and_open(config: Config, held: contextlib.ExitStack) -> Ready:
@@ -60,7 +64,8 @@ def check_and_open(config: Config, held: contextlib.ExitStack) -> Ready:
     assert ready is not None, "an error has ended all processes"
     # Now that the main process has set aside what is damaged, all must see the same.
     left = sorted(path.name for path in config.workdir.glob("checkpoints/*") if path.name.isdigit())
-    agree({"checkpoints": left, "summary": ready.summarized}, error="")
+    seen = {"checkpoints": left, "summary": ready.summarized, "evaluations": ready.evaluations}
+    agree(seen, error="")
     return ready
 
 
@@ -136,11 +141,14 @@ def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
         held.enter_context(locked(config.workdir))
         for line in set_aside_damaged(config.workdir / "checkpoints", config.workdir / "damaged"):
             print(line, flush=True)
+        need_steps(config.workdir / "checkpoints", config.workdir / SAVED)
     share = slice(jax.process_index(), None, jax.process_count())
+    bad = _bad_records(config, "train", dataset.train), _bad_records(config, "eval", dataset.eval)
     return Ready(
         dataset,
-        _open_examples(config, "train", dataset.train, share),
-        _open_examples(config, "eval", dataset.eval, share),
+        _open_examples(config, dataset.train, share, bad[0]),
+        _open_examples(config, dataset.eval, share, bad[1]),
+        bad,
         num_classes,
         layout,
         start,
@@ -149,16 +157,31 @@ def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
         share,
         identity,
         (config.workdir / "summary.json").exists(),
+        _evaluations(config.workdir / "metrics.jsonl"),
     )
 
 
-def _open_examples(config: Config, split: str, source: Source, share: slice) -> Examples:
+def _evaluations(path: Path) -> list[tuple[int, float, float]]:
+    try:
+        return [
+            (int(line["step"]), float(line["epoch"]), float(line["eval_loss"]))
+            for line in read_metrics(path)
+            if "eval_loss" in line
+        ]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: remove it or repair it by hand") from None
+
+
+def _bad_records(config: Config, split: str, source: Source) -> BadRecords:
+    return BadRecords(config.workdir, split, len(source), config.data.max_bad, jax.process_index())
+
+
+def _open_examples(config: Config, source: Source, share: slice, bad: BadRecords) -> Examples:
     """A split's pictures, tried where they were not before; says how many cannot be read."""
     data = config.data
-    bad = BadRecords(config.workdir, split, len(source), data.max_bad, jax.process_index())
     examples = open_examples(source, data.image_size, share, data.resize, bad.add)
-    if len(bad) and is_main():
-        print(bad.summary(), flush=True)
+    if (said := bad.news()) and is_main():
+        print(said, flush=True)
     return examples
 
 

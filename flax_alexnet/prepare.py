@@ -4,13 +4,14 @@ import dataclasses
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import absl.logging
 import tensorflow_datasets as tfds
 
-from flax_alexnet.config import LARGEST_IMAGE, parse
+from flax_alexnet.config import LARGEST_IMAGE
 from flax_alexnet.data import imagenet, shapes
 from flax_alexnet.data.pictures import summarize
 from flax_alexnet.data.prepared import OUTCOMES, Prepared, need_new, write_dataset
@@ -20,10 +21,12 @@ from flax_alexnet.data.sources import (
     UNREADABLE,
     damaged,
     default_data_dir,
+    list_left_out,
     need_known,
     open_folder,
 )
 from flax_alexnet.errors import UserError, exit_code, first_line, leave
+from flax_alexnet.flags import parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +64,11 @@ def prepare(name: str, data_dir: Path | None = None, image_size: int = 256) -> s
 
     The pictures of a folder and of "imagenet2012" are brought to `image_size` × `image_size` by
     the paper's rule (shorter side scaled, centre cut out) and stored as JPEG; those that cannot be
-    read are left out, and `outcomes.csv` in the dataset says why. A folder's dataset is called
-    "prepared_folder/NAME". What was interrupted goes on when it is called again. The embedded
-    dataset is rendered. Other TFDS names are downloaded and stored as TFDS does, but as
-    ArrayRecord; many of their builders need TensorFlow for that.
+    read are left out, and `outcomes.csv` in the dataset says why; of a folder it also lists what
+    is hidden or in no class folder. A folder's dataset is called "prepared_folder/NAME". What was
+    interrupted goes on when it is called again. The embedded dataset is rendered. Other TFDS names
+    are downloaded and stored as TFDS does, but as ArrayRecord; many of their builders need
+    TensorFlow for that.
 
     Raises:
       UserError: a size out of range, a folder or name that is not there, no picture that can be
@@ -107,9 +111,10 @@ def _prepare_folder(name: str, data_dir: Path, image_size: int) -> str:
     if not re.fullmatch(r"\w+", path.name, re.ASCII):
         raise UserError(f"the folder's name, {path.name!r}, may have only letters, digits and '_'")
     folder = data_dir / PREPARED_FOLDER / path.name / "1.0.0"
+    left_out = list_left_out(path, (train, test))
     splits = {"train": train, "test": test}
-    written = write_dataset(splits, folder, PREPARED_FOLDER, image_size)
-    return _describe(f"{PREPARED_FOLDER}/{path.name}", written)
+    written = write_dataset(splits, folder, PREPARED_FOLDER, image_size, left_out=left_out)
+    return _describe(f"{PREPARED_FOLDER}/{path.name}", written, left_out)
 
 
 def _prepare_imagenet(data_dir: Path, image_size: int) -> str:
@@ -122,14 +127,19 @@ def _prepare_imagenet(data_dir: Path, image_size: int) -> str:
     return _describe(imagenet.NAME, written)
 
 
-def _describe(name: str, written: Prepared) -> str:
+def _describe(name: str, written: Prepared, left_out: Sequence[tuple[str, str]] = ()) -> str:
     counts = ", ".join(f"{count:,} {split}" for split, count in written.counts.items())
     total = sum(written.counts.values()) + len(written.problems)
-    return (
+    lines = [
         f"{name}: {counts} pictures in {written.folder}, {written.size / 1e6:,.1f} MB, "
-        f"{written.rate:,.0f} images/s\n{summarize(written.problems, total)}\n"
-        f"what became of each: {written.folder / OUTCOMES}"
-    )
+        f"{written.rate:,.0f} images/s",
+        summarize(written.problems, total),
+    ]
+    for why, count in Counter(why for _, why in left_out).items():
+        example = next(name for name, other in left_out if other == why)
+        lines.append(f"{count:,} other files: {why}, such as {example}")
+    lines.append(f"what became of each: {written.folder / OUTCOMES}")
+    return "\n".join(lines)
 
 
 def _prepare_with_tfds(name: str, data_dir: Path) -> str:

@@ -9,11 +9,10 @@ from flax_alexnet.config import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
-    parse,
     validate,
-    value_of,
 )
 from flax_alexnet.errors import UserError, unknown
+from flax_alexnet.flags import parse, value_of
 
 QUICKSTART = Config(
     recipe="quickstart",

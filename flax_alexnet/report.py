@@ -1,8 +1,10 @@
 """What a finished run leaves behind: `report/` with its pictures, and `summary.json`."""
 
+import math
 import resource
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,21 @@ import numpy as np
 
 from flax_alexnet.architectures import architecture
 from flax_alexnet.augment import preprocess
-from flax_alexnet.config import AugmentConfig
+from flax_alexnet.build import collected
+from flax_alexnet.checkpoint import digest
+from flax_alexnet.cluster import is_main, stop_requests
+from flax_alexnet.config import AugmentConfig, Config
 from flax_alexnet.data.examples import Examples
+from flax_alexnet.errors import STOPPED, UserError
 from flax_alexnet.model import AlexNet
+from flax_alexnet.outputs import replacing
 from flax_alexnet.plots import plot_curves, plot_kernels, plot_predictions
+from flax_alexnet.preflight import Ready
 from flax_alexnet.reporting import read_metrics
+from flax_alexnet.step import TrainState
+from flax_alexnet.workdir import write_json
+
+RETRY_SECONDS = 10  # between attempts to write what is left at the end
 
 
 def layer_table(model: nn.Module, crop_size: int) -> str:
@@ -26,6 +38,51 @@ def layer_table(model: nn.Module, crop_size: int) -> str:
     return model.tabulate(
         jax.random.key(0), images, depth=1, console_kwargs={"width": 100, "force_terminal": False}
     )
+
+
+def finish(
+    config: Config,
+    ready: Ready,
+    model: AlexNet,
+    state: TrainState,
+    evaluated: dict[str, float],
+    images_per_second: float,
+    started: float,
+) -> int:
+    """Draws the report, writes the summary, and prints the last line; returns an exit code."""
+    params = collected(state.params, ready.layout)
+    if not is_main():
+        return 0
+    mean = jnp.asarray(np.asarray(state.mean))
+    summary = {
+        "step": int(state.step),
+        **evaluated,
+        "seconds": time.monotonic() - started,
+        "images_per_second": images_per_second,
+        "peak_memory_bytes": peak_memory(),
+        "params_sha256": digest(params),
+    }
+
+    def report() -> None:
+        draw_report(
+            config.workdir,
+            params,
+            mean,
+            model,
+            ready.eval,
+            ready.dataset.label_names,
+            config.augment,
+        )
+        write_json(config.workdir / "summary.json", summary)  # last: it marks the run as complete
+
+    if not keep_trying(report, config.save_patience):
+        print("stopped; the same command writes the report", flush=True)
+        return STOPPED
+    print(
+        f"test accuracy {evaluated['eval_top1']:.2%} after {summary['step']:,} steps and "
+        f"{summary['seconds']:.0f} s; everything is in {config.workdir}"
+    )
+    return 0
 
 
 def draw_report(
@@ -38,18 +95,20 @@ def draw_report(
     settings: AugmentConfig,
 ) -> None:
     """Draws `report/`: the curves, the first layer's kernels, and eight predictions."""
-    plot_curves(read_metrics(workdir / "metrics.jsonl"), workdir / "report" / "curves.png")
-    groups = architecture(model.variant).groups
-    plot_kernels(params["conv1"]["kernel"], workdir / "report" / "conv1.png", groups)
+    folder = workdir / "report"
+    with replacing(folder / "curves.png") as path:
+        plot_curves(read_metrics(workdir / "metrics.jsonl"), path)
+    with replacing(folder / "conv1.png") as path:
+        plot_kernels(params["conv1"]["kernel"], path, architecture(model.variant).groups)
     order = np.random.default_rng(0).permutation(len(examples))
     chosen = [examples[int(index)] for index in order[:8]]
     images = np.stack([example["image"] for example in chosen])
     seen = preprocess(jnp.asarray(images), mean, crop_size=settings.crop_size, scale=settings.scale)
-    logits: Any = model.apply({"params": params}, seen)
+    logits: Any = jax.jit(model.apply)({"params": params}, seen)
     labels = [int(example["label"]) for example in chosen]
     probabilities = np.asarray(jax.nn.softmax(logits.astype(jnp.float32)))
-    path = workdir / "report" / "predictions.png"
-    plot_predictions(images, labels, probabilities, label_names, path)
+    with replacing(folder / "predictions.png") as path:
+        plot_predictions(images, labels, probabilities, label_names, path)
 
 
 def peak_memory() -> int:
@@ -58,3 +117,35 @@ def peak_memory() -> int:
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but on macOS in bytes
     resident *= 1 if sys.platform == "darwin" else 1024
     return statistics.get("peak_bytes_in_use") or resident
+
+
+def keep_trying(action: Callable[[], None], minutes: float) -> bool:
+    """Does what a full disk may hinder, again and again for so many minutes.
+
+    Returns:
+      Whether it is done: a signal to stop ends the attempts.
+
+    Raises:
+      UserError: it could not be done.
+    """
+    until = time.monotonic() + 60 * minutes
+    with stop_requests(alone=True) as stop_requested:
+        while True:
+            try:
+                action()
+                return True
+            except (UserError, OSError) as error:
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise UserError(f"{error}; make room, and the same command goes on") from None
+                print(f"{error}; trying again for {math.ceil(left / 60)} minutes", flush=True)
+            if stopped_in(min(RETRY_SECONDS, left), stop_requested):
+                return False
+
+
+def stopped_in(seconds: float, stop_requested: Callable[[bool], bool]) -> bool:
+    """Waits so long, or until a stop is requested; whether it is."""
+    until = time.monotonic() + seconds
+    while not (stop := stop_requested(True)) and (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, 0.5))
+    return stop

@@ -6,8 +6,9 @@ import pytest
 
 from flax_alexnet import cli
 from flax_alexnet.architectures import architecture, trace
-from flax_alexnet.config import Config, flatten, known_flags, validate
+from flax_alexnet.config import Config, flatten, validate
 from flax_alexnet.errors import UserError
+from flax_alexnet.flags import known_flags
 from flax_alexnet.recipes import RECIPES, parse_config
 
 

@@ -1,6 +1,7 @@
 """Input that nobody would write: what comes of it is a result or one line, never a traceback.
 
-Hypothesis makes the same examples each time, as many as a few seconds allow. To look for more:
+Hypothesis makes the same examples each time, as many as a few seconds allow, so that a change fails
+by itself alone and not by chance. So CI never sees new input; to look for more, by hand:
 
     FUZZ=50 pytest -n 0 tests/test_fuzz.py
 """
@@ -22,13 +23,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flax_alexnet.checkpoint import Checkpoints
-from flax_alexnet.config import FREE_TO_CHANGE, Config, flatten, known_flags, parse
+from flax_alexnet.config import FREE_TO_CHANGE, Config, flatten
 from flax_alexnet.data.decode import DecodeError, decode
 from flax_alexnet.data.examples import open_examples
 from flax_alexnet.data.sources import open_dataset
 from flax_alexnet.errors import UserError, exit_code
 from flax_alexnet.evaluate import EvaluateConfig
 from flax_alexnet.features import FeaturesConfig
+from flax_alexnet.flags import known_flags, parse
 from flax_alexnet.lpips import LpipsConfig
 from flax_alexnet.plot import PlotConfig
 from flax_alexnet.predict import PredictConfig

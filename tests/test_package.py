@@ -12,17 +12,41 @@ import pytest
 import flax_alexnet
 from flax_alexnet.architectures import ARCHITECTURES, trace
 from flax_alexnet.cli import COMMANDS
-from flax_alexnet.config import Config, known_flags
+from flax_alexnet.config import Config
+from flax_alexnet.flags import known_flags
 from flax_alexnet.recipes import RECIPES
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 PAGES = [f"docs/{path.name}" for path in (README.parent / "docs").glob("*.md")]
 
 
-def test_importing_is_lazy():
-    code = "import sys, flax_alexnet; print('jax' in sys.modules, 'numpy' in sys.modules)"
+def imported_by(code, packages):
+    """Which of the packages are imported once a new interpreter has run the code."""
+    code += f"\nimport sys; print('imported:', *sorted({set(packages)} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False False\n"
+    return done.stdout.rpartition("imported:")[2].split()
+
+
+def test_importing_is_lazy():
+    assert imported_by("import flax_alexnet", ["jax", "numpy"]) == []
+
+
+@pytest.mark.parametrize("flag", ["--help", "--recipe=nonsense", "--epochs=-1"])
+def test_training_answers_what_flags_decide_before_it_imports_jax(flag):
+    code = f"""
+import contextlib
+from flax_alexnet.train import main
+with contextlib.suppress(SystemExit):
+    assert main(["{flag}"]) == 2
+"""
+    packages = ["grain", "jax", "matplotlib", "orbax", "tensorboardX", "tensorflow_datasets"]
+    assert imported_by(code, packages) == []
+
+
+def test_commands_import_late_what_few_of_their_uses_need():
+    others = [name for name in COMMANDS if name != "train"]
+    code = f"from flax_alexnet import {', '.join(others)}"
+    assert imported_by(code, ["grain", "matplotlib", "onnx", "orbax", "tensorflow"]) == []
 
 
 def test_public_names_are_there():

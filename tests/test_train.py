@@ -7,10 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
+from flax_alexnet.cluster import stop_requests
+from flax_alexnet.diagnosis import on_plateau
 from flax_alexnet.train import main
 
 SMALL = [
@@ -53,6 +56,7 @@ def test_a_run_leaves_what_the_design_promises(finished):
         "lock",
         "metrics.jsonl",
         "report",
+        "saved",
         "summary.json",
         "tensorboard",
     }
@@ -133,7 +137,7 @@ def test_a_run_that_signals_stop_goes_on_to_the_same_bits(data_dir, tmp_path, mo
         assert (parts / "checkpoints" / str(stopped)).exists()
         assert stopped >= step
     code, said = signal_at(80, arguments(parts, data_dir, *long), signal.SIGTERM, again=True)
-    assert code == -signal.SIGTERM, "the second signal ends it at once"
+    assert code == 128 + signal.SIGTERM, "the second signal ends it at once"
     assert "stopped at" not in said
     assert main(arguments(parts, data_dir, *long)) == 0
     for name in ("step", "params_sha256", "eval_loss", "eval_top1", "eval_top5"):
@@ -144,6 +148,92 @@ def test_a_run_that_signals_stop_goes_on_to_the_same_bits(data_dir, tmp_path, mo
         for path in (whole, parts)
     ]
     assert logged[0] == logged[1]
+
+
+LONG_CALL = """
+import sys
+import jax
+from flax_alexnet.cluster import stop_requests
+
+endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, lambda x: x * 1.0, x))
+with stop_requests():
+    print("ready", flush=True)
+    endless(1.0).block_until_ready()
+"""
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_a_run_within_a_long_call(number, expected):
+    with subprocess.Popen(
+        [sys.executable, "-c", LONG_CALL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        late = threading.Timer(60, process.kill)
+        late.start()
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        for line in process.stderr:
+            if line.startswith("stopping after the steps under way"):
+                break
+        process.send_signal(number)
+        assert process.wait() == expected
+        late.cancel()
+
+
+def test_after_signals_all_is_as_before():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    threads = threading.active_count()
+    with stop_requests() as stop_requested:
+        assert not stop_requested(True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_requested(False)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+    assert threading.active_count() == threads
+
+
+@pytest.fixture
+def no_save(monkeypatch):
+    """No checkpoint can be saved; gives what is called at each attempt."""
+    attempts = []
+
+    def fail(*_):
+        for act in attempts:
+            act()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flax_alexnet.checkpoint.Checkpoints._need_room", fail)
+    return attempts
+
+
+def test_a_signal_ends_the_attempts_to_save_at_the_end(data_dir, tmp_path, capsys, no_save):
+    def stop_when_done():
+        if [line["step"] for line in lines(tmp_path)][-1:] == [12]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    no_save.append(stop_when_done)
+    argv = arguments(tmp_path, data_dir, "--save-patience", "0.3")  # else it ends after 18 seconds
+    assert main(argv) == 75
+    assert "stopped at step 12; the same command goes on from step 0" in capsys.readouterr().out
+    no_save.clear()
+    assert main([*argv, "--save-patience", "0"]) == 2, "with nothing saved, it starts again at 0"
+    assert "steps 0 to 12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gone", [shutil.rmtree, lambda folder: shutil.rmtree(folder / "12")])
+def test_a_run_whose_checkpoints_are_gone_is_not_made_again(
+    finished, data_dir, tmp_path, capsys, gone
+):
+    workdir = shutil.copytree(finished[0], tmp_path / "runs")
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    gone(workdir / "checkpoints")
+    before = {
+        path: path.read_bytes()
+        for path in workdir.rglob("*")
+        if path.is_file() and path.name != "lock"
+    }
+    said = refused(capsys, arguments(workdir, data_dir))
+    assert f"{workdir}/checkpoints has no checkpoint, though this run has saved some" in said
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_its_steps_made_again(
@@ -305,10 +395,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_explained(data_dir, tmp_
     assert main(argv) == 2
     said = capsys.readouterr().err
     assert re.search(
-        r"not finite at step \d, .* rate of 1e\+09; the largest activation is \S+, in", said
+        r"not finite at step \d, .* rate of 1e\+09; the largest activation is inf, in logits;", said
     )
     assert "the last good checkpoint is none" in said
     assert "with a lower --optimizer.learning-rate" in said
+    assert "or go on with --on-divergence rollback" in said
     assert not list((tmp_path / "checkpoints").iterdir()), "nothing that is not finite is saved"
 
 
@@ -325,17 +416,28 @@ def test_a_run_that_diverges_goes_back_with_half_the_rate_three_times(data_dir, 
     assert all(saved == start for saved, start in back)
     assert [f"with {share} of the rate" in said.out for share in (0.5, 0.25, 0.125)] == [True] * 3
     assert "not finite at step" in said.err
+    assert "it went back three times, down to 1/8 of the rate: start again in a new" in said.err
+    assert "--on-divergence rollback" not in said.err
     steps = [line["step"] for line in lines(tmp_path) if "train_loss" in line]
     assert steps == list(range(1, len(steps) + 1)), "steps that were made again are logged once"
 
 
 def test_a_plateau_is_warned_of_once(data_dir, tmp_path, capsys):
     """The notebook's own initial values on small pictures: the README says that they stall."""
-    plateau = ["--model.initialization", "published", "--steps", "18"]
-    assert main(arguments(tmp_path, data_dir, *plateau)) == 0
-    said = capsys.readouterr().out
-    assert said.count("warning: the loss has not moved from ln(10) = 2.303") == 1
-    assert re.search(r"conv1 \d+%.* fc7 \d+%", said)
+    plateau = ["--model.initialization", "published", "--allow-changes"]
+    said = []
+    for steps in ("18", "24"):  # not even after a restart
+        assert main(arguments(tmp_path, data_dir, *plateau, "--steps", steps)) == 0
+        said.append(capsys.readouterr().out)
+    warning = "warning: the loss has not moved from ln(10) = 2.303"
+    assert [text.count(warning) for text in said] == [1, 0]
+    assert re.search(r"conv1 \d+%.* fc7 \d+%", said[0])
+
+
+def test_a_healthy_run_is_not_warned(finished):
+    losses = [line["eval_loss"] for line in lines(finished[0]) if line.get("eval_loss")]
+    assert not any(on_plateau(loss, 10) for loss in losses)
+    assert "warning" not in finished[1]
 
 
 def test_photographs_in_class_folders_train(shared_data, tmp_path):
