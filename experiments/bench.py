@@ -37,6 +37,8 @@ from flax_alexnet.architectures import architecture, trace
 VARIANTS = ("notebook", "paper", "torchvision", "caffe", "caffenet", "cuda_convnet_cifar10")
 NORMS = ((64, 56, 56, 96), (64, 28, 28, 256))  # of the notebook, batch 64
 SIZE, PICTURES, BATCH = 256, 4096, 64  # of the rows about input
+SIDE = 4096  # of the matrices whose product is the limit of a CPU
+LIMITS = ("limit", "copy")
 GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # each process takes what it needs
 
 
@@ -61,13 +63,12 @@ class Row:
     """Work that ours and others do."""
 
     name: str
-    goal: float
+    goals: dict[str, float]  # ratios to reach against each other, or against the "best" of them
     ours: Work
     others: dict[str, Work]
     amount: float  # of `unit` a time
     unit: str = "images/s"
-    # Of "limit" alone: what it does a time in the same unit, were all the time spent as it does.
-    limit: float = 0.0
+    limit: float = 0.0  # of `unit` that the others called "limit" and "copy" stand for a time
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows: Iterator[Row] = gpu_rows() if gpu else cpu_rows(arguments, Path(folder))
         if arguments.quick:
             model: dict[str, Any] = {"variant": "cuda_convnet_cifar10", "batch": 8, "size": 32}
-            rows = iter([Row("quick", 1, Work("ours_infer", model), peers("infer", model), 8)])
+            rows = iter(
+                [Row("quick", {"best": 1}, Work("ours_infer", model), peers("infer", model), 8)]
+            )
         for row in rows:
             if row.name.startswith(arguments.rows):
                 results.append(measure(row, 1 if arguments.quick else arguments.rounds))
@@ -128,11 +131,6 @@ def peers(
     return {name: Work(f"{name}_{work}", arguments) for name in there}
 
 
-def limit(macs: float, side: int = 4096) -> dict[str, Any]:
-    """A matrix product, and how many of what takes so many multiply-accumulates it would do."""
-    return {"others": {"limit": Work("product", {"side": side})}, "limit": side**3 / macs}
-
-
 def macs_of_training(variant: str, size: int) -> float:
     """Multiply-accumulates of a step for one image: three passes, but no first input gradient."""
     table = architecture(variant)
@@ -143,30 +141,30 @@ def macs_of_training(variant: str, size: int) -> float:
 def cpu_rows(arguments: Arguments, folder: Path) -> Iterator[Row]:
     """The rows for a CPU."""
     for variant, batch, goals in (
-        ("notebook", 64, (1.1, 1.5)),
-        ("notebook", 128, (1.1, 1.5)),
-        ("paper", 64, (1.1, 1.1)),
-        ("torchvision", 64, (1.1, 1.1)),
+        ("notebook", 64, {"tensorflow": 1.1, "torch": 1.5, "limit": 0.8}),
+        ("notebook", 128, {"tensorflow": 1.1, "torch": 1.5, "limit": 0.8}),
+        ("paper", 64, {"tensorflow": 1.1, "torch": 1.1}),
+        ("torchvision", 64, {"tensorflow": 1.1, "torch": 1.1}),
     ):
         model = {"variant": variant, "batch": batch, "size": 224}
+        others = peers("train", model) | {"limit": Work("product", {"side": SIDE})}
+        images = SIDE**3 / macs_of_training(variant, 224)  # that one product could be spent on
         ours = Work("ours_train", model)
-        for (name, work), goal in zip(peers("train", model).items(), goals, strict=False):
-            yield Row(f"train/{variant}/{batch}/{name}", goal, ours, {name: work}, batch)
-        if variant == "notebook":
-            there = limit(macs_of_training(variant, 224))
-            yield Row(f"train/{variant}/{batch}/limit", 0.8, ours, amount=batch, **there)
+        yield Row(f"train/{variant}/{batch}", goals, ours, others, batch, limit=images)
     for variant in VARIANTS:
         size = architecture(variant).image_size
         for batch in (1, 16, 64):
             model = {"variant": variant, "batch": batch, "size": size}
             ours = Work("ours_infer", model)
-            yield Row(f"infer/{variant}/{batch}", 1, ours, peers("infer", model), batch)
+            others = peers("infer", model)
+            yield Row(f"infer/{variant}/{batch}", {"best": 1}, ours, others, batch)
     for shape in NORMS:
         a = {"shape": shape, "times": 3}
         ours = Work("ours_lrn", a | {"dtype": "float32", "implementation": None})
         plain = Work("ours_lrn", a | {"dtype": "float32", "implementation": "reference"})
         others = {**peers("lrn", a), "reduce_window": plain}
-        yield Row(f"lrn/{'×'.join(map(str, shape))}", 2, ours, others, 3, "passes/s")
+        name = f"lrn/{'×'.join(map(str, shape))}"
+        yield Row(name, {"best": 2}, ours, others, 3, "passes/s")
     yield from input_rows(arguments, folder)
 
 
@@ -193,12 +191,15 @@ def input_rows(arguments: Arguments, folder: Path) -> Iterator[Row]:
     where = {"data_dir": str(folder), "name": "prepared_folder/pictures", "size": SIZE}
     ours = Work("ours_batches", a | where)
     alone = Work("decoder", {"data_dir": str(jpegs), "images": PICTURES})
-    yield Row("input/prepared/decoder", 0.85, ours, {"decoder alone": alone}, PICTURES)
+    goals, others = {"decoder alone": 0.85}, {"decoder alone": alone}
     if importlib.util.find_spec("tensorflow"):
-        for name, goal, source in (("prepared", 1.1, jpegs), ("photographs", 4, pictures)):
+        for name, goal, source in (
+            ("tf.data, prepared", 1.1, jpegs),
+            ("tf.data, photographs", 4.0, pictures),
+        ):
             theirs = {"pattern": str(source), "size": SIZE, "resize": source is pictures}
-            work = Work("tensorflow_batches", a | theirs)
-            yield Row(f"input/{name}/tf.data", goal, ours, {"tf.data": work}, PICTURES)
+            goals[name], others[name] = goal, Work("tensorflow_batches", a | theirs)
+    yield Row("input", goals, ours, others, PICTURES)
 
 
 def gpu_rows() -> Iterator[Row]:
@@ -208,7 +209,7 @@ def gpu_rows() -> Iterator[Row]:
         model = {"variant": variant, "batch": batch, "size": architecture(variant).image_size}
         ours = Work("ours_train", model | {"dtype": "bfloat16"}, GPU)
         others = peers("train", model, ("torch",))
-        yield Row(f"train/{variant}/{batch}", 1.2, ours, others, batch)
+        yield Row(f"train/{variant}/{batch}", {"torch": 1.2}, ours, others, batch)
     for _, *shape in NORMS:
         for dtype, width in (("bfloat16", 2), ("float32", 4)):
             a = {"shape": (512, *shape), "dtype": dtype, "times": 30}
@@ -217,13 +218,13 @@ def gpu_rows() -> Iterator[Row]:
             copy = {"copy": Work("copy", a, GPU)}
             name = f"lrn/512×{'×'.join(map(str, shape))}/{dtype}"
             # Forward reads one array and writes one, backward reads two and writes one.
-            yield Row(name, 0.7, ours, copy, 5 * array, "GB/s", limit=2 * array)
+            yield Row(name, {"copy": 0.7}, ours, copy, 5 * array, "GB/s", limit=2 * array)
 
 
 def measure(row: Row, rounds: int) -> dict[str, Any]:
     """Times ours and the others in turn; prints a line."""
     seconds: dict[str, list[float]] = {}
-    result: dict[str, Any] = {"row": row.name, "goal": row.goal, "unit": row.unit, "said": {}}
+    result: dict[str, Any] = {"row": row.name, "unit": row.unit, "against": {}, "said": {}}
     with contextlib.ExitStack() as held:
         workers: dict[str, Worker] = {}
         with ThreadPoolExecutor() as pool:  # they compile at the same time
@@ -242,32 +243,24 @@ def measure(row: Row, rounds: int) -> dict[str, Any]:
         for _ in range(rounds):
             for name, worker in workers.items():
                 seconds.setdefault(name, []).append(worker.seconds())
-    amounts = dict.fromkeys(seconds, row.amount)
-    if row.limit:
-        amounts |= dict.fromkeys(row.others, row.limit)
+    amounts = {name: row.limit if name in LIMITS else row.amount for name in seconds}
     rates = {name: [amounts[name] / value for value in values] for name, values in seconds.items()}
-    result["rates"] = {name: statistics.median(values) for name, values in rates.items()}
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    result["rates"] = medians
     result["peak_bytes"] = {name: worker.peak for name, worker in workers.items()}
-    others = {name: rate for name, rate in result["rates"].items() if name != "ours"}
-    if others:
-        best = max(others, key=lambda name: others[name])
-        ratios = [a / b for a, b in zip(rates["ours"], rates[best], strict=True)]
-        result |= {
-            "against": best,
-            "ratio": result["rates"]["ours"] / others[best],
-            "from": min(ratios),
-            "to": max(ratios),
-        }
-        memory = result["peak_bytes"]
-        print(
-            f"{row.name:32} {result['ratio']:5.2f} ({min(ratios):.2f} to {max(ratios):.2f}, goal "
-            f"{row.goal}) of {best}; "
-            + ", ".join(f"{name} {rate:,.1f}" for name, rate in result["rates"].items())
-            + f" {row.unit}; peak "
-            + ", ".join(f"{name} {peak / 2**30:.2f}" for name, peak in memory.items())
-            + " GiB",
-            flush=True,
-        )
+    print(f"{row.name}: " + ", ".join(f"{n} {r:,.1f}" for n, r in medians.items()) + f" {row.unit}")
+    print("  GiB: " + ", ".join(f"{n} {p / 2**30:.2f}" for n, p in result["peak_bytes"].items()))
+    for name, goal in row.goals.items():
+        others = [other for other in medians if other != "ours"]
+        if name == "best" and others:
+            name = max(others, key=lambda other: medians[other])
+        if name in others:
+            each = [a / b for a, b in zip(rates["ours"], rates[name], strict=True)]
+            ratio = medians["ours"] / medians[name]
+            found = {"ratio": ratio, "from": min(each), "to": max(each), "goal": goal}
+            result["against"][name] = found
+            print(f"  {ratio:.2f} of {name} ({min(each):.2f} to {max(each):.2f}), goal {goal}")
+    sys.stdout.flush()
     return result
 
 
@@ -317,17 +310,19 @@ def starts(folder: Path, rounds: int) -> list[dict[str, Any]]:
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws each ratio with its spread, beside its goal."""
-    shown = [result for result in results if "against" in result]
+    shown = [
+        (f"{result['row']} / {other}", found)
+        for result in reversed(results)
+        for other, found in reversed(result.get("against", {}).items())
+    ]
     figure = Figure(figsize=(7, 1 + 0.24 * max(1, len(shown))), layout="constrained")
     axis = figure.subplots()
-    for place, result in enumerate(reversed(shown)):
-        low, high = result["ratio"] - result["from"], result["to"] - result["ratio"]
-        met = result["ratio"] >= result["goal"]
-        error = [[max(low, 0)], [max(high, 0)]]
-        color = "tab:green" if met else "tab:orange"
-        axis.barh(place, result["ratio"], xerr=error, color=color)
-        axis.plot([result["goal"]] * 2, [place - 0.45, place + 0.45], color="black")
-    axis.set_yticks(range(len(shown)), [f"{r['row']} / {r['against']}" for r in reversed(shown)])
+    for place, (_, found) in enumerate(shown):
+        low, high = (abs(found["ratio"] - found[end]) for end in ("from", "to"))
+        color = "tab:green" if found["ratio"] >= found["goal"] else "tab:orange"
+        axis.barh(place, found["ratio"], xerr=[[low], [high]], color=color)
+        axis.plot([found["goal"]] * 2, [place - 0.45, place + 0.45], color="black")
+    axis.set_yticks(range(len(shown)), [name for name, _ in shown])
     axis.tick_params(axis="y", labelsize=7)
     axis.set_xlabel("ours / the other (above 1: ours is faster); black: the goal")
     axis.grid(axis="x", alpha=0.3)
