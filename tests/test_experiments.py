@@ -1,7 +1,10 @@
 """The experiments run, in their quick form."""
 
 import csv
+import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +75,32 @@ def test_stops_and_checks_are_timed(tmp_path):
     script = runpy.run_path(str(EXPERIMENTS / "stop_and_check.py"))
     assert script["main"](["--quick", "--output", str(tmp_path)]) == 0
     assert (tmp_path / "stop_and_check_quick.csv").read_text().count("\n") == 7
+
+
+def test_ours_is_timed_beside_others(tmp_path):
+    command = [sys.executable, str(EXPERIMENTS / "bench.py"), "--quick", "--output", str(tmp_path)]
+    subprocess.run(command, check=True)
+    (row,) = json.loads((tmp_path / "bench_quick.json").read_text())["rows"]
+    assert row["rates"]["ours"] > 0
+    assert row["peak_bytes"]["ours"] > 2**20
+    assert all(found["from"] <= found["to"] for found in row["against"].values())
+
+
+def test_growth_is_drawn(tmp_path):
+    command = [sys.executable, str(EXPERIMENTS / "bench_growth.py"), "--quick"]
+    subprocess.run([*command, "--output", str(tmp_path)], check=True)
+    with (tmp_path / "bench_growth_quick.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["axis"] for row in rows] == ["batch", "image size", "image size", "CPU devices"]
+    assert all(float(row["images_per_second"]) > 0 for row in rows)
+
+
+def test_layers_are_set_against_the_roof(tmp_path):
+    command = [sys.executable, str(EXPERIMENTS / "roofline.py"), "--quick"]
+    subprocess.run(
+        [*command, "--variant", "cuda_convnet_cifar10", "--output", str(tmp_path)], check=True
+    )
+    with (tmp_path / "roofline_quick.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    layers = [row["layer"] for row in rows if row["direction"] == "forward"]
+    assert layers == ["conv1", "pool1", "conv2", "conv3", "fc10"]
