@@ -38,7 +38,7 @@ from flax_alexnet import train
 from flax_alexnet.data import shapes
 from flax_alexnet.workdir import PACKAGES
 
-FIRST = 50  # steps of the short run
+FIRST = 600  # steps of the short run, after which pools have all the threads they will have
 EVERY = 500  # steps between evaluations, each followed by a checkpoint
 BATCH = 2
 PICTURES = {"train": 10 * BATCH, "test": 2 * BATCH}

@@ -7,7 +7,6 @@ one run of a benchmark, and each has a peak of memory of its own.
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import os
 import re
@@ -99,16 +98,12 @@ def serve(name: str, arguments: dict[str, Any]) -> None:
 def describe() -> dict[str, str]:
     """The device and the versions of what has been imported."""
     names = ("jax", "jaxlib", "flax", "optax", "tensorflow", "torch", "simplejpeg")
-    result = {n: importlib.metadata.version(_package(n)) for n in names if n in sys.modules}
+    result = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
     if "jax" in sys.modules:
         import jax
 
         result["device"] = jax.devices()[0].device_kind
     return result
-
-
-def _package(name: str) -> str:
-    return importlib.metadata.packages_distributions()[name][0]
 
 
 def peak_memory() -> int:
@@ -146,7 +141,6 @@ def ours_train(variant: str, batch: int, size: int, dtype: str = "float32") -> R
     model = AlexNet(variant, classes, dtype=jnp.dtype(dtype))
     layout = make_layout("data", architecture(variant).scaled(classes))
     optimizer, key = create_optimizer(), jax.random.key(0)
-    model = model.clone(partition=layout.partition)
     create = functools.partial(create_state, model=model, optimizer=optimizer, crop_size=size)
     side = size + size // 8
     mean = np.full((side, side, 3), 120, np.float32)
@@ -155,7 +149,7 @@ def ours_train(variant: str, batch: int, size: int, dtype: str = "float32") -> R
     step = jax.jit(
         functools.partial(
             train_step,
-            model=model,
+            model=model.clone(partition=layout.partition),
             optimizer=optimizer,
             augment=functools.partial(augment, crop_size=size),
         ),

@@ -21,6 +21,8 @@ from jax.experimental import multihost_utils
 
 from flax_alexnet.errors import LOST, UserError, exit_code, first_line
 
+WATCHER = "signals"  # the name of the thread that is told of them
+
 
 def join(
     coordinator: str | None = None,
@@ -110,7 +112,10 @@ def nobody_waits() -> Iterator[None]:
         code = 1
         if isinstance(error, UserError | KeyboardInterrupt):
             code = exit_code(error)
-        elif isinstance(error, jax.errors.JaxRuntimeError) and _LOSS.search(str(error)):
+        # A ValueError where the step is waited for as soon as it is asked for.
+        elif isinstance(error, jax.errors.JaxRuntimeError | ValueError) and _LOSS.search(
+            str(error)
+        ):
             print(f"error: another process was lost: {first_line(error)}", file=sys.stderr)
             code = LOST
         else:
@@ -167,7 +172,7 @@ def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     told_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=watch, daemon=True)
+    watcher = threading.Thread(target=watch, name=WATCHER, daemon=True)
     watcher.start()
     try:
         yield requested

@@ -12,7 +12,7 @@ import threading
 import numpy as np
 import pytest
 
-from flax_alexnet.cluster import stop_requests
+from flax_alexnet.cluster import WATCHER, stop_requests
 from flax_alexnet.diagnosis import on_plateau
 from flax_alexnet.train import main
 
@@ -181,14 +181,13 @@ def test_a_second_signal_ends_a_run_within_a_long_call(number, expected):
 
 def test_after_signals_all_is_as_before():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    threads = threading.active_count()
     with stop_requests() as stop_requested:
         assert not stop_requested(True)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop_requested(False)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert signal.set_wakeup_fd(-1) == -1
-    assert threading.active_count() == threads
+    assert WATCHER not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.fixture
