@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import stat
 import threading
 import warnings
 from collections.abc import Iterator
@@ -91,10 +92,11 @@ def decode(encoded: bytes, size: int, resize: ResizeRule = "paper") -> np.ndarra
 def read_file(path: Path) -> bytes:
     """A picture's bytes; DecodeError where there are none to be had, or too many."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for for ever
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for for ever
             raise DecodeError("it is no regular file")
-        if (size := path.stat().st_size) > LARGEST_FILE:
-            raise DecodeError(f"it has {size:,} bytes; at most {LARGEST_FILE:,} are read")
+        if status.st_size > LARGEST_FILE:
+            raise DecodeError(f"it has {status.st_size:,} bytes; at most {LARGEST_FILE:,} are read")
         return path.read_bytes()
     except OSError as error:
         raise DecodeError(error.strerror or type(error).__name__) from None

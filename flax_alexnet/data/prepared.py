@@ -22,7 +22,7 @@ import numpy as np
 import simplejpeg
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
-from tensorflow_datasets.core.example_serializer import ExampleSerializer
+from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
 from flax_alexnet.data.ahead import map_threads
@@ -175,11 +175,14 @@ def _format(
             name_feature: tfds.features.Text(),
         }
     )
-    serializer = ExampleSerializer(features.get_serialized_info())
 
+    # As TFDS does, ten times as fast: a hundredth of the time that a picture takes.
     def serialize(record: Record) -> bytes:
-        values = {"image": record.image, "label": record.label, name_feature: record.name}
-        example = serializer.get_tf_example(features.encode_example(values))
+        example = tf_example_pb2.Example()
+        values = example.features.feature
+        values["image"].bytes_list.value.append(record.image)
+        values["label"].int64_list.value.append(int(record.label))
+        values[name_feature].bytes_list.value.append(record.name.encode())
         return example.SerializeToString(deterministic=True)  # in one order in all processes
 
     return features, serialize
