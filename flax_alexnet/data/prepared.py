@@ -10,6 +10,7 @@ import contextlib
 import csv
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from flax_alexnet.data.sources import Record
 from flax_alexnet.errors import UserError, first_line, printable
 
 SHARD = 8192  # pictures of a shard at most: what a kill can cost, so a small split as a whole
+FEW = 8  # pictures that a thread is given at once, so that threads seldom wait for one another
 QUALITY = 90  # of the JPEGs
 OK = "ok"  # the outcome of a picture that was taken; any other says why it was not
 DATASET, LOCK, PLAN = "dataset", "lock", "plan"  # what lies in an unfinished folder
@@ -119,8 +121,7 @@ def write_dataset(
                 for shard in shards:
                     if shard.file not in results:
                         example = _example(splits[shard.split], size, serialize)
-                        examples = map_threads(example, shard.indices.tolist())
-                        results[shard.file] = _write(work, shard, examples, bar)
+                        results[shard.file] = _write(work, shard, _examples(example, shard), bar)
                         if bar.disable:
                             made = sum(len(result.outcomes) for result in results.values())
                             seconds = time.perf_counter() - start
@@ -263,6 +264,15 @@ def _example(
         return serialize(record._replace(image=encoded)), OK
 
     return example
+
+
+def _examples(
+    example: Callable[[int], tuple[bytes | None, str]], shard: Shard
+) -> Iterator[tuple[bytes | None, str]]:
+    """What `example` gives for each picture of a shard, in order, computed by all cores."""
+    rows = np.split(shard.indices, range(FEW, len(shard.indices), FEW))
+    several = map_threads(lambda few: [example(index) for index in few.tolist()], rows)
+    return itertools.chain.from_iterable(several)
 
 
 def _write(
