@@ -105,11 +105,10 @@ def _compute(
     if implementation:
         return form(implementation)(x, kernel, g)
     facts = Convolution(x.shape[-1], kernel.shape[-1], kernel.shape[0], stride)
-    names = {
-        platform: choose(f"convolution {direction}", platform, facts)
+    forms = {
+        platform: form(choose(f"convolution {direction}", platform, facts))
         for platform in (*PLATFORMS, "any")
     }
-    forms = {platform: form(name) for platform, name in names.items()}
     return lax.platform_dependent(x, kernel, g, default=forms.pop("any"), **forms)
 
 
