@@ -9,9 +9,9 @@ a process lives, and then the 10,000. What it holds is counted after each; its m
 from outside, at each line of metrics. The net is as small as nets can be: what leaks at a step, a
 line of metrics, an evaluation or a save leaks all the same.
 
-None of Python's threads may be left. Pools of libraries in C++ (XLA's, TensorStore's) start a thread
-when all that they have are busy, and may end it when it has long been idle: their number may change
-by a few, but by less than one an evaluation, as it would where each left one behind.
+None of Python's threads may be left. Pools of libraries in C++ (XLA's, TensorStore's) start a
+thread when all that they have are busy, and may end it when it has long been idle: their number may
+change by a few, but by less than one an evaluation, as it would where each left one behind.
 
 Run, from the project's root (a minute on two cores):
 

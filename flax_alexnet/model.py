@@ -188,12 +188,15 @@ class Affine(nn.Module):
         return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-def implementations(layers: tuple[Layer, ...], platform: str, channels: int = 3) -> str:
+def implementations(
+    layers: tuple[Layer, ...], platform: str, dtype: Any = jnp.float32, channels: int = 3
+) -> str:
     """A line that says which implementations `flax_alexnet.ops.choices` picks for the layers.
 
     Args:
       layers: with their features.
       platform: as JAX calls it when it compiles: "cpu", "cuda", "tpu" …
+      dtype: of the computation.
       channels: of the images.
     """
     used: dict[str, dict[str, list[str]]] = {}
@@ -209,7 +212,7 @@ def implementations(layers: tuple[Layer, ...], platform: str, channels: int = 3)
                     if direction == "input gradient" and layer is layers[0]:
                         continue  # nobody asks for it
                     sizes = channels // groups, layer.features // groups
-                    facts = Convolution(*sizes, layer.window, layer.stride)
+                    facts = Convolution(*sizes, layer.window, layer.stride, dtype)
                     note(layer, f"convolution {direction}", facts)
                 channels = layer.features
             case Norm():

@@ -1,10 +1,11 @@
 """The table of implementations: it decides for every layer, and a run says what it decides."""
 
+import jax.numpy as jnp
 import pytest
 
 from flax_alexnet.architectures import ARCHITECTURES
 from flax_alexnet.model import implementations
-from flax_alexnet.ops import convolution, lrn, pooling
+from flax_alexnet.ops import convolution, lrn, onednn
 from flax_alexnet.ops.choices import CHOICES, Convolution, choose
 
 
@@ -22,11 +23,16 @@ def test_each_row_names_what_exists():
         operator = row.operator.partition(" ")[0]
         assert row.implementation in known.get(operator, set(convolution._FORMS)), row
         assert row.measured or row.implementation == "xla", row
-    assert pooling.choose is choose
 
 
-def test_a_line_tells_what_runs():
-    said = implementations(ARCHITECTURES["notebook"].scaled(1000), "cpu")
+def test_a_line_tells_what_runs(monkeypatch):
+    layers = ARCHITECTURES["notebook"].scaled(1000)
+    monkeypatch.setattr(onednn, "usable", lambda dtype: dtype == jnp.float32)
+    said = implementations(layers, "cpu")
+    assert "convolution forward: onednn (conv1 conv2 conv3 conv4 conv5)" in said
+    gradients = "onednn (conv1), onednn_patches (conv2 conv3 conv4 conv5)"
+    assert f"convolution kernel gradient: {gradients}" in said
+    said = implementations(layers, "cpu", jnp.bfloat16)
     assert "convolution kernel gradient: patches (conv1 conv2 conv3 conv4 conv5)" in said
     assert "convolution forward: patches (conv3), xla (conv1 conv2 conv4 conv5)" in said
     assert "convolution input gradient: xla (conv2 conv3 conv4 conv5)" in said

@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from jax import lax
 
+from flax_alexnet.ops import onednn
 from flax_alexnet.ops.convolution import convolve
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-forms = pytest.mark.parametrize("implementation", [None, "xla", "patches", "space_to_depth"])
+FORMS = [None, "xla", "patches", "space_to_depth"]
+if onednn.usable(jnp.float32):  # elsewhere a call might end the process
+    FORMS += ["onednn", "onednn_patches"]
+forms = pytest.mark.parametrize("implementation", FORMS)
 
 
 def theirs(x, kernel, stride, padding, groups=1):

@@ -9,6 +9,10 @@ float32 for 64 images. docs/performance.md tells the rest of what was tried.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
+from flax_alexnet.ops import onednn
+
 
 class Convolution(NamedTuple):
     """What decides about a convolution; of one with groups, what each group is."""
@@ -17,13 +21,14 @@ class Convolution(NamedTuple):
     features: int
     window: int
     stride: int
+    dtype: Any = jnp.float32
 
 
 class Choice(NamedTuple):
     """A row of the table."""
 
     operator: str
-    platform: str  # as JAX calls it, or "any"
+    platform: str  # as JAX calls it, "cpu with oneDNN", or "any"
     shapes: str  # for which
     fits: Callable[[Any], bool]
     implementation: str
@@ -36,6 +41,41 @@ def _all(facts: Any) -> bool:
 
 
 CHOICES = (
+    Choice(
+        "convolution forward",
+        "cpu with oneDNN",
+        "all",
+        _all,
+        "onednn",
+        "notebook's conv1 63 against 131, conv2 221 against 331, conv3 62 against 186, conv4 115 "
+        "against 136, conv5 54 against 82",
+    ),
+    Choice(
+        "convolution kernel gradient",
+        "cpu with oneDNN",
+        "up to 32 channels, 3 × 3 up to 96",
+        lambda c: c.channels <= (96 if c.window == 3 else 32),
+        "onednn",
+        "notebook's conv1 152 against 331, torchvision's 70 against 241",
+    ),
+    Choice(
+        "convolution kernel gradient",
+        "cpu with oneDNN",
+        "more",
+        _all,
+        "onednn_patches",
+        "notebook's conv2 306, as patches by XLA's product 519; conv3 86 and 115, conv4 120 and "
+        "164, conv5 88 and 135",
+    ),
+    Choice(
+        "convolution input gradient",
+        "cpu with oneDNN",
+        "all",
+        _all,
+        "onednn",
+        "notebook's conv2 215 against 313, conv3 131 against 155, conv4 82 against 127, conv5 62 "
+        "against 109",
+    ),
     Choice(
         "convolution forward",
         "cpu",
@@ -106,8 +146,11 @@ CHOICES = (
 
 def choose(operator: str, platform: str, facts: Any = None) -> str:
     """The implementation of `operator` on a platform ("cpu", "cuda", "tpu", …) for `facts`."""
+    platforms = {platform, "any"}
+    if platform == "cpu" and isinstance(facts, Convolution) and onednn.usable(facts.dtype):
+        platforms.add("cpu with oneDNN")
     return next(
         row.implementation
         for row in CHOICES
-        if row.operator == operator and row.platform in (platform, "any") and row.fits(facts)
+        if row.operator == operator and row.platform in platforms and row.fits(facts)
     )

@@ -8,11 +8,15 @@ Forward, gradient of the kernel and gradient of the input are products of the sa
   (im2col; Chellapilla et al. 2006, and Caffe).
 - "space_to_depth": with a stride of s, as a convolution of stride 1 over blocks of s × s pixels, of
   s² times the channels.
+- "onednn": as oneDNN computes a convolution, where it is there; the gradients are convolutions too,
+  that of the input one for each place in a stride.
+- "onednn_patches": the same, but the gradient of the kernel is oneDNN's product of patches.
 
 `choices` says which is used where.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -21,13 +25,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_alexnet.ops import onednn
 from flax_alexnet.ops.choices import Convolution, choose
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
-Implementation = Literal["xla", "patches", "space_to_depth"]
+Implementation = Literal["xla", "patches", "space_to_depth", "onednn", "onednn_patches"]
 Form = Callable[..., jax.Array]  # of x, kernel, g, stride, padding
 PLATFORMS = ("cpu", "cuda")  # that the table tells from others
-PARTS = 8  # of a batch, whose patches are made one after another
+PARTS = 4  # of a batch, each of which has its patches made and multiplied
 
 
 def convolve(
@@ -47,8 +52,8 @@ def convolve(
       stride: along both axes.
       padding: pixels of zeros ((top, bottom), (left, right)).
       groups: output features of each of so many equal groups see only their own input channels.
-      implementation: "xla", "patches" or "space_to_depth" for the result and both gradients; None
-        takes for each what `flax_alexnet.ops.choices` says of the platform it is compiled for.
+      implementation: one of the above for the result and both gradients; None takes for each what
+        `flax_alexnet.ops.choices` says of the platform it is compiled for.
 
     Returns:
       float[b, h', w', features].
@@ -104,7 +109,7 @@ def _compute(
 
     if implementation:
         return form(implementation)(x, kernel, g)
-    facts = Convolution(x.shape[-1], kernel.shape[-1], kernel.shape[0], stride)
+    facts = Convolution(x.shape[-1], kernel.shape[-1], kernel.shape[0], stride, x.dtype)
     forms = {
         platform: form(choose(f"convolution {direction}", platform, facts))
         for platform in (*PLATFORMS, "any")
@@ -209,10 +214,16 @@ def _product_input_gradient(
 
 
 def _product_kernel_gradient(
-    x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
+    x: jax.Array,
+    kernel: jax.Array,
+    g: jax.Array,
+    stride: int,
+    padding: Pads,
+    product: Callable[[jax.Array, jax.Array], jax.Array] = lambda a, b: a.T @ b,
 ) -> jax.Array:
     def part(x: jax.Array, g: jax.Array) -> jax.Array:
-        return jnp.einsum("bhwi,bhwo->io", _patches(x, kernel.shape[:2], stride, padding), g)
+        patches = _patches(x, kernel.shape[:2], stride, padding)
+        return product(patches.reshape(-1, patches.shape[-1]), g.reshape(-1, g.shape[-1]))
 
     # One part after another takes less memory for patches, and keeps more cores busy where the
     # product has far more rows than the kernel has numbers.
@@ -238,6 +249,62 @@ def _patches(x: jax.Array, window: Sequence[int], stride: int, padding: Pads) ->
     return lax.optimization_barrier(jnp.concatenate(slices, axis=-1))
 
 
+def _onednn_forward(
+    x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
+) -> jax.Array:
+    del g
+    return onednn.convolution(x, kernel, stride, padding)
+
+
+def _onednn_input_gradient(
+    x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
+) -> jax.Array:
+    """Convolutions of g with the kernel upside down, one for each place in a stride.
+
+    Pixels that are i rows and j columns from a place where a window may begin, whichever, meet only
+    each stride-th row and column of the kernel, from the i-th and the j-th on.
+    """
+    tops, sizes = (padding[0][0], padding[1][0]), x.shape[1:3]
+    counts = [-(-(top + size) // stride) for top, size in zip(tops, sizes, strict=True)]
+    result = jnp.zeros((), x.dtype)
+    starts = (range(min(stride, side)) for side in kernel.shape[:2])
+    for start in itertools.product(*starts):
+        part = jnp.flip(kernel[start[0] :: stride, start[1] :: stride], (0, 1)).swapaxes(2, 3)
+        rows, columns = (
+            (side - 1, count - places)
+            for side, count, places in zip(part.shape[:2], counts, g.shape[1:3], strict=True)
+        )
+        y = _onednn_padded(g, part, (rows, columns))
+        apart = [
+            (first - top, top + size - first - (count - 1) * stride - 1, stride - 1)
+            for first, top, size, count in zip(start, tops, sizes, counts, strict=True)
+        ]
+        result = result + lax.pad(y, jnp.zeros((), y.dtype), ((0, 0, 0), *apart, (0, 0, 0)))
+    return jnp.broadcast_to(result, x.shape)
+
+
+def _onednn_kernel_gradient(
+    x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
+) -> jax.Array:
+    """A convolution of x with g, whose channels are the images."""
+    rows, columns = (
+        (before, (places - 1) * stride + side - before - size)
+        for size, places, side, (before, _) in zip(
+            x.shape[1:3], g.shape[1:3], kernel.shape[:2], padding, strict=True
+        )
+    )
+    maps, kernels = x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)
+    return _onednn_padded(maps, kernels, (rows, columns), stride).transpose(1, 2, 0, 3)
+
+
+def _onednn_padded(x: jax.Array, kernel: jax.Array, padding: Pads, dilation: int = 1) -> jax.Array:
+    """With a stride of 1; negative padding behind the pixels leaves some of them out."""
+    edges = [(0, min(after, 0), 0) for _, after in padding]
+    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
+    rows, columns = ((before, max(after, 0)) for before, after in padding)
+    return onednn.convolution(x, kernel, 1, (rows, columns), dilation)
+
+
 _FORMS: dict[str, dict[str, Form]] = {
     "xla": _directions(_xla),
     "space_to_depth": _directions(_space_to_depth),
@@ -245,5 +312,15 @@ _FORMS: dict[str, dict[str, Form]] = {
         "forward": _product_forward,
         "input gradient": _product_input_gradient,
         "kernel gradient": _product_kernel_gradient,
+    },
+    "onednn": {
+        "forward": _onednn_forward,
+        "input gradient": _onednn_input_gradient,
+        "kernel gradient": _onednn_kernel_gradient,
+    },
+    "onednn_patches": {
+        "forward": _onednn_forward,
+        "input gradient": _onednn_input_gradient,
+        "kernel gradient": functools.partial(_product_kernel_gradient, product=onednn.product),
     },
 }

@@ -1,0 +1,108 @@
+"""oneDNN's operations inside of JAX: derivatives, `vmap`, the compilation cache, and where not."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_alexnet.ops import onednn
+from flax_alexnet.ops.choices import Convolution, choose
+from flax_alexnet.ops.convolution import convolve
+
+here = pytest.mark.skipif(not onednn.usable(jnp.float32), reason="not with this jaxlib")
+
+
+def arrays(*shapes):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    assert jnp.abs(actual - expected).max() <= tolerance * jnp.abs(expected).max()
+
+
+@here
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_convolution_and_product_are_xlas(dilation):
+    x, kernel, a, b = arrays((4, 17, 20, 24), (3, 5, 24, 40), (300, 50), (300, 70))
+    convolution = onednn._Convolution(2, ((1, 3), (0, 2)), dilation)
+    for operation, values in ((convolution, (x, kernel)), (onednn._Product(), (a, b))):
+        ours = functools.partial(onednn._run, operation)
+        assert operation.target in jax.jit(ours).lower(*values).as_text()
+        expected = operation.by_xla(*values)
+        assert_close(ours(*values), expected)  # on its own
+        assert_close(jax.jit(ours)(*values), expected)
+
+
+@here
+def test_it_can_be_differentiated_twice():
+    x, kernel = arrays((2, 9, 9, 3), (3, 3, 3, 4))
+
+    def curvature(implementation):
+        def loss(x):
+            y = convolve(x, kernel, 2, ((1, 1), (1, 1)), implementation=implementation)
+            return jnp.sum(jnp.tanh(y))
+
+        return jax.jit(jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2)))(x)
+
+    assert_close(curvature("onednn"), curvature("xla"))
+
+
+@here
+def test_other_axes_are_xlas():
+    """One kernel for each image, as a gradient for each image has it."""
+    x, kernels = arrays((3, 2, 9, 9, 3), (3, 3, 3, 3, 4))
+    pads = ((1, 1), (1, 1))
+    ours = jax.vmap(lambda x, kernel: onednn.convolution(x, kernel, 1, pads))
+    expected = [onednn.convolution(*pair, 1, pads) for pair in zip(x, kernels, strict=True)]
+    assert_close(jax.jit(ours)(x, kernels), jnp.stack(expected))
+
+
+@here
+def test_no_program_with_it_goes_to_the_compilation_cache(tmp_path):
+    """What XLA does where it is to write one is undefined: JAX warns, or the process ends."""
+    code = """if True:
+        import jax, jax.numpy as jnp
+        from flax_alexnet.ops.convolution import convolve
+
+        def with_xla(x): return convolve(x, x, 1, ((1, 1), (1, 1)), implementation="xla")
+        def with_onednn(x): return convolve(x, x, 1, ((1, 1), (1, 1)), implementation="onednn")
+
+        for function in (with_xla, with_onednn):
+            jax.jit(function)(jnp.ones((3, 3, 3, 3))).block_until_ready()
+    """
+    env = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=env)
+    written = {path.name.partition("-")[0] for path in tmp_path.iterdir()}
+    assert "jit_with_xla" in written
+    assert "jit_with_onednn" not in written
+
+
+@here
+def test_an_exported_program_is_xlas():
+    x, kernel = arrays((2, 9, 9, 3), (5, 5, 3, 4))
+    layer = jax.jit(functools.partial(convolve, stride=1, padding=((2, 2), (2, 2))))
+    assert "__onednn" in layer.lower(x, kernel).as_text()
+    exported = jax.export.export(layer, platforms=("cpu", "cuda", "tpu"))(x, kernel)
+    assert "__onednn" not in exported.mlir_module()
+    loaded = jax.export.deserialize(exported.serialize())
+    assert_close(loaded.call(x, kernel), layer(x, kernel))
+
+
+@here
+def test_where_it_is_not_used(monkeypatch):
+    def chosen(dtype):
+        return choose("convolution forward", "cpu", Convolution(64, 192, 5, 1, dtype))
+
+    assert (chosen(jnp.float32), chosen(jnp.bfloat16)) == ("onednn", "xla")
+    monkeypatch.setattr(onednn, "TESTED", ("0.0",))
+    assert chosen(jnp.float32) == "xla"
