@@ -102,6 +102,7 @@ def save(results: Sequence[dict[str, Any]], arguments: Arguments, gpu: bool) -> 
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"bench_{device.lower().replace(' ', '_')}.json"
     path.write_text(json.dumps({"versions": described, "rows": rows}, indent=1) + "\n")
+    path.with_suffix(".md").write_text("\n".join(table(results)) + "\n")
     plot(results, path.with_suffix(".png"))
 
 
@@ -168,28 +169,42 @@ def cpu_rows(arguments: Arguments, folder: Path) -> Iterator[Row]:
     yield from input_rows(arguments, folder)
 
 
-def input_rows(arguments: Arguments, folder: Path) -> Iterator[Row]:
-    """From prepared pictures to batches, where there are photographs to prepare."""
-    photographs = sorted((arguments.data / "imagenet_samples").glob("*.JPEG"))
-    if not photographs or not "input".startswith(arguments.rows):
-        return
-    from flax_alexnet.data.sources import open_dataset
+def prepared_pictures(data: Path, folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """A folder of photographs, each eight times, and what `ours_batches` needs to read them.
+
+    None where there are no photographs in `data`.
+    """
+    photographs = sorted((data / "imagenet_samples").glob("*.JPEG"))
+    if not photographs:
+        return None
     from flax_alexnet.prepare import prepare
 
-    pictures, jpegs = folder / "pictures", folder / "jpegs"
+    pictures = folder / "pictures"
     for number, path in enumerate(photographs):
         for copy in range(8):
             place = pictures / f"class{number % 10}" / f"{number}_{copy}.JPEG"
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(path.resolve())
     prepare(f"folder:{pictures}", folder, SIZE)
-    train = open_dataset("prepared_folder/pictures", folder, "train", None).train
+    where = {"data_dir": str(folder), "name": "prepared_folder/pictures", "size": SIZE}
+    return pictures, where | {"batch": BATCH, "images": PICTURES}
+
+
+def input_rows(arguments: Arguments, folder: Path) -> Iterator[Row]:
+    """From prepared pictures to batches, where there are photographs to prepare."""
+    if not "input".startswith(arguments.rows):
+        return
+    if not (prepared := prepared_pictures(arguments.data, folder)):
+        return
+    from flax_alexnet.data.sources import open_dataset
+
+    pictures, a = prepared
+    jpegs = folder / "jpegs"
+    train = open_dataset(a["name"], folder, "train", None).train
     jpegs.mkdir()
     for number, record in enumerate(train.records(range(len(train)))):
         (jpegs / f"{number:05}.jpg").write_bytes(record.image)
-    a = {"batch": BATCH, "images": PICTURES}
-    where = {"data_dir": str(folder), "name": "prepared_folder/pictures", "size": SIZE}
-    ours = Work("ours_batches", a | where)
+    ours = Work("ours_batches", a)
     alone = Work("decoder", {"data_dir": str(jpegs), "images": PICTURES})
     goals, others = {"decoder alone": 0.85}, {"decoder alone": alone}
     if importlib.util.find_spec("tensorflow"):
@@ -198,7 +213,8 @@ def input_rows(arguments: Arguments, folder: Path) -> Iterator[Row]:
             ("tf.data, photographs", 4.0, pictures),
         ):
             theirs = {"pattern": str(source), "size": SIZE, "resize": source is pictures}
-            goals[name], others[name] = goal, Work("tensorflow_batches", a | theirs)
+            theirs |= {"batch": BATCH, "images": PICTURES}
+            goals[name], others[name] = goal, Work("tensorflow_batches", theirs)
     yield Row("input", goals, ours, others, PICTURES)
 
 
@@ -306,6 +322,34 @@ def starts(folder: Path, rounds: int) -> list[dict[str, Any]]:
     for result in results:
         print({name: value for name, value in result.items() if name != "said"}, flush=True)
     return results
+
+
+def table(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What the README shows: a line for each ratio or time, and at the end the peaks of memory."""
+    yield "| work | against | ours | the other | ratio (rounds) | goal |"
+    yield "|---|---|---|---|---|---|"
+    for result in results:
+        name, unit = result["row"], result["unit"]
+        for other, found in result.get("against", {}).items():
+            ours, theirs = (f"{result['rates'][key]:,.3g}" for key in ("ours", other))
+            spread = f"{found['ratio']:.2f} ({found['from']:.2f} to {found['to']:.2f})"
+            yield f"| {name} | {other} | {ours} | {theirs} {unit} | {spread} | {found['goal']} |"
+        if "seconds" in result:
+            cold = (
+                f"{result['ratio']:.2f} of {result['cold']:.1f} s cold" if "cold" in result else ""
+            )
+            yield f"| {name} | | {result['seconds']:.2f} {unit} | | {cold} | {result['goal']} |"
+    yield ""
+    yield "| peak memory, GiB | ours | TensorFlow | PyTorch |"
+    yield "|---|---|---|---|"
+    for result in results:
+        peaks = result.get("peak_bytes", {})
+        if result["row"].startswith(("train", "infer")):
+            shown = (
+                f"{peaks[name] / 2**30:.1f}" if peaks.get(name) else "–"
+                for name in ("ours", "tensorflow", "torch")
+            )
+            yield f"| {result['row']} | {' | '.join(shown)} |"
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:

@@ -1,8 +1,9 @@
 """How cost grows: a training step's images/s and peak of memory over what it depends on.
 
 Batch (1 … 512), image size (64 … 448), CPU devices in one process (1 … 8), and threads that decode
-prepared pictures (1 … all cores), each beside the line of what does not depend on it at all, or
-grows as it does: what is there at the smallest, carried on. Each point is a process of its own.
+prepared pictures (1 … all cores). Beside each stands what it were if a pixel always cost the same,
+devices that share their cores took nothing of them, and threads did not wait for one another. Each
+point is a process of its own.
 
     python experiments/bench_growth.py
 
@@ -11,19 +12,25 @@ With nothing else running it takes ten minutes on two cores.
 
 import csv
 import dataclasses
+import os
 import statistics
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import tyro
+from bench import prepared_pictures
 from matplotlib.figure import Figure
 from works import Work, Worker
 
 BATCHES: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 SIZES: tuple[int, ...] = (64, 112, 160, 224, 288, 352, 448)
 DEVICES: tuple[int, ...] = (1, 2, 4, 8)
+THREADS = "input threads"
+# How images/s grow with a value in the ideal: to its power of so much.
+POWERS = {"image size": -2, THREADS: 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +39,8 @@ class Arguments:
 
     output: Path = Path("experiments/results")
     """Where bench_growth.csv and .png go."""
+    data: Path = Path("../shared/data")
+    """Where imagenet_samples/ lies, for the threads; without it they are left out."""
     variant: str = "torchvision"
     """The net."""
     rounds: int = 3
@@ -57,24 +66,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.quick:
         variant, size, batch, rounds = "cuda_convnet_cifar10", 32, 8, 1
         batches, sizes, devices = (8,), (24, 32), (2,)
-    cases = [
+    models = [
         *(("batch", value, {"batch": value, "size": size}, 1) for value in batches),
         *(("image size", value, {"batch": 16, "size": value}, 1) for value in sizes),
         *(("CPU devices", value, {"batch": batch, "size": size}, value) for value in devices),
     ]
-    points = []
-    for axis, value, model, count in cases:
-        work = Work(
-            "ours_train",
-            {"variant": variant, **model},
-            {"JAX_NUM_CPU_DEVICES": str(count), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-        )
-        worker = Worker(work)
-        seconds = statistics.median([worker.seconds() for _ in range(rounds)])
-        worker.close()
-        points.append(Point(axis, value, model["batch"] / seconds, worker.peak))
-        print(*points[-1], flush=True)
-        save(points, arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        cases = []
+        for axis, value, model, count in models:
+            env = {"JAX_NUM_CPU_DEVICES": str(count), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            step = Work("ours_train", {"variant": variant, **model}, env)
+            cases.append((axis, value, step, model["batch"]))
+        prepared = prepared_pictures(arguments.data, Path(folder))
+        if prepared and not arguments.quick:
+            for count in range(1, (os.cpu_count() or 1) + 1):
+                reading = Work("ours_batches", prepared[1] | {"threads": count})
+                cases.append((THREADS, count, reading, prepared[1]["images"]))
+        points: list[Point] = []
+        for axis, value, work, images in cases:
+            worker = Worker(work)
+            seconds = statistics.median([worker.seconds() for _ in range(rounds)])
+            worker.close()
+            points.append(Point(axis, value, images / seconds, worker.peak))
+            print(*points[-1], flush=True)
+            save(points, arguments)
     return 0
 
 
@@ -94,12 +109,12 @@ def save(points: Sequence[Point], arguments: Arguments) -> None:
         values = [point.value for point in of_axis]
         rates = [point.images_per_second for point in of_axis]
         memory = [point.peak_bytes / 2**30 for point in of_axis]
-        # Pixels cost alike, so that images of twice the side come at a quarter of the rate.
-        slope = -2 if axis == "image size" else 0
-        ideal = [rates[-1] * (value / values[-1]) ** slope for value in values]
+        # From the largest, where what a step costs besides its images counts least.
+        base = 0 if axis in (THREADS, "CPU devices") else -1
+        ideal = [rates[base] * (value / values[base]) ** POWERS.get(axis, 0) for value in values]
         above, below = grid[0][column], grid[1][column]
         above.plot(values, rates, "o-", label="measured")
-        above.plot(values, ideal, "k--", label="linear, from the largest")
+        above.plot(values, ideal, "k--", label="linear")
         above.set(ylabel="images/s", xscale="log", yscale="log")
         above.legend()
         below.plot(values, memory, "o-")

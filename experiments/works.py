@@ -309,7 +309,9 @@ def torch_lrn(shape: tuple[int, ...], times: int) -> Run:
     return run
 
 
-def ours_batches(data_dir: str, name: str, size: int, batch: int, images: int) -> Run:
+def ours_batches(
+    data_dir: str, name: str, size: int, batch: int, images: int, threads: int | None = None
+) -> Run:
     """Pictures from the disk to uint8 batches that are ready for a device, in shuffled order."""
     from flax_alexnet.data.examples import DecodedExamples
     from flax_alexnet.data.loader import training_batches
@@ -317,7 +319,7 @@ def ours_batches(data_dir: str, name: str, size: int, batch: int, images: int) -
 
     dataset = open_dataset(name, Path(data_dir), "train", None)
     examples = DecodedExamples(dataset.train, size)
-    batches = training_batches(examples, batch, seed=0, threads=os.cpu_count() or 1)
+    batches = training_batches(examples, batch, seed=0, threads=threads or os.cpu_count() or 1)
 
     def run() -> None:
         for _ in range(images // batch):

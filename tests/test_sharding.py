@@ -64,7 +64,9 @@ def run(name, variant, shape=(), devices=8, classes=CLASSES, frozen=()):
     settings = AugmentConfig(crop_size=crop, color_noise="cuda-convnet", scale=1 / 64)
     layout = layout_of(name, variant, shape, devices, classes)
     model = AlexNet(variant, classes, width=WIDTH, initialization="he")
-    optimizer = create_optimizer(0.002)
+    # A low rate: now and then rounding decides whether a unit is dead for a picture, and from there
+    # on trajectories part, the faster the higher the rate.
+    optimizer = create_optimizer(0.0005)
     init = functools.partial(
         create_state, model=model, optimizer=optimizer, crop_size=crop, frozen=frozen
     )
