@@ -32,7 +32,7 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 Implementation = Literal["xla", "patches", "space_to_depth", "onednn", "onednn_patches"]
 Form = Callable[..., jax.Array]  # of x, kernel, g, stride, padding
 PLATFORMS = ("cpu", "cuda")  # that the table tells from others
-PARTS = 4  # of a batch, each of which has its patches made and multiplied
+PARTS = 4  # of a batch: see `_sum_of_parts`
 
 
 def convolve(
@@ -225,11 +225,19 @@ def _product_kernel_gradient(
         patches = _patches(x, kernel.shape[:2], stride, padding)
         return product(patches.reshape(-1, patches.shape[-1]), g.reshape(-1, g.shape[-1]))
 
-    # One part after another takes less memory for patches, and keeps more cores busy where the
-    # product has far more rows than the kernel has numbers.
+    return _sum_of_parts(part, x, g).reshape(kernel.shape)
+
+
+def _sum_of_parts(
+    part: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, g: jax.Array
+) -> jax.Array:
+    """What `part` gives for some of the images, added up.
+
+    That takes less memory for patches, and keeps more cores busy: a product has far more rows than
+    the kernel has numbers, and what one core does for a part goes on beside another part.
+    """
     parts = math.gcd(x.shape[0], PARTS)
-    gradients = map(part, jnp.split(x, parts), jnp.split(g, parts))
-    return functools.reduce(jnp.add, gradients).reshape(kernel.shape)
+    return functools.reduce(jnp.add, map(part, jnp.split(x, parts), jnp.split(g, parts)))
 
 
 def _patches(x: jax.Array, window: Sequence[int], stride: int, padding: Pads) -> jax.Array:
@@ -293,8 +301,13 @@ def _onednn_kernel_gradient(
             x.shape[1:3], g.shape[1:3], kernel.shape[:2], padding, strict=True
         )
     )
-    maps, kernels = x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)
-    return _onednn_padded(maps, kernels, (rows, columns), stride).transpose(1, 2, 0, 3)
+
+    def part(x: jax.Array, g: jax.Array) -> jax.Array:
+        maps, kernels = x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)
+        return _onednn_padded(maps, kernels, (rows, columns), stride).transpose(1, 2, 0, 3)
+
+    # Three channels, as images of that convolution, are too few to share among cores.
+    return _sum_of_parts(part, x, g) if x.shape[-1] < PARTS else part(x, g)
 
 
 def _onednn_padded(x: jax.Array, kernel: jax.Array, padding: Pads, dilation: int = 1) -> jax.Array:
