@@ -40,6 +40,7 @@ from flax_alexnet.build import (
     state_template,
 )
 from flax_alexnet.data.ahead import ahead
+from flax_alexnet.data.examples import Examples
 from flax_alexnet.data.loader import training_batches
 from flax_alexnet.optimizer import applied_rate
 from flax_alexnet.recipes import RECIPES
@@ -51,7 +52,7 @@ from flax_alexnet.training import train_means
 LOG_EVERY = 10  # steps between lines of metrics; recipes have 50 or more
 
 
-class Pictures:
+class Pictures(Examples):
     """Random squares in memory, as a small dataset is once it is decoded."""
 
     def __init__(self, count: int, size: int):
@@ -60,7 +61,7 @@ class Pictures:
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def find(self, index: int) -> dict[str, np.ndarray]:
         return {"image": self._images[index], "label": np.int32(index % 1000)}
 
 

@@ -50,6 +50,15 @@ class Examples(abc.ABC):
                 return example
         raise UserError(f"none of the {len(self):,} pictures can be read; take another dataset")
 
+    def find_all(self, indices: Sequence[int]) -> list[Example | None]:
+        """`find` for several indices, which may read them at once."""
+        return [self.find(index) for index in indices]
+
+    def take(self, indices: Sequence[int]) -> list[Example]:
+        """`[self[index] for index in indices]`, which may read them at once."""
+        found = zip(indices, self.find_all(indices), strict=True)
+        return [example or self[(index + 1) % len(self)] for index, example in found]
+
 
 class DecodedExamples(Examples):
     """Pictures read and decoded each time they are asked for; `on_bad` is told of bad ones."""
@@ -63,11 +72,21 @@ class DecodedExamples(Examples):
         return len(self._source)
 
     def find(self, index: int) -> Example | None:
-        (picture,) = _read(self._source, [index], self._size, self._resize)
-        if picture.image is None:
+        return self._find([index])[0]
+
+    def find_all(self, indices: Sequence[int]) -> list[Example | None]:
+        chunk = _at_once(self._source)
+        chunks = (indices[start : start + chunk] for start in range(0, len(indices), chunk))
+        return [example for chunk in chunks for example in self._find(chunk)]
+
+    def _find(self, indices: Sequence[int]) -> list[Example | None]:
+        pictures = _read(self._source, indices, self._size, self._resize)
+        for picture in _bad(pictures):
             self._on_bad(picture.name, picture.problem)
-            return None
-        return {"image": picture.image, "label": np.int32(picture.label)}
+        return [
+            None if image is None else {"image": image, "label": np.int32(label)}
+            for _, label, image, _ in pictures
+        ]
 
 
 class CachedExamples(Examples):
@@ -172,12 +191,17 @@ def _try(
     source: Source, share: slice, function: Callable[[Sequence[int]], list[Picture]], on_bad: OnBad
 ) -> None:
     """Tells `on_bad` of the bad pictures of `share`, in order, which `function` of rows finds."""
-    # Prepared records are read many at once, several times faster than one by one; files may be
-    # large.
-    chunk = CHUNK if source.prepared else 1
-    for bad in _for_chunks(function, np.arange(len(source))[share], chunk):
+    for bad in _for_chunks(function, np.arange(len(source))[share], _at_once(source)):
         for picture in bad:
             on_bad(picture.name, picture.problem)
+
+
+def _at_once(source: Source) -> int:
+    """Prepared records are read many at once, several times faster than one by one.
+
+    Files may be large.
+    """
+    return CHUNK if source.prepared else 1
 
 
 def _bad(pictures: Sequence[Picture]) -> list[Picture]:

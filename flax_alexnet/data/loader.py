@@ -4,7 +4,7 @@ Which pictures a batch holds, and in which order, follows from (seed, step) alon
 number of processes or threads, nor from where a run was interrupted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -17,7 +17,7 @@ Batch = dict[str, np.ndarray]  # "image": uint8[b, s, s, 3], "label": int32[b], 
 
 
 def training_batches(
-    examples: grain.sources.RandomAccessDataSource[Example],
+    examples: Examples,
     batch_size: int,
     *,
     seed: int,
@@ -32,8 +32,8 @@ def training_batches(
     next one in `examples`. Of each batch only `rows` are read, those of the process's own devices;
     None is all.
     """
-    dataset = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
-    return _batches(dataset, batch_size, start_step, threads, rows)
+    order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
+    return _batches(order, examples.take, batch_size, start_step, threads, rows)
 
 
 def evaluation_batches(
@@ -48,47 +48,53 @@ def evaluation_batches(
     Batches have an entry "mask": bool[b], false for what was filled up, and for what stands in the
     place of a picture that cannot be read.
     """
-    dataset = grain.MapDataset.source(_Padded(examples, batch_size))
-    return _batches(dataset, batch_size, 0, threads, rows)
+    whole = -(-len(examples) // batch_size) * batch_size
+
+    def take(indices: Sequence[int]) -> list[Example]:
+        found = examples.find_all([index for index in indices if index < len(examples)])
+        found += [None] * (len(indices) - len(found))  # the last indices: they fill up the batch
+        return [
+            {**(example or examples[0]), "mask": np.bool_(example is not None)} for example in found
+        ]
+
+    return _batches(grain.MapDataset.range(whole), take, batch_size, 0, threads, rows)
 
 
-class _Padded:
-    """Examples with a mask, up to a whole number of batches; bad ones are masked."""
+class _Batches(grain.MapDataset):
+    """Some rows of each batch of an order of indices; `take` reads all examples of them at once."""
 
-    def __init__(self, examples: Examples, batch_size: int):
-        self._examples = examples
-        self._length = -(-len(examples) // batch_size) * batch_size
+    def __init__(
+        self,
+        order: Any,
+        take: Callable[[Sequence[int]], list[Example]],
+        batch_size: int,
+        rows: Sequence[int],
+    ):
+        super().__init__(order)
+        self._take, self._batch_size = take, batch_size
+        self._rows = [int(row) for row in rows]
 
     def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Example:
-        example = self._examples.find(index) if index < len(self._examples) else None
-        return {**(example or self._examples[0]), "mask": np.bool_(example is not None)}
-
-
-class _Rows(grain.MapDataset):
-    """Some rows of each batch, as one stream."""
-
-    def __init__(self, parent: Any, batch_size: int, rows: Sequence[int]):
-        super().__init__(parent)
-        self._batch_size, self._rows = batch_size, [int(row) for row in rows]
-
-    def __len__(self) -> int:
-        return len(self._parent) // self._batch_size * len(self._rows)
+        return len(self._parent) // self._batch_size
 
     def __getitem__(self, index: Any) -> Any:
-        batch, row = divmod(index, len(self._rows))
-        return self._parent[batch * self._batch_size + self._rows[row]]
+        first = index * self._batch_size
+        examples = self._take([int(self._parent[first + row]) for row in self._rows])
+        return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
 def _batches(
-    dataset: Any, batch_size: int, start: int, threads: int, rows: Sequence[int] | None
+    order: Any,
+    take: Callable[[Sequence[int]], list[Example]],
+    batch_size: int,
+    start: int,
+    threads: int,
+    rows: Sequence[int] | None,
 ) -> Iterator[Batch]:
     if not flags.FLAGS.is_parsed():  # Grain reads a flag of absl's, and this is no absl program
         flags.FLAGS.mark_as_parsed()
     rows = range(batch_size) if rows is None else rows
-    dataset = _Rows(dataset, batch_size, rows).batch(len(rows), drop_remainder=True)
+    dataset = _Batches(order, take, batch_size, rows)
     # Each thread makes a whole batch: two ahead of each keep the device fed without much memory.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     iterator = iter(dataset.to_iter_dataset(options))
