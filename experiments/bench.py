@@ -331,7 +331,8 @@ def table(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     for result in results:
         name, unit = result["row"], result["unit"]
         for other, found in result.get("against", {}).items():
-            ours, theirs = (f"{result['rates'][key]:,.3g}" for key in ("ours", other))
+            rates = [result["rates"][key] for key in ("ours", other)]
+            ours, theirs = (f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}" for rate in rates)
             spread = f"{found['ratio']:.2f} ({found['from']:.2f} to {found['to']:.2f})"
             yield f"| {name} | {other} | {ours} | {theirs} {unit} | {spread} | {found['goal']} |"
         if "seconds" in result:

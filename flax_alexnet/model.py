@@ -23,9 +23,8 @@ from flax_alexnet.architectures import (
     layers_until,
     trace,
 )
-from flax_alexnet.ops.choices import Convolution, Product, choose
+from flax_alexnet.ops.choices import Convolution, choose
 from flax_alexnet.ops.convolution import convolve
-from flax_alexnet.ops.dense import multiply
 from flax_alexnet.ops.lrn import local_response_normalization
 from flax_alexnet.ops.pooling import adaptive_average_pool, average_pool, max_pool
 
@@ -190,12 +189,7 @@ class Affine(nn.Module):
 
 
 def implementations(
-    layers: tuple[Layer, ...],
-    platform: str,
-    dtype: Any = jnp.float32,
-    *,
-    rows: int = 64,
-    channels: int = 3,
+    layers: tuple[Layer, ...], platform: str, dtype: Any = jnp.float32, channels: int = 3
 ) -> str:
     """A line that says which implementations `flax_alexnet.ops.choices` picks for the layers.
 
@@ -203,12 +197,11 @@ def implementations(
       layers: with their features.
       platform: as JAX calls it when it compiles: "cpu", "cuda", "tpu" …
       dtype: of the computation.
-      rows: images that a device computes at once.
       channels: of the images.
     """
     used: dict[str, dict[str, list[str]]] = {}
 
-    def note(layer: Layer, operator: str, facts: Convolution | Product | None = None) -> None:
+    def note(layer: Layer, operator: str, facts: Convolution | None = None) -> None:
         name = choose(operator, platform, facts)
         used.setdefault(operator, {}).setdefault(name, []).append(layer.name)
 
@@ -226,8 +219,6 @@ def implementations(
                 note(layer, "normalization")
             case Pool(kind="MAX"):
                 note(layer, "max-pooling")
-            case Dense():
-                note(layer, "dense", Product(rows, dtype))
     return "; ".join(
         f"{operator}: " + ", ".join(f"{name} ({' '.join(at)})" for name, at in sorted(by.items()))
         for operator, by in used.items()
@@ -235,7 +226,7 @@ def implementations(
 
 
 def _flat_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return multiply(x.reshape(x.shape[0], -1), kernel)
+    return x.reshape(x.shape[0], -1) @ kernel
 
 
 def _padding(x: jax.Array, layer: Conv | Pool) -> tuple[tuple[int, int], tuple[int, int]]:

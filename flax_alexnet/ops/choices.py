@@ -24,13 +24,6 @@ class Convolution(NamedTuple):
     dtype: Any = jnp.float32
 
 
-class Product(NamedTuple):
-    """What decides about the product of a dense layer."""
-
-    rows: int
-    dtype: Any = jnp.float32
-
-
 class Choice(NamedTuple):
     """A row of the table."""
 
@@ -121,15 +114,6 @@ CHOICES = (
         )
         for direction in ("forward", "kernel gradient")
     ),
-    Choice(
-        "dense",
-        "cpu with oneDNN",
-        "16 rows and more",
-        lambda c: c.rows >= 16,
-        "onednn",
-        "notebook's fc6 for 16 images 114 against 147, 64: 118 against 137; but one: 73 against 55",
-    ),
-    Choice("dense", "any", "all", _all, "xla", ""),
     Choice("convolution forward", "any", "all", _all, "xla", ""),
     Choice("convolution kernel gradient", "any", "all", _all, "xla", ""),
     Choice("convolution input gradient", "any", "all", _all, "xla", ""),
@@ -163,7 +147,7 @@ CHOICES = (
 def choose(operator: str, platform: str, facts: Any = None) -> str:
     """The implementation of `operator` on a platform ("cpu", "cuda", "tpu", …) for `facts`."""
     platforms = {platform, "any"}
-    if platform == "cpu" and facts and onednn.usable(facts.dtype):
+    if platform == "cpu" and isinstance(facts, Convolution) and onednn.usable(facts.dtype):
         platforms.add("cpu with oneDNN")
     return next(
         row.implementation

@@ -334,9 +334,6 @@ _FORMS: dict[str, dict[str, Form]] = {
     "onednn_patches": {
         "forward": _onednn_forward,
         "input gradient": _onednn_input_gradient,
-        "kernel gradient": functools.partial(
-            _product_kernel_gradient,
-            product=functools.partial(onednn.product, transpose_a=True),
-        ),
+        "kernel gradient": functools.partial(_product_kernel_gradient, product=onednn.product),
     },
 }
