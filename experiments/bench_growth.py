@@ -77,11 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             env = {"JAX_NUM_CPU_DEVICES": str(count), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
             step = Work("ours_train", {"variant": variant, **model}, env)
             cases.append((axis, value, step, model["batch"]))
-        prepared = prepared_pictures(arguments.data, Path(folder))
-        if prepared and not arguments.quick:
+        if not arguments.quick and (prepared := prepared_pictures(arguments.data, Path(folder))):
+            _, reading = prepared
             for count in range(1, (os.cpu_count() or 1) + 1):
-                reading = Work("ours_batches", prepared[1] | {"threads": count})
-                cases.append((THREADS, count, reading, prepared[1]["images"]))
+                work = Work("ours_batches", reading | {"threads": count})
+                cases.append((THREADS, count, work, reading["images"]))
         points: list[Point] = []
         for axis, value, work, images in cases:
             worker = Worker(work)

@@ -5,7 +5,7 @@ import pytest
 
 from flax_alexnet.architectures import ARCHITECTURES
 from flax_alexnet.model import implementations
-from flax_alexnet.ops import convolution, lrn, onednn
+from flax_alexnet.ops import convolution, lrn, onednn, pooling
 from flax_alexnet.ops.choices import CHOICES, Convolution, choose
 
 
@@ -23,6 +23,7 @@ def test_each_row_names_what_exists():
         operator = row.operator.partition(" ")[0]
         assert row.implementation in known.get(operator, set(convolution._FORMS)), row
         assert row.measured or row.implementation == "xla", row
+    assert pooling.choose is choose
 
 
 def test_a_line_tells_what_runs(monkeypatch):

@@ -1,14 +1,14 @@
 """Pictures decoded to equal squares, by index, and their mean."""
 
 import abc
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from flax_alexnet.data.ahead import map_threads
 from flax_alexnet.data.bad_records import OnBad, refuse
-from flax_alexnet.data.pictures import Picture, read_rows
+from flax_alexnet.data.pictures import Picture, chunks, read_rows
 from flax_alexnet.data.sources import Source
 from flax_alexnet.errors import UserError
 from flax_alexnet.preprocessing import ResizeRule
@@ -17,8 +17,6 @@ CACHE_BYTES = 2**30  # decoded datasets up to this are kept in memory
 MEAN_PICTURES = 2**16  # over so many the mean is taken where there are more
 CHUNK = 64  # pictures that a thread reads and decodes at once
 EVERYTHING = slice(None)
-
-T = TypeVar("T")
 
 Example = dict[str, Any]  # "image": uint8[size, size, 3], "label": int32[]
 
@@ -75,9 +73,8 @@ class DecodedExamples(Examples):
         return self._find([index])[0]
 
     def find_all(self, indices: Sequence[int]) -> list[Example | None]:
-        chunk = _at_once(self._source)
-        chunks = (indices[start : start + chunk] for start in range(0, len(indices), chunk))
-        return [example for chunk in chunks for example in self._find(chunk)]
+        parts = chunks(self._source, indices, CHUNK)
+        return [example for part in parts for example in self._find(part)]
 
     def _find(self, indices: Sequence[int]) -> list[Example | None]:
         pictures = _read(self._source, indices, self._size, self._resize)
@@ -171,37 +168,23 @@ def mean_image(
     count = min(len(examples), MEAN_PICTURES)
     indices = np.linspace(0, len(examples) - 1, count).astype(int)
 
-    def add(chunk: Sequence[int]) -> np.ndarray:
+    def add(rows: np.ndarray) -> np.ndarray:
+        images = np.stack([example["image"] for example in examples.take(rows.tolist())])
         # So few grey levels cannot overflow, and whole numbers add up the same in any order.
-        return np.stack([examples[i]["image"] for i in chunk]).sum(axis=0, dtype=np.int32)
+        return images.sum(axis=0, dtype=np.int32)
 
-    sums = sum(_for_chunks(add, indices[share]), np.zeros_like(examples[0]["image"], np.int32))
+    parts = np.split(indices[share], range(CHUNK, len(indices[share]), CHUNK))
+    sums = sum(map_threads(add, parts), np.zeros_like(examples[0]["image"], np.int32))
     return (total(sums) / count).astype(np.float32)
-
-
-def _for_chunks(
-    function: Callable[[Sequence[int]], T], indices: np.ndarray, chunk: int = CHUNK
-) -> Iterator[T]:
-    """What `function` gives for each few of the indices, in all threads."""
-    chunks = np.split(indices, range(chunk, len(indices), chunk))
-    return map_threads(lambda rows: function(rows.tolist()), chunks)
 
 
 def _try(
     source: Source, share: slice, function: Callable[[Sequence[int]], list[Picture]], on_bad: OnBad
 ) -> None:
     """Tells `on_bad` of the bad pictures of `share`, in order, which `function` of rows finds."""
-    for bad in _for_chunks(function, np.arange(len(source))[share], _at_once(source)):
+    for bad in map_threads(function, chunks(source, range(len(source))[share], CHUNK)):
         for picture in bad:
             on_bad(picture.name, picture.problem)
-
-
-def _at_once(source: Source) -> int:
-    """Prepared records are read many at once, several times faster than one by one.
-
-    Files may be large.
-    """
-    return CHUNK if source.prepared else 1
 
 
 def _bad(pictures: Sequence[Picture]) -> list[Picture]:

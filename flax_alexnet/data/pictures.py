@@ -102,10 +102,18 @@ def read_pictures(
         return read_rows(source, rows, size, resize, strict=source.prepared)
 
     indices = range(len(source)) if indices is None else indices
-    # Prepared records are read many at once, several times faster than one by one.
-    chunk = CHUNK if source.prepared else 1
-    chunks = [indices[start : start + chunk] for start in range(0, len(indices), chunk)]
-    return itertools.chain.from_iterable(map_threads(read, chunks, threads))
+    parts = chunks(source, indices, CHUNK)
+    return itertools.chain.from_iterable(map_threads(read, parts, threads))
+
+
+def chunks(source: Source, indices: Sequence[int], most: int) -> list[Sequence[int]]:
+    """The indices in parts to be read at once.
+
+    Prepared records are read many at once, several times faster than one by one; files, which may
+    be large, are not.
+    """
+    size = most if source.prepared else 1
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 def read_rows(
