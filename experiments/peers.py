@@ -41,8 +41,9 @@ def random_batch(size: int, batch: int, classes: int) -> tuple[np.ndarray, np.nd
 def torch_runs(variant: str, batch: int, size: int) -> tuple[Run, Run]:
     """One training step, and the logits, of a variant in PyTorch on the GPU where there is one."""
     import torch
+    from torch import nn
+    from torch.nn import functional
 
-    nn, functional = torch.nn, torch.nn.functional
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     table = architecture(variant)
