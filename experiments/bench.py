@@ -202,8 +202,8 @@ def input_rows(arguments: Arguments, folder: Path) -> Iterator[Row]:
     jpegs = folder / "jpegs"
     train = open_dataset(a["name"], folder, "train", None).train
     jpegs.mkdir()
-    for number, record in enumerate(train.records(range(len(train)))):
-        (jpegs / f"{number:05}.jpg").write_bytes(record.image)
+    for number in range(len(train)):
+        (jpegs / f"{number:05}.jpg").write_bytes(train.read(number).image)
     ours = Work("ours_batches", a)
     alone = Work("decoder", {"data_dir": str(jpegs), "images": PICTURES})
     goals, others = {"decoder alone": 0.85}, {"decoder alone": alone}

@@ -40,7 +40,7 @@ from flax_alexnet.build import (
     state_template,
 )
 from flax_alexnet.data.ahead import ahead
-from flax_alexnet.data.examples import Examples
+from flax_alexnet.data.examples import Examples, Found
 from flax_alexnet.data.loader import training_batches
 from flax_alexnet.optimizer import applied_rate
 from flax_alexnet.recipes import RECIPES
@@ -61,8 +61,9 @@ class Pictures(Examples):
     def __len__(self) -> int:
         return len(self._images)
 
-    def find(self, index: int) -> dict[str, np.ndarray]:
-        return {"image": self._images[index], "label": np.int32(index % 1000)}
+    def find(self, indices: Sequence[int]) -> Found:
+        rows = np.asarray(indices)
+        return Found(self._images[rows], (rows % 1000).astype(np.int32))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -101,14 +101,12 @@ def draw_report(
     with replacing(folder / "conv1.png") as path:
         plot_kernels(params["conv1"]["kernel"], path, architecture(model.variant).groups)
     order = np.random.default_rng(0).permutation(len(examples))
-    chosen = [examples[int(index)] for index in order[:8]]
-    images = np.stack([example["image"] for example in chosen])
+    images, labels = examples.take(order[:8].tolist())
     seen = preprocess(jnp.asarray(images), mean, crop_size=settings.crop_size, scale=settings.scale)
     logits: Any = jax.jit(model.apply)({"params": params}, seen)
-    labels = [int(example["label"]) for example in chosen]
     probabilities = np.asarray(jax.nn.softmax(logits.astype(jnp.float32)))
     with replacing(folder / "predictions.png") as path:
-        plot_predictions(images, labels, probabilities, label_names, path)
+        plot_predictions(images, labels.tolist(), probabilities, label_names, path)
 
 
 def peak_memory() -> int:

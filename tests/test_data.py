@@ -14,6 +14,7 @@ from flax_alexnet.data.examples import (
     CachedExamples,
     DecodedExamples,
     Examples,
+    Found,
     mean_image,
     open_examples,
 )
@@ -41,8 +42,10 @@ class Numbers(Examples):
     def __len__(self):
         return self.length
 
-    def find(self, index):
-        return {"image": np.full((2, 2, 3), index % 251, np.uint8), "label": np.int32(index)}
+    def find(self, indices):
+        labels = np.array(indices, np.int32)
+        images = np.broadcast_to(labels[:, None, None, None] % 251, (len(labels), 2, 2, 3))
+        return Found(images.astype(np.uint8), labels)
 
 
 def labels(batches, count):
@@ -179,12 +182,12 @@ class TestFolders:
         dataset = open_dataset(f"folder:{make_folder(tmp_path, {'cat': 23, 'dog': 17})}")
         assert dataset.label_names == ["cat", "dog"]
         names = [
-            {record.name for record in source.records(range(len(source)))}
+            {source.read(index).name for index in range(len(source))}
             for source in (dataset.train, dataset.eval)
         ]
         assert [len(part) for part in names] == [36, 4]
         assert not names[0] & names[1]
-        assert [record.label for record in dataset.eval.records(range(4))] == [0, 0, 1, 1]
+        assert [dataset.eval.read(index).label for index in range(4)] == [0, 0, 1, 1]
 
     def test_train_and_test_folders_are_taken_as_they_are(self, tmp_path):
         make_folder(tmp_path / "train", {"cat": 3, "dog": 4})
@@ -242,7 +245,7 @@ class TestFolders:
         (tmp_path / "none.jpg").symlink_to("nowhere")
         source = FolderSource([(tmp_path / name, 0)], ("cat",))
         with pytest.raises(UserError, match=rf"cannot read .*{name}: {why}; remove or repair it"):
-            source.records([0])
+            open_examples(source, 32)
 
     def test_differing_classes_are_named(self, tmp_path):
         make_folder(tmp_path / "train", {"cat": 3, "dog": 4})
@@ -255,7 +258,7 @@ def test_cifar10_as_tfds_prepared_it(shared_data):
     dataset = open_dataset("cifar10", shared_data / "tfds")
     assert (len(dataset.train), len(dataset.eval)) == (50_000, 10_000)
     assert list(dataset.label_names[:3]) == ["airplane", "automobile", "bird"]
-    (record,) = dataset.train.records([17])
+    record = dataset.train.read(17)
     assert decode(record.image, 32).shape == (32, 32, 3)
     assert record.name == "train[17]"
 

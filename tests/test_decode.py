@@ -69,6 +69,20 @@ def test_a_picture_is_turned_as_its_exif_data_says(orientation, kind):
     assert np.abs(ours.astype(int) - upright).max() <= 3
 
 
+@pytest.mark.parametrize("size", [40, 16])
+@pytest.mark.parametrize("orientation", [1, 2, 6])
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_a_row_of_a_batch_takes_the_picture(kind, orientation, size):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(NOISE[:, :40], kind, exif=exif)
+    batch = np.full((3, size, size, 3), 7, np.uint8)
+    place = batch[1]
+    assert decode(data, size, out=place) is place
+    np.testing.assert_array_equal(place, decode(data, size))
+    assert (batch[[0, 2]] == 7).all()
+
+
 def test_grey_cmyk_palette_transparency_and_16_bits_become_rgb():
     grey = NOISE[..., 0]
     np.testing.assert_array_equal(decode_whole(encoded(grey)), np.stack([grey] * 3, -1))

@@ -83,7 +83,7 @@ class TestPrepare:
         prepare(f"folder:{folder}", tmp_path / "data", image_size=16)
         for part in ("train[:30%]", "train[70%:]"):
             pets = open_dataset("prepared_folder/pets", tmp_path / "data", part).train
-            assert {record.label for record in pets.records(range(len(pets)))} == {0, 1}
+            assert {pets.read(index).label for index in range(len(pets))} == {0, 1}
 
     def test_the_embedded_dataset_is_rendered_the_same_each_time(self, tmp_path, monkeypatch):
         monkeypatch.setattr(shapes, "EXAMPLES", {"train": 40, "test": 20})
@@ -91,7 +91,7 @@ class TestPrepare:
         dataset = open_dataset(shapes.NAME, tmp_path)
         assert tuple(dataset.label_names) == shapes.CLASSES
         assert (len(dataset.train), len(dataset.eval)) == (40, 20)
-        counts = np.bincount([r.label for r in dataset.train.records(range(40))])
+        counts = np.bincount([dataset.train.read(index).label for index in range(40)])
         assert counts.tolist() == [4] * 10
         np.testing.assert_array_equal(shapes.render("train", 7), shapes.render("train", 7))
         assert (shapes.render("train", 7) != shapes.render("test", 7)).any()
@@ -151,7 +151,7 @@ class TestPreparedDatasets:
         if damage == "missing":
             path.unlink()
         with pytest.raises(UserError, match=r"pets/1\.0\.0 is damaged \("):
-            open_dataset("prepared_folder/pets", data_dir).train.records([0])
+            open_dataset("prepared_folder/pets", data_dir).train.read(0)
 
     @pytest.mark.parametrize(
         ("name", "message"),

@@ -191,7 +191,7 @@ def test_a_picture_without_a_label_and_a_net_without_numbers_are_refused(
 ):
     flags = ["--data.name", f"folder:{photographs}", "--output", str(tmp_path)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flax_alexnet.data.sources.FolderSource.records", unlabelled)
+        patch.setattr("flax_alexnet.data.sources.FolderSource.read", unlabelled)
         assert EVALUATE([str(weights), *flags]) == 2
     assert "has no label" in capsys.readouterr().err
     broken = make_net()
@@ -201,8 +201,8 @@ def test_a_picture_without_a_label_and_a_net_without_numbers_are_refused(
     assert "not a number" in capsys.readouterr().err
 
 
-def unlabelled(source, indices):
-    return [Record(source.paths[i].read_bytes(), -1, "x.png") for i in indices]
+def unlabelled(source, index):
+    return Record(source.paths[index].read_bytes(), -1, "x.png")
 
 
 def test_names_need_not_be_unicode(weights, photographs, tmp_path, capsys):

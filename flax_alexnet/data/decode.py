@@ -6,7 +6,7 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +30,11 @@ LARGEST_SLOW = 2**18  # pixels, and bytes
 LARGEST_FILE = 200_000_000  # bytes
 # Of what Pillow reads; some others start programs, or read what is no picture of pixels.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-EXIF_ORIENTATION, FAR = 0x0112, 2**18  # within so many bytes of a JPEG's start
+EXIF_ORIENTATION = 0x0112
 TILE_WIDTH, TILE_LENGTH = 322, 323  # of a TIFF
 MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # of a JPEG, with a segment
 JPEG, SCAN, PROGRESSIVE = b"\xff\xd8\xff", 0xDA, (0xC2, 0xCA)
+APP1, EXIF = 0xE1, b"Exif\0\0"
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of damaged metadata
 # Of large pictures in blocks of 16 MB, as Pillow has them, each thread's heap would keep some for
@@ -71,7 +72,9 @@ class _Room:
 ROOM = _Room(LARGEST_WHOLE)
 
 
-def decode(encoded: bytes, size: int, resize: ResizeRule = "paper") -> np.ndarray:
+def decode(
+    encoded: bytes, size: int, resize: ResizeRule = "paper", out: np.ndarray | None = None
+) -> np.ndarray:
     """A picture in any usual format to uint8[size, size, 3], RGB.
 
     What is inside counts, not what a file's name says. Grey and CMYK become RGB, 16 bits a channel
@@ -80,13 +83,24 @@ def decode(encoded: bytes, size: int, resize: ResizeRule = "paper") -> np.ndarra
     lower resolution, still at least twice `size`, so that no picture takes more than 500 MB. Nor
     do several threads together: small pictures are decoded side by side, large ones in turn.
 
+    Args:
+      encoded: the picture as it lies on the disk.
+      size: pixels a side.
+      resize: the rule.
+      out: uint8[size, size, 3] that takes the result, such as a row of a batch: a prepared JPEG is
+        decoded right into it. Whatever it holds after an error is no picture. None makes it.
+
     Raises:
       DecodeError: the bytes are truncated, damaged, no picture, one with 32 bits a channel, or one
         of more pixels than `LARGEST_PICTURE` (of a JPEG in several scans `LARGEST_IN_SCANS` over
         its channels, of another format `LARGEST_WHOLE`, or `LARGEST_SLOW`).
     """
     with contextlib.ExitStack() as held:
-        return to_square(_pixels(encoded, 2 * size, held), size, resize)
+        square = to_square(_pixels(encoded, 2 * size, held, out), size, resize)
+    if out is None or out is square:
+        return square
+    out[...] = square
+    return out
 
 
 def read_file(path: Path) -> bytes:
@@ -137,63 +151,90 @@ def to_square(image: np.ndarray, size: int, resize: ResizeRule = "paper") -> np.
     return np.asarray(square)
 
 
-def _pixels(encoded: bytes, enough: int | None, held: contextlib.ExitStack) -> np.ndarray:
+def _pixels(
+    encoded: bytes,
+    enough: int | None,
+    held: contextlib.ExitStack,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """uint8[h, w, 3], upright; of a very large JPEG with sides of at least `enough` pixels.
 
-    The room that they take is given back when `held` is closed.
+    It may lie in `out`, where that has the same shape. The room that they take is given back when
+    `held` is closed.
     """
     if not encoded:
         raise DecodeError("it is empty")
     try:
-        return _jpeg(encoded, enough, held) if encoded.startswith(JPEG) else _other(encoded, held)
+        if encoded.startswith(JPEG):
+            return _jpeg(encoded, enough, held, out)
+        return _other(encoded, held)
     except UnidentifiedImageError:
         raise DecodeError("it is no picture in a known format") from None
     except Exception as error:  # Pillow reports a damaged picture by almost any, TypeError included
         raise DecodeError(first_line(error)) from error
 
 
-def _jpeg(encoded: bytes, enough: int | None, held: contextlib.ExitStack) -> np.ndarray:
+def _jpeg(
+    encoded: bytes, enough: int | None, held: contextlib.ExitStack, out: np.ndarray | None
+) -> np.ndarray:
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(encoded)
     except ValueError:  # an unusual sampling of the colours, which Pillow knows
         return _other(encoded, held)
     _need_at_most(LARGEST_PICTURE if enough else LARGEST_WHOLE, height * width)
-    _need_few_scans(encoded, {"Gray": 1, "CMYK": 4, "YCCK": 4}.get(colors, 3), height * width)
+    segments = list(_segments(encoded))
+    channels = {"Gray": 1, "CMYK": 4, "YCCK": 4}.get(colors, 3)
+    _need_few_scans(encoded, segments, channels, height * width)
     held.enter_context(ROOM.take(height * width))
     least = enough if enough and height * width > LARGEST_WHOLE else max(height, width)
-    pixels = simplejpeg.decode_jpeg(encoded, "RGB", min_height=least, min_width=least)
-    if encoded.find(b"Exif\0\0", 0, FAR) < 0:  # dearer to parse than to look for
-        return pixels
-    with _open(encoded) as image:
-        return _upright(pixels, image)
+    if out is not None and out.shape == (height, width, 3):
+        simplejpeg.decode_jpeg(encoded, "RGB", buffer=out)
+        pixels = out
+    else:
+        pixels = simplejpeg.decode_jpeg(encoded, "RGB", min_height=least, min_width=least)
+    if any(kind == APP1 and encoded.startswith(EXIF, place + 2) for kind, place in segments):
+        with _open(encoded) as image:
+            return _upright(pixels, image)
+    return pixels
 
 
-def _need_few_scans(jpeg: bytes, channels: int, pixels: int) -> None:
-    if _in_scans(jpeg, channels):
+def _need_few_scans(
+    jpeg: bytes, segments: Sequence[tuple[int, int]], channels: int, pixels: int
+) -> None:
+    if _in_scans(jpeg, segments, channels):
         _need_at_most(LARGEST_IN_SCANS // channels, pixels)
         scans = jpeg.count(bytes([0xFF, SCAN]))
         if scans * pixels > LONGEST_IN_SCANS:
             raise DecodeError(f"it has {scans:,} scans over {pixels:,} pixels: too many")
 
 
-def _in_scans(jpeg: bytes, channels: int) -> bool:
+def _in_scans(jpeg: bytes, segments: Sequence[tuple[int, int]], channels: int) -> bool:
     """Whether a JPEG is not decoded row by row: it is progressive, or its channels come apart."""
-    place = 2
-    while found := MARKER.search(jpeg, place):
-        kind, place = found[1][0], found.end()
+    for kind, place in segments:
         if kind == SCAN:
             return jpeg[place + 2 : place + 3] != bytes([channels])
         if kind in PROGRESSIVE:
             return True
-        place += int.from_bytes(jpeg[place : place + 2], "big")
     return False
+
+
+def _segments(jpeg: bytes) -> Iterator[tuple[int, int]]:
+    """The kind of each segment of a JPEG and where its length stands, up to its first scan."""
+    place = 2
+    while found := MARKER.search(jpeg, place):
+        kind, place = found[1][0], found.end()
+        yield kind, place
+        if kind == SCAN:
+            return
+        place += int.from_bytes(jpeg[place : place + 2], "big")
 
 
 def _other(encoded: bytes, held: contextlib.ExitStack) -> np.ndarray:
     with _open(encoded) as image:
         _need_at_most(LARGEST_WHOLE, _stored(image))
         if encoded.startswith(JPEG):
-            _need_few_scans(encoded, len(image.getbands()), image.height * image.width)
+            segments, channels = list(_segments(encoded)), len(image.getbands())
+            _need_few_scans(encoded, segments, channels, image.height * image.width)
         slow = image.tile and image.tile[0][0] in Image.DECODERS
         if slow and max(image.height * image.width, len(encoded)) > LARGEST_SLOW:
             raise DecodeError(

@@ -1,26 +1,34 @@
 """Pictures decoded to equal squares, by index, and their mean."""
 
 import abc
-from collections.abc import Callable, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flax_alexnet.data.ahead import map_threads
 from flax_alexnet.data.bad_records import OnBad, refuse
-from flax_alexnet.data.pictures import Picture, chunks, read_rows
+from flax_alexnet.data.pictures import Picture, read_picture
 from flax_alexnet.data.sources import Source
 from flax_alexnet.errors import UserError
 from flax_alexnet.preprocessing import ResizeRule
 
 CACHE_BYTES = 2**30  # decoded datasets up to this are kept in memory
 MEAN_PICTURES = 2**16  # over so many the mean is taken where there are more
-CHUNK = 64  # pictures that a thread reads and decodes at once
+CHUNK = 64  # pictures that a thread is given at once
 EVERYTHING = slice(None)
 
 Example = dict[str, Any]  # "image": uint8[size, size, 3], "label": int32[]
 
 UNKNOWN, BAD = -2, -1  # in the place of a label: not tried yet, cannot be read
+
+
+class Found(NamedTuple):
+    """Pictures as a batch has them; the image of one that cannot be read is nothing to look at."""
+
+    images: np.ndarray  # uint8[n, size, size, 3]
+    labels: np.ndarray  # int32[n], or BAD
 
 
 class Examples(abc.ABC):
@@ -30,11 +38,11 @@ class Examples(abc.ABC):
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
-    def find(self, index: int) -> Example | None:
-        """The picture at `index`; None where it cannot be read."""
+    def find(self, indices: Sequence[int]) -> Found:
+        """The pictures at `indices`."""
 
-    def __getitem__(self, index: int) -> Example:
-        """The picture at `index`, or the next one, in a circle, that can be read.
+    def take(self, indices: Sequence[int]) -> Found:
+        """The pictures at `indices`; for a bad one the next, in a circle, that can be read.
 
         Who takes the place of a bad picture follows from the data alone, and so is the same in any
         thread, on any process, and after a run was resumed.
@@ -42,20 +50,22 @@ class Examples(abc.ABC):
         Raises:
           UserError: no picture can be read.
         """
-        for step in range(len(self)):
-            example = self.find((index + step) % len(self))
-            if example is not None:
-                return example
+        found = self.find(indices)
+        for row in np.flatnonzero(found.labels == BAD).tolist():
+            found.images[row], found.labels[row] = self._next(indices[row])
+        return found
+
+    def _next(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        for step in range(1, len(self)):
+            images, labels = self.find([(index + step) % len(self)])
+            if labels[0] != BAD:
+                return images[0], labels[0]
         raise UserError(f"none of the {len(self):,} pictures can be read; take another dataset")
 
-    def find_all(self, indices: Sequence[int]) -> list[Example | None]:
-        """`find` for several indices, which may read them at once."""
-        return [self.find(index) for index in indices]
-
-    def take(self, indices: Sequence[int]) -> list[Example]:
-        """`[self[index] for index in indices]`, which may read them at once."""
-        found = zip(indices, self.find_all(indices), strict=True)
-        return [example or self[(index + 1) % len(self)] for index, example in found]
+    def __getitem__(self, index: int) -> Example:
+        """The one picture that `take` gives for `index`."""
+        images, labels = self.take([index])
+        return {"image": images[0], "label": labels[0]}
 
 
 class DecodedExamples(Examples):
@@ -69,21 +79,12 @@ class DecodedExamples(Examples):
     def __len__(self) -> int:
         return len(self._source)
 
-    def find(self, index: int) -> Example | None:
-        return self._find([index])[0]
-
-    def find_all(self, indices: Sequence[int]) -> list[Example | None]:
-        parts = chunks(self._source, indices, CHUNK)
-        return [example for part in parts for example in self._find(part)]
-
-    def _find(self, indices: Sequence[int]) -> list[Example | None]:
-        pictures = _read(self._source, indices, self._size, self._resize)
+    def find(self, indices: Sequence[int]) -> Found:
+        images = np.empty((len(indices), self._size, self._size, 3), np.uint8)
+        pictures = _read(self._source, indices, self._size, self._resize, images)
         for picture in _bad(pictures):
             self._on_bad(picture.name, picture.problem)
-        return [
-            None if image is None else {"image": image, "label": np.int32(label)}
-            for _, label, image, _ in pictures
-        ]
+        return Found(images, _labels(pictures))
 
 
 class CachedExamples(Examples):
@@ -100,32 +101,27 @@ class CachedExamples(Examples):
         resize: ResizeRule = "paper",
         on_bad: OnBad = refuse,
     ):
-        self._source, self._size, self._resize, self._on_bad = source, size, resize, on_bad
+        self._source, self._resize, self._on_bad = source, resize, on_bad
         self._images = np.empty((len(source), size, size, 3), np.uint8)
         self._labels = np.full((len(source),), UNKNOWN, np.int32)
         _try(source, share, self._fill, on_bad)
 
     def _fill(self, rows: Sequence[int]) -> list[Picture]:
         """Decodes some pictures; returns the bad ones."""
-        pictures = _read(self._source, rows, self._size, self._resize)
-        for row, picture in zip(rows, pictures, strict=True):
-            if picture.image is None:
-                self._labels[row] = BAD
-            else:  # the label last: it says to other threads that the picture is there
-                self._images[row] = picture.image
-                self._labels[row] = picture.label
+        out = [self._images[row] for row in rows]
+        pictures = _read(self._source, rows, self._images.shape[1], self._resize, out)
+        # The labels last: they say to other threads that the pictures are there.
+        self._labels[rows] = _labels(pictures)
         return _bad(pictures)
 
     def __len__(self) -> int:
         return len(self._labels)
 
-    def find(self, index: int) -> Example | None:
-        if self._labels[index] == UNKNOWN:
-            for picture in self._fill([index]):
-                self._on_bad(picture.name, picture.problem)
-        if self._labels[index] == BAD:
-            return None
-        return {"image": self._images[index], "label": self._labels[index]}
+    def find(self, indices: Sequence[int]) -> Found:
+        rows = np.asarray(indices, int)
+        for picture in self._fill(rows[self._labels[rows] == UNKNOWN].tolist()):
+            self._on_bad(picture.name, picture.problem)
+        return Found(self._images[rows], self._labels[rows])
 
 
 def open_examples(
@@ -168,13 +164,13 @@ def mean_image(
     count = min(len(examples), MEAN_PICTURES)
     indices = np.linspace(0, len(examples) - 1, count).astype(int)
 
-    def add(rows: np.ndarray) -> np.ndarray:
-        images = np.stack([example["image"] for example in examples.take(rows.tolist())])
+    def add(rows: Sequence[int]) -> np.ndarray:
         # So few grey levels cannot overflow, and whole numbers add up the same in any order.
-        return images.sum(axis=0, dtype=np.int32)
+        return examples.take(rows).images.sum(axis=0, dtype=np.int32)
 
-    parts = np.split(indices[share], range(CHUNK, len(indices[share]), CHUNK))
-    sums = sum(map_threads(add, parts), np.zeros_like(examples[0]["image"], np.int32))
+    sums = sum(
+        map_threads(add, _chunks(indices[share])), np.zeros_like(examples[0]["image"], np.int32)
+    )
     return (total(sums) / count).astype(np.float32)
 
 
@@ -182,18 +178,39 @@ def _try(
     source: Source, share: slice, function: Callable[[Sequence[int]], list[Picture]], on_bad: OnBad
 ) -> None:
     """Tells `on_bad` of the bad pictures of `share`, in order, which `function` of rows finds."""
-    for bad in map_threads(function, chunks(source, range(len(source))[share], CHUNK)):
+    for bad in map_threads(function, _chunks(np.arange(len(source))[share])):
         for picture in bad:
             on_bad(picture.name, picture.problem)
+
+
+def _chunks(indices: np.ndarray) -> list[list[int]]:
+    return [part.tolist() for part in np.split(indices, range(CHUNK, len(indices), CHUNK))]
 
 
 def _bad(pictures: Sequence[Picture]) -> list[Picture]:
     return [picture for picture in pictures if picture.image is None]
 
 
-def _read(source: Source, rows: Sequence[int], size: int, resize: ResizeRule) -> list[Picture]:
-    """The pictures at `rows`, each with an outcome; UserError for a label that is out of range."""
-    pictures = read_rows(source, rows, size, resize)
+def _labels(pictures: Sequence[Picture]) -> np.ndarray:
+    return np.array([BAD if p.image is None else p.label for p in pictures], np.int32)
+
+
+def _read(
+    source: Source,
+    rows: Sequence[int],
+    size: int,
+    resize: ResizeRule,
+    out: Iterable[np.ndarray] | None = None,
+) -> list[Picture]:
+    """The pictures at `rows`; UserError for a label that is out of range.
+
+    With `out`, squares for them are put there.
+    """
+    places = itertools.repeat(None) if out is None else out
+    pictures = [
+        read_picture(source, row, size, resize, place)
+        for row, place in zip(rows, places, strict=False)
+    ]
     for picture in pictures:
         if picture.image is not None and not 0 <= picture.label < len(source.label_names):
             raise UserError(

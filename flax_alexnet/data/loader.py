@@ -11,7 +11,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from flax_alexnet.data.examples import Example, Examples
+from flax_alexnet.data.examples import BAD, Examples
 
 Batch = dict[str, np.ndarray]  # "image": uint8[b, s, s, 3], "label": int32[b], "mask": bool[b]
 
@@ -32,8 +32,13 @@ def training_batches(
     next one in `examples`. Of each batch only `rows` are read, those of the process's own devices;
     None is all.
     """
+
+    def take(indices: Sequence[int]) -> Batch:
+        images, labels = examples.take(indices)
+        return {"image": images, "label": labels}
+
     order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
-    return _batches(order, examples.take, batch_size, start_step, threads, rows)
+    return _batches(order, take, batch_size, start_step, threads, rows)
 
 
 def evaluation_batches(
@@ -50,28 +55,31 @@ def evaluation_batches(
     """
     whole = -(-len(examples) // batch_size) * batch_size
 
-    def take(indices: Sequence[int]) -> list[Example]:
-        found = examples.find_all([index for index in indices if index < len(examples)])
-        found += [None] * (len(indices) - len(found))  # the last indices: they fill up the batch
-        return [
-            {**(example or examples[0]), "mask": np.bool_(example is not None)} for example in found
-        ]
+    def find(indices: Sequence[int]) -> Batch:
+        found = examples.find([index for index in indices if index < len(examples)])
+        more = len(indices) - len(found.labels)  # the last indices: they fill up the batch
+        images, labels, mask = (
+            np.concatenate([values, np.zeros((more, *values.shape[1:]), values.dtype)])
+            for values in (*found, found.labels != BAD)
+        )
+        images[~mask], labels[~mask] = 0, 0
+        return {"image": images, "label": labels, "mask": mask}
 
-    return _batches(grain.MapDataset.range(whole), take, batch_size, 0, threads, rows)
+    return _batches(grain.MapDataset.range(whole), find, batch_size, 0, threads, rows)
 
 
 class _Batches(grain.MapDataset):
-    """Some rows of each batch of an order of indices; `take` reads all examples of them at once."""
+    """Some rows of each batch of an order of indices, all of which `read` reads at once."""
 
     def __init__(
         self,
         order: Any,
-        take: Callable[[Sequence[int]], list[Example]],
+        read: Callable[[Sequence[int]], Batch],
         batch_size: int,
         rows: Sequence[int],
     ):
         super().__init__(order)
-        self._take, self._batch_size = take, batch_size
+        self._read, self._batch_size = read, batch_size
         self._rows = [int(row) for row in rows]
 
     def __len__(self) -> int:
@@ -79,13 +87,12 @@ class _Batches(grain.MapDataset):
 
     def __getitem__(self, index: Any) -> Any:
         first = index * self._batch_size
-        examples = self._take([int(self._parent[first + row]) for row in self._rows])
-        return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+        return self._read([int(self._parent[first + row]) for row in self._rows])
 
 
 def _batches(
     order: Any,
-    take: Callable[[Sequence[int]], list[Example]],
+    read: Callable[[Sequence[int]], Batch],
     batch_size: int,
     start: int,
     threads: int,
@@ -94,7 +101,7 @@ def _batches(
     if not flags.FLAGS.is_parsed():  # Grain reads a flag of absl's, and this is no absl program
         flags.FLAGS.mark_as_parsed()
     rows = range(batch_size) if rows is None else rows
-    dataset = _Batches(order, take, batch_size, rows)
+    dataset = _Batches(order, read, batch_size, rows)
     # Each thread makes a whole batch: two ahead of each keep the device fed without much memory.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     iterator = iter(dataset.to_iter_dataset(options))

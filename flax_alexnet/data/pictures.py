@@ -1,7 +1,6 @@
 """Pictures that a trained net is used on: each has an outcome, and a bad one stops no other."""
 
 import glob
-import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,6 @@ from flax_alexnet.data.sources import FOLDER, FolderSource, Joined, Source, open
 from flax_alexnet.errors import UserError
 from flax_alexnet.preprocessing import ResizeRule
 
-CHUNK = 16  # records that a thread reads at once
 NO_LABEL = -1  # of a picture whose right class nobody said
 
 
@@ -98,51 +96,38 @@ def read_pictures(
       UserError: a prepared dataset is damaged.
     """
 
-    def read(rows: Sequence[int]) -> list[Picture]:
-        return read_rows(source, rows, size, resize, strict=source.prepared)
+    def read(index: int) -> Picture:
+        return read_picture(source, index, size, resize, strict=source.prepared)
 
-    indices = range(len(source)) if indices is None else indices
-    parts = chunks(source, indices, CHUNK)
-    return itertools.chain.from_iterable(map_threads(read, parts, threads))
+    return map_threads(read, range(len(source)) if indices is None else indices, threads)
 
 
-def chunks(source: Source, indices: Sequence[int], most: int) -> list[Sequence[int]]:
-    """The indices in parts to be read at once.
-
-    Prepared records are read many at once, several times faster than one by one; files, which may
-    be large, are not.
-    """
-    size = most if source.prepared else 1
-    return [indices[start : start + size] for start in range(0, len(indices), size)]
-
-
-def read_rows(
-    source: Source, rows: Sequence[int], size: int, resize: ResizeRule, *, strict: bool = False
-) -> list[Picture]:
-    """Some pictures of a source, read at once, each with its own outcome.
+def read_picture(
+    source: Source,
+    index: int,
+    size: int,
+    resize: ResizeRule,
+    out: np.ndarray | None = None,
+    *,
+    strict: bool = False,
+) -> Picture:
+    """One picture of a source; with `out` it is put there, see `decode`.
 
     Raises:
-      UserError: a record cannot be read, if `strict`.
+      UserError: the dataset is damaged, if `strict`; else that is what is wrong with the picture.
     """
+    label = NO_LABEL
     try:
-        records = source.records(rows)
+        record = source.read(index)
+        label = record.label
+        return Picture(record.name, label, decode(record.image, size, resize, out))
+    except DecodeError as error:
+        problem = str(error)
     except UserError as error:
-        if len(rows) > 1:  # one of them; the others are not to suffer
-            parts = (read_rows(source, [row], size, resize, strict=strict) for row in rows)
-            return list(itertools.chain.from_iterable(parts))
         if strict:
             raise
-        why = error.__context__  # what is wrong with a file, without its name
-        problem = str(why if isinstance(why, DecodeError) else error)
-        return [Picture(source.name(rows[0]), NO_LABEL, None, problem)]
-    pictures = []
-    for record in records:
-        try:
-            image, problem = decode(record.image, size, resize), ""
-        except DecodeError as error:
-            image, problem = None, str(error)
-        pictures.append(Picture(record.name, record.label, image, problem))
-    return pictures
+        problem = str(error)
+    return Picture(source.name(index), label, None, problem)
 
 
 def summarize(problems: Sequence[tuple[str, str]], total: int, what: str = "pictures") -> str:

@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from flax_alexnet.data.ahead import map_threads
 from flax_alexnet.data.decode import DecodeError, decode
-from flax_alexnet.data.sources import Record
+from flax_alexnet.data.sources import Pictures, Record
 from flax_alexnet.errors import UserError, first_line, printable
 
 SHARD = 8192  # pictures of a shard at most: what a kill can cost, so a small split as a whole
@@ -37,20 +37,6 @@ QUALITY = 90  # of the JPEGs
 OK = "ok"  # the outcome of a picture that was taken; any other says why it was not
 DATASET, LOCK, PLAN = "dataset", "lock", "plan"  # what lies in an unfinished folder
 OUTCOMES = "outcomes.csv"
-
-
-class Pictures(Protocol):
-    """Encoded pictures by index, any of which may turn out to be none."""
-
-    label_names: Sequence[str]
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int, /) -> str: ...
-
-    def read(self, index: int, /) -> Record:
-        """The picture at `index`; DecodeError says why there is none."""
-        ...
 
 
 class Prepared(NamedTuple):

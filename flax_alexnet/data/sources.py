@@ -12,9 +12,10 @@ from typing import NamedTuple, Protocol
 import tensorflow_datasets as tfds
 from google.protobuf.json_format import ParseError
 from google.protobuf.message import DecodeError as DecodeProtoError
+from tensorflow_datasets.proto import tf_example_pb2
 
 from flax_alexnet.data import shapes
-from flax_alexnet.data.decode import DecodeError, read_file
+from flax_alexnet.data.decode import read_file
 from flax_alexnet.errors import UserError, first_line, printable, unknown
 
 FOLDER = "folder:"
@@ -33,17 +34,29 @@ class Record(NamedTuple):
     name: str  # for messages: a path, or a split and an index
 
 
-class Source(Protocol):
-    """Pictures by index: what any dataset is to the rest of the program."""
+class Pictures(Protocol):
+    """Encoded pictures by index, any of which may turn out to be none."""
 
     label_names: Sequence[str]
-    prepared: bool  # whether every picture was decoded once before, when it was prepared
 
     def __len__(self) -> int: ...
 
     def name(self, index: int, /) -> str: ...
 
-    def records(self, indices: Sequence[int]) -> list[Record]: ...
+    def read(self, index: int, /) -> Record:
+        """The picture at `index`.
+
+        Raises:
+          DecodeError: why there is none.
+          UserError: the prepared dataset is damaged.
+        """
+        ...
+
+
+class Source(Pictures, Protocol):
+    """What any dataset is to the rest of the program."""
+
+    prepared: bool  # whether every picture was decoded once before, when it was prepared
 
 
 class Dataset(NamedTuple):
@@ -132,7 +145,7 @@ class TfdsSource:
             raise UserError(f"split {split!r} of dataset {name!r} is empty; choose another")
         try:
             self._data = builder.as_data_source(
-                split, decoders={self._image: tfds.decode.SkipDecoding()}
+                split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
             )
         except NotImplementedError:
             raise UserError(
@@ -147,26 +160,16 @@ class TfdsSource:
         """What messages call the picture."""
         return f"{self._split}[{index}]"
 
-    def records(self, indices: Sequence[int]) -> list[Record]:
-        """The records at `indices`; many at once are read several times faster than one by one.
-
-        Raises:
-          UserError: a file is missing, cut off, or does not agree with its checksums.
-        """
+    def read(self, index: int) -> Record:
+        """The record at `index`; UserError where its file is missing, cut off, or damaged."""
         try:
-            items = self._data.__getitems__([int(i) for i in indices])
-            return [
-                Record(bytes(item[self._image]), int(item[self._label]), self.name(index))
-                for index, item in zip(indices, items, strict=True)
-            ]
-        except (
-            RuntimeError,
-            ValueError,
-            IndexError,
-            KeyError,
-            TypeError,
-            DecodeProtoError,
-        ) as error:
+            # As TFDS does, eight times as fast: Python, in which threads wait for one another.
+            example = tf_example_pb2.Example.FromString(self._data[index])
+            values = example.features.feature
+            (image,) = values[self._image].bytes_list.value
+            (label,) = values[self._label].int64_list.value
+            return Record(image, label, self.name(index))
+        except (RuntimeError, ValueError, IndexError, TypeError, DecodeProtoError) as error:
             raise damaged(self._folder, error) from None
 
 
@@ -196,18 +199,6 @@ class FolderSource:
         path, label = self._files[index]
         return Record(read_file(Path(path)), label, self.name(index))
 
-    def records(self, indices: Sequence[int]) -> list[Record]:
-        """The records at `indices`; UserError names a file that cannot be read."""
-        result = []
-        for index in indices:
-            try:
-                result.append(self.read(index))
-            except DecodeError as error:
-                raise UserError(
-                    f"cannot read {self.name(index)}: {error}; remove or repair it"
-                ) from None
-        return result
-
 
 class Joined:
     """The pictures of two sources with the same label names, one after the other."""
@@ -229,10 +220,10 @@ class Joined:
         source, index = self._find(index)
         return source.name(index)
 
-    def records(self, indices: Sequence[int]) -> list[Record]:
-        """The records at `indices`, as their parts give them."""
-        found = [self._find(index) for index in indices]
-        return [record for source, index in found for record in source.records([index])]
+    def read(self, index: int) -> Record:
+        """The record at `index`, as its part gives it."""
+        source, index = self._find(index)
+        return source.read(index)
 
 
 def prepare_command(name: str, data_dir: Path | None = None) -> str:
