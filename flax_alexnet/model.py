@@ -23,8 +23,9 @@ from flax_alexnet.architectures import (
     layers_until,
     trace,
 )
-from flax_alexnet.ops.choices import Convolution, choose
+from flax_alexnet.ops.choices import Convolution, Facts, Pooling, Product, choose
 from flax_alexnet.ops.convolution import convolve
+from flax_alexnet.ops.dense import multiply
 from flax_alexnet.ops.lrn import local_response_normalization
 from flax_alexnet.ops.pooling import adaptive_average_pool, average_pool, max_pool
 
@@ -189,7 +190,12 @@ class Affine(nn.Module):
 
 
 def implementations(
-    layers: tuple[Layer, ...], platform: str, dtype: Any = jnp.float32, channels: int = 3
+    layers: tuple[Layer, ...],
+    platform: str,
+    dtype: Any = jnp.float32,
+    *,
+    rows: int = 64,
+    channels: int = 3,
 ) -> str:
     """A line that says which implementations `flax_alexnet.ops.choices` picks for the layers.
 
@@ -197,11 +203,12 @@ def implementations(
       layers: with their features.
       platform: as JAX calls it when it compiles: "cpu", "cuda", "tpu" …
       dtype: of the computation.
+      rows: images that a device computes at once.
       channels: of the images.
     """
     used: dict[str, dict[str, list[str]]] = {}
 
-    def note(layer: Layer, operator: str, facts: Convolution | None = None) -> None:
+    def note(layer: Layer, operator: str, facts: Facts | None = None) -> None:
         name = choose(operator, platform, facts)
         used.setdefault(operator, {}).setdefault(name, []).append(layer.name)
 
@@ -218,7 +225,11 @@ def implementations(
             case Norm():
                 note(layer, "normalization")
             case Pool(kind="MAX"):
-                note(layer, "max-pooling")
+                note(layer, "max-pooling forward", Pooling(layer.window, layer.stride, dtype))
+                note(layer, "max-pooling gradient")
+            case Dense():
+                for direction in ("forward", "input gradient", "kernel gradient"):
+                    note(layer, f"dense {direction}", Product(rows, dtype))
     return "; ".join(
         f"{operator}: " + ", ".join(f"{name} ({' '.join(at)})" for name, at in sorted(by.items()))
         for operator, by in used.items()
@@ -226,7 +237,7 @@ def implementations(
 
 
 def _flat_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return x.reshape(x.shape[0], -1) @ kernel
+    return multiply(x.reshape(x.shape[0], -1), kernel)
 
 
 def _padding(x: jax.Array, layer: Conv | Pool) -> tuple[tuple[int, int], tuple[int, int]]:

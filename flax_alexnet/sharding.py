@@ -115,11 +115,17 @@ class Layout:
             return self._split_features(layer, operator)
         if self.name == "towers" and isinstance(layer, Norm):
             return self._split_norm(layer, operator)
-        if isinstance(layer, Conv):
-            # Left to itself, XLA gathers the whole batch on every device for a grouped convolution.
-            pictures = self.batch.spec
-            return self._on_shares(operator, (pictures, P()), pictures)
+        if isinstance(layer, Conv | Dense):
+            return self._on_own_pictures(operator)
         return operator
+
+    def _on_own_pictures(self, operator: Callable[..., jax.Array]) -> Callable[..., Any]:
+        if self.mesh.size == 1:  # the sum of gradients over one device would be a copy of them
+            return operator
+        # Left to itself, XLA gathers the whole batch on every device for a grouped convolution, and
+        # for what it does not know, such as an operation of oneDNN's.
+        pictures = self.batch.spec
+        return self._on_shares(operator, (pictures, P()), pictures)
 
     def _gather_kernel(self, operator: Callable[..., jax.Array]) -> Callable[..., Any]:
         def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -127,7 +133,7 @@ class Layout:
 
         def split(x: jax.Array, kernel: jax.Array) -> jax.Array:
             if not self._divides(kernel.shape, P("data", None)):
-                return operator(x, kernel)
+                return self._on_own_pictures(operator)(x, kernel)
             return self._on_shares(local, (P("data"), P("data", None)), P("data"))(x, kernel)
 
         return split
@@ -169,7 +175,7 @@ class Layout:
             by_features = P(data, *[None] * (x.ndim - 2), axis)
             whole = kernel.shape[-1] % count != 0
             if whole and is_first:
-                return operator(x, kernel)
+                return self._on_own_pictures(operator)(x, kernel)
             if whole:
                 return self._on_shares(
                     local_with_whole_kernel, (by_features, P()), P((data, axis))

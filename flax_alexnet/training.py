@@ -251,7 +251,9 @@ def introduce(config: Config, ready: Ready, start: int, total_steps: int) -> Non
     if config.model.initialization == "he":
         print("initial values are He et al.'s, not the variant's own, which may stall (see README)")
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    print(implementations(ready.layout.layers, platform, jnp.dtype(config.model.dtype)))
+    rows = config.batch_size // jax.device_count()
+    dtype = jnp.dtype(config.model.dtype)
+    print(implementations(ready.layout.layers, platform, dtype, rows=rows))
     mesh = " x ".join(f"{name} {size}" for name, size in ready.layout.mesh.shape.items())
     print(
         f"{config.recipe}: {len(ready.train):,} pictures of {ready.dataset.name} in "

@@ -19,6 +19,7 @@ def test_there_is_a_choice_for_every_layer(variant, platform):
 
 def test_each_row_names_what_exists():
     known = {"normalization": set(lrn._IMPLEMENTATIONS), "max-pooling": {"slices", "xla"}}
+    known["dense"] = {"onednn", "xla"}
     for row in CHOICES:
         operator = row.operator.partition(" ")[0]
         assert row.implementation in known.get(operator, set(convolution._FORMS)), row
@@ -38,5 +39,6 @@ def test_a_line_tells_what_runs(monkeypatch):
     assert "convolution forward: patches (conv3), xla (conv1 conv2 conv4 conv5)" in said
     assert "convolution input gradient: xla (conv2 conv3 conv4 conv5)" in said
     assert "normalization: shifted_sums (norm1 norm2)" in said
-    assert "max-pooling: slices (pool1 pool2)" in said
+    assert "max-pooling forward: xla (pool1 pool2)" in said
+    assert "max-pooling gradient: slices (pool1 pool2)" in said
     assert choose("convolution forward", "cuda", Convolution(3, 96, 11, 4)) == "space_to_depth"

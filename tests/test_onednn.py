@@ -30,9 +30,14 @@ def assert_close(actual, expected, tolerance=1e-5):
 @here
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_convolution_and_product_are_xlas(dilation):
-    x, kernel, a, b = arrays((4, 17, 20, 24), (3, 5, 24, 40), (300, 50), (300, 70))
+    x, kernel, a, b = arrays((4, 17, 20, 24), (3, 5, 24, 40), (300, 50), (50, 70))
     convolution = onednn._Convolution(2, ((1, 3), (0, 2)), dilation)
-    for operation, values in ((convolution, (x, kernel)), (onednn._Product(), (a, b))):
+    for operation, values in (
+        (convolution, (x, kernel)),
+        (onednn._Product(False, False), (a, b)),
+        (onednn._Product(True, False), (a.T, b)),
+        (onednn._Product(False, True), (a, b.T)),
+    ):
         ours = functools.partial(onednn._run, operation)
         assert operation.target in jax.jit(ours).lower(*values).as_text()
         expected = operation.by_xla(*values)

@@ -24,6 +24,24 @@ class Convolution(NamedTuple):
     dtype: Any = jnp.float32
 
 
+class Product(NamedTuple):
+    """What decides about the product of a dense layer."""
+
+    rows: int
+    dtype: Any = jnp.float32
+
+
+class Pooling(NamedTuple):
+    """What decides about max-pooling."""
+
+    window: int
+    stride: int
+    dtype: Any = jnp.float32
+
+
+Facts = Convolution | Product | Pooling
+
+
 class Choice(NamedTuple):
     """A row of the table."""
 
@@ -114,6 +132,25 @@ CHOICES = (
         )
         for direction in ("forward", "kernel gradient")
     ),
+    Choice(
+        "dense forward",
+        "cpu with oneDNN",
+        "16 rows and more",
+        lambda c: c.rows >= 16,
+        "onednn",
+        "notebook's fc6 for 16 images 60 against 109, 64: 105 against 125; but two: 41 against 33",
+    ),
+    Choice(
+        "dense input gradient",
+        "cpu with oneDNN",
+        "16 rows and more",
+        lambda c: c.rows >= 16,
+        "onednn",
+        "notebook's fc6 102 against 136, fc7 11 against 17",
+    ),
+    Choice("dense forward", "any", "all", _all, "xla", ""),
+    Choice("dense input gradient", "any", "all", _all, "xla", ""),
+    Choice("dense kernel gradient", "any", "all", _all, "xla", "notebook's fc6 122, by oneDNN 117"),
     Choice("convolution forward", "any", "all", _all, "xla", ""),
     Choice("convolution kernel gradient", "any", "all", _all, "xla", ""),
     Choice("convolution input gradient", "any", "all", _all, "xla", ""),
@@ -134,20 +171,29 @@ CHOICES = (
         "notebook's norm1 11 forward and 43 backward; as `reduce_window` 64 and 90",
     ),
     Choice(
-        "max-pooling",
+        "max-pooling forward",
+        "cpu",
+        "stride 2 and more",
+        lambda c: c.stride > 1,
+        "slices",
+        "torchvision's pool1 1.4 against 10.8; notebook's, of stride 1, 18 against 9",
+    ),
+    Choice("max-pooling forward", "any", "all", _all, "xla", ""),
+    Choice(
+        "max-pooling gradient",
         "any",
         "all",
         _all,
         "slices",
-        "2 × 2 at stride 1 on 32 × 56 × 56 × 96: gradient 21 against 326",
+        "2 × 2 at stride 1 on 32 × 56 × 56 × 96: 21 against 326",
     ),
 )
 
 
-def choose(operator: str, platform: str, facts: Any = None) -> str:
+def choose(operator: str, platform: str, facts: Facts | None = None) -> str:
     """The implementation of `operator` on a platform ("cpu", "cuda", "tpu", …) for `facts`."""
     platforms = {platform, "any"}
-    if platform == "cpu" and isinstance(facts, Convolution) and onednn.usable(facts.dtype):
+    if platform == "cpu" and facts and onednn.usable(facts.dtype):
         platforms.add("cpu with oneDNN")
     return next(
         row.implementation

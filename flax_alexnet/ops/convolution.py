@@ -269,24 +269,25 @@ def _onednn_input_gradient(
 ) -> jax.Array:
     """Convolutions of g with the kernel upside down, one for each place in a stride.
 
-    Pixels that are i rows and j columns from a place where a window may begin, whichever, meet only
-    each stride-th row and column of the kernel, from the i-th and the j-th on.
+    Pixels that are `place` rows from the first, and each stride-th from there on, meet only each
+    stride-th row of the kernel, from `first` on; of `g` they meet the row `shift` places further
+    with the first of these, and earlier ones with the others. With columns it is the same.
     """
-    tops, sizes = (padding[0][0], padding[1][0]), x.shape[1:3]
-    counts = [-(-(top + size) // stride) for top, size in zip(tops, sizes, strict=True)]
     result = jnp.zeros((), x.dtype)
-    starts = (range(min(stride, side)) for side in kernel.shape[:2])
-    for start in itertools.product(*starts):
-        part = jnp.flip(kernel[start[0] :: stride, start[1] :: stride], (0, 1)).swapaxes(2, 3)
-        rows, columns = (
-            (side - 1, count - places)
-            for side, count, places in zip(part.shape[:2], counts, g.shape[1:3], strict=True)
-        )
-        y = _onednn_padded(g, part, (rows, columns))
-        apart = [
-            (first - top, top + size - first - (count - 1) * stride - 1, stride - 1)
-            for first, top, size, count in zip(start, tops, sizes, counts, strict=True)
-        ]
+    for places in itertools.product(*(range(min(stride, size)) for size in x.shape[1:3])):
+        firsts, pads, apart = [], [], []
+        for place, size, side, outputs, (before, _) in zip(
+            places, x.shape[1:3], kernel.shape[:2], g.shape[1:3], padding, strict=True
+        ):
+            shift, first = divmod(place + before, stride)
+            rows, count = len(range(first, side, stride)), len(range(place, size, stride))
+            firsts.append(first)
+            pads.append((rows - 1 - shift, count + shift - outputs))
+            apart.append((place, size - place - (count - 1) * stride - 1, stride - 1))
+        part = kernel[firsts[0] :: stride, firsts[1] :: stride]
+        if 0 in part.shape:  # the stride passes over these pixels
+            continue
+        y = _onednn_padded(g, jnp.flip(part, (0, 1)).swapaxes(2, 3), pads)
         result = result + lax.pad(y, jnp.zeros((), y.dtype), ((0, 0, 0), *apart, (0, 0, 0)))
     return jnp.broadcast_to(result, x.shape)
 
@@ -295,26 +296,28 @@ def _onednn_kernel_gradient(
     x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
 ) -> jax.Array:
     """A convolution of x with g, whose channels are the images."""
-    rows, columns = (
+    pads = [
         (before, (places - 1) * stride + side - before - size)
         for size, places, side, (before, _) in zip(
             x.shape[1:3], g.shape[1:3], kernel.shape[:2], padding, strict=True
         )
-    )
+    ]
 
     def part(x: jax.Array, g: jax.Array) -> jax.Array:
         maps, kernels = x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)
-        return _onednn_padded(maps, kernels, (rows, columns), stride).transpose(1, 2, 0, 3)
+        return _onednn_padded(maps, kernels, pads, stride).transpose(1, 2, 0, 3)
 
     # Three channels, as images of that convolution, are too few to share among cores.
     return _sum_of_parts(part, x, g) if x.shape[-1] < PARTS else part(x, g)
 
 
-def _onednn_padded(x: jax.Array, kernel: jax.Array, padding: Pads, dilation: int = 1) -> jax.Array:
-    """With a stride of 1; negative padding behind the pixels leaves some of them out."""
-    edges = [(0, min(after, 0), 0) for _, after in padding]
+def _onednn_padded(
+    x: jax.Array, kernel: jax.Array, pads: Sequence[tuple[int, int]], dilation: int = 1
+) -> jax.Array:
+    """With a stride of 1; negative padding leaves pixels out."""
+    edges = [(min(before, 0), min(after, 0), 0) for before, after in pads]
     x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
-    rows, columns = ((before, max(after, 0)) for before, after in padding)
+    rows, columns = ((max(before, 0), max(after, 0)) for before, after in pads)
     return onednn.convolution(x, kernel, 1, (rows, columns), dilation)
 
 
@@ -334,6 +337,9 @@ _FORMS: dict[str, dict[str, Form]] = {
     "onednn_patches": {
         "forward": _onednn_forward,
         "input gradient": _onednn_input_gradient,
-        "kernel gradient": functools.partial(_product_kernel_gradient, product=onednn.product),
+        "kernel gradient": functools.partial(
+            _product_kernel_gradient,
+            product=functools.partial(onednn.product, transpose_a=True),
+        ),
     },
 }

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_alexnet.ops.choices import choose
+from flax_alexnet.ops.fusion import written_on_cpu
 
 Implementation = Literal["shifted_sums", "pallas", "reference"]
 Window = tuple[int, float, float, float]  # radius, bias, alpha, beta
@@ -115,9 +116,12 @@ _closed_form.defvjp(
 )
 
 
-def _shifted_sums(window: Window, *arrays: jax.Array) -> jax.Array:
+def _shifted_sums(window: Window, x: jax.Array, *gradient: jax.Array) -> jax.Array:
+    # Two sums read it. Written down without its groups, or XLA fuses nothing into it.
+    whole = (*x.shape[:-2], x.shape[-2] * x.shape[-1])
+    arrays = (x, *(written_on_cpu(g.reshape(whole)).reshape(x.shape) for g in gradient))
     # One group after another, or XLA on a CPU takes three times as long for two.
-    groups = arrays[0].shape[-2]
+    groups = x.shape[-2]
     parts = zip(*(jnp.split(array, groups, -2) for array in arrays), strict=True)
     return jnp.concatenate([_sums_of_group(window, *part) for part in parts], -2)
 

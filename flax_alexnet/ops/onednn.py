@@ -50,9 +50,14 @@ def convolution(
     return _run(_Convolution(stride, padding, dilation), x, kernel)
 
 
-def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The matrix product aᵀ b on a CPU: float32[n, i] and float32[n, o] to float32[i, o]."""
-    return _run(_Product(), a, b)
+def product(
+    a: jax.Array, b: jax.Array, *, transpose_a: bool = False, transpose_b: bool = False
+) -> jax.Array:
+    """The matrix product on a CPU: float32[n, i] and float32[i, o] to float32[n, o].
+
+    With `transpose_a` the first is float32[i, n], with `transpose_b` the second float32[o, i].
+    """
+    return _run(_Product(transpose_a, transpose_b), a, b)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +98,16 @@ class _Convolution:
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
+    transpose_a: bool
+    transpose_b: bool
+
     target: ClassVar[str] = "__onednn$matmul"
 
     def config(self) -> dict[str, Any]:
-        return {"onednn_matmul_config": {"transpose_a": True}}
+        return {"onednn_matmul_config": dataclasses.asdict(self)}
 
     def by_xla(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        return a.T @ b
+        return (a.T if self.transpose_a else a) @ (b.T if self.transpose_b else b)
 
 
 # To JAX both are one primitive, of which XLA's own operations tell the rest: its derivatives, of

@@ -1,14 +1,16 @@
 """Pooling in the paddings of the original nets."""
 
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_alexnet.ops.choices import choose
+from flax_alexnet.ops.choices import Pooling, choose
+from flax_alexnet.ops.fusion import written_on_cpu
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Implementation = Literal["xla", "slices"]
@@ -29,64 +31,89 @@ def max_pool(
       window: pixels a side.
       stride: along both axes.
       padding: ((top, bottom), (left, right)); it never wins, since it counts as minus infinity.
-      implementation: how the gradient is computed, which goes to the first of equal values, row by
-        row, and is the same to the bit: "xla" scatters pixel by pixel on a CPU, "slices" adds a
-        masked, dilated copy for each place in the window; None: see `flax_alexnet.ops.choices`.
+      implementation: "xla" is XLA's `reduce_window`, whose gradient a CPU scatters pixel by pixel;
+        "slices" takes the pixels at one place of all windows at once. Values are the same, and the
+        gradient, which goes to the first of equal values, row by row, is the same to the bit. None
+        takes for each what `flax_alexnet.ops.choices` says of the platform.
     """
-    if (implementation or choose("max-pooling", jax.default_backend())) == "xla":
-        return _largest(x, window, stride, padding)
-    return _max_pool(x, window, stride, padding)
+    if (implementation or choose("max-pooling gradient", jax.default_backend())) == "xla":
+        return _reduce_window(x, window, stride, padding)
+    return _max_pool(x, window, stride, padding, implementation)
 
 
-def _largest(x: jax.Array, window: int, stride: int, padding: Pads) -> jax.Array:
+def _reduce_window(x: jax.Array, window: int, stride: int, padding: Pads) -> jax.Array:
     return lax.reduce_window(x, -jnp.inf, lax.max, *_window(window, stride, padding))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _max_pool(x: jax.Array, window: int, stride: int, padding: Pads) -> jax.Array:
-    return _largest(x, window, stride, padding)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _max_pool(
+    x: jax.Array, window: int, stride: int, padding: Pads, implementation: str | None
+) -> jax.Array:
+    def form(platform: str) -> Callable[[jax.Array], jax.Array]:
+        chosen = choose("max-pooling forward", platform, Pooling(window, stride))
+        function = _largest if (implementation or chosen) == "slices" else _reduce_window
+        return functools.partial(function, window=window, stride=stride, padding=padding)
+
+    return lax.platform_dependent(x, cpu=form("cpu"), default=form("any"))
 
 
-def _max_pool_forward(
+def _largest(x: jax.Array, window: int, stride: int, padding: Pads) -> jax.Array:
+    return functools.reduce(jnp.maximum, _places(x, window, stride, padding).values())
+
+
+def _places(
     x: jax.Array, window: int, stride: int, padding: Pads
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    y = _max_pool(x, window, stride, padding)
-    return y, (x, y)
-
-
-def _max_pool_backward(
-    window: int, stride: int, padding: Pads, residuals: tuple[jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array]:
-    x, y = residuals
-    lowest, zero = jnp.array(-jnp.inf, x.dtype), jnp.zeros((), g.dtype)
+) -> dict[tuple[int, int], jax.Array]:
+    """By place in the window, row by row, what lies there of each: float[b, h', w', c]."""
+    lowest = jnp.array(-jnp.inf, x.dtype)
     x = lax.pad(x, lowest, ((0, 0, 0), *((*pads, 0) for pads in padding), (0, 0, 0)))
-    batch, height, width, channels = x.shape
-    rows, columns = ((size - 1) * stride + 1 for size in y.shape[1:3])  # from first to last window
-    places = [(top, left) for top in range(window) for left in range(window)]
-    taken = jnp.zeros(y.shape, bool)
-    winners = []
-    for top, left in places:
-        here = lax.slice(
+    batch, *sizes, channels = x.shape
+    rows, columns = ((size - window) // stride * stride + 1 for size in sizes)
+    return {
+        (top, left): lax.slice(
             x,
             (0, top, left, 0),
             (batch, top + rows, left + columns, channels),
             (1, stride, stride, 1),
         )
-        winners.append((here == y) & ~taken)
-        taken = taken | winners[-1]
-    dx = jnp.zeros(x.shape, g.dtype)
+        for top in range(window)
+        for left in range(window)
+    }
+
+
+def _max_pool_forward(x: jax.Array, *settings: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    y = _max_pool(x, *settings)
+    return y, (x, y)
+
+
+def _max_pool_backward(
+    window: int,
+    stride: int,
+    padding: Pads,
+    implementation: str | None,
+    residuals: tuple[jax.Array, ...],
+    g: jax.Array,
+) -> tuple[jax.Array]:
+    del implementation  # "xla" has its own
+    x, y = residuals
+    g = written_on_cpu(g)  # since each place reads it
+    taken = jnp.zeros(y.shape, bool)
+    winners = {}
+    for place, here in _places(x, window, stride, padding).items():
+        winners[place] = (here == y) & ~taken
+        taken = taken | winners[place]
+    sizes = [size + sum(pads) for size, pads in zip(x.shape[1:3], padding, strict=True)]
+    dx, zero = jnp.zeros((), g.dtype), jnp.zeros((), g.dtype)
     # From the last place on, since a pixel lies at it in the first of its windows: so they are
     # added in XLA's order, to the same bits.
-    for (top, left), wins in reversed(list(zip(places, winners, strict=True))):
-        edges = (
-            (0, 0, 0),
-            (top, height - top - rows, stride - 1),
-            (left, width - left - columns, stride - 1),
-            (0, 0, 0),
-        )
-        dx = dx + lax.pad(jnp.where(wins, g, zero), zero, edges)
-    (top, bottom), (left, right) = padding
-    return (dx[:, top : height - bottom, left : width - right],)
+    for place, wins in reversed(winners.items()):
+        edges = [
+            (start, size - start - (windows - 1) * stride - 1, stride - 1)
+            for start, size, windows in zip(place, sizes, y.shape[1:3], strict=True)
+        ]
+        dx = dx + lax.pad(jnp.where(wins, g, zero), zero, ((0, 0, 0), *edges, (0, 0, 0)))
+    (top, _), (left, _) = padding
+    return (dx[:, top : top + x.shape[1], left : left + x.shape[2]],)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
