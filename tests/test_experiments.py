@@ -104,3 +104,12 @@ def test_layers_are_set_against_the_roof(tmp_path):
         rows = list(csv.DictReader(file))
     layers = [row["layer"] for row in rows if row["direction"] == "forward"]
     assert layers == ["conv1", "pool1", "conv2", "conv3", "fc10"]
+
+
+def test_a_profile_has_every_layer(tmp_path):
+    script = runpy.run_path(str(EXPERIMENTS / "profile_step.py"))
+    assert script["main"](["--quick", "--output", str(tmp_path)]) == 0
+    lines = (tmp_path / "profile_quick.md").read_text().splitlines()
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:3] for line in lines[2:]}
+    for layer in ("conv1", "conv2", "conv3", "fc10", "norms, pools, ReLU, dropout, bias"):
+        assert all(float(time) > 0 for time in rows[layer]), layer
