@@ -23,6 +23,7 @@ from typing import NamedTuple
 import tyro
 from bench import prepared_pictures
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, ScalarFormatter
 from works import Work, Worker
 
 BATCHES: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -119,6 +120,8 @@ def save(points: Sequence[Point], arguments: Arguments) -> None:
         above.legend()
         below.plot(values, memory, "o-")
         below.set(xlabel=axis, ylabel="peak memory (GiB)", xscale="log", ylim=(0, None))
+        above.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+        above.yaxis.set_major_formatter(ScalarFormatter())
         for each in (above, below):
             each.set_xticks(values, [str(value) for value in values])
             each.minorticks_off()

@@ -39,6 +39,7 @@ from flax_alexnet.architectures import (
 )
 from flax_alexnet.host_memory import keep_for_reuse
 from flax_alexnet.ops.convolution import convolve
+from flax_alexnet.ops.dense import multiply
 from flax_alexnet.ops.lrn import local_response_normalization
 from flax_alexnet.ops.pooling import max_pool
 
@@ -167,7 +168,7 @@ def operator(
         case Dense():
             size = int(np.prod(before))
             shape = (size, layer.features or 0)
-            return lambda x, kernel: x.reshape(len(x), size) @ kernel, [shape]
+            return lambda x, kernel: multiply(x.reshape(len(x), size), kernel), [shape]
     return None
 
 

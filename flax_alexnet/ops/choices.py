@@ -2,8 +2,9 @@
 
 Operators keep one signature and have several implementations; with `implementation=None` the first
 row below that fits decides. Times are in milliseconds, of the row's implementation against XLA's
-own where nothing else is said; on the CPU (two cores of an AMD EPYC with AVX-512, jax 0.10.2) in
-float32 for 64 images. docs/performance.md tells the rest of what was tried.
+own where nothing else is said; on the CPU (two cores of an AMD EPYC with AVX-512, for dense layers
+and max-pooling of an Intel Xeon; jax 0.10.2) in float32 for 64 images. docs/performance.md tells
+the rest of what was tried.
 """
 
 from collections.abc import Callable
