@@ -6,7 +6,7 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -182,9 +182,10 @@ def _jpeg(
     except ValueError:  # an unusual sampling of the colours, which Pillow knows
         return _other(encoded, held)
     _need_at_most(LARGEST_PICTURE if enough else LARGEST_WHOLE, height * width)
-    segments = list(_segments(encoded))
     channels = {"Gray": 1, "CMYK": 4, "YCCK": 4}.get(colors, 3)
-    _need_few_scans(encoded, segments, channels, height * width)
+    in_scans, has_exif = _look_ahead(encoded, channels)
+    if in_scans:
+        _need_few_scans(encoded, channels, height * width)
     held.enter_context(ROOM.take(height * width))
     least = enough if enough and height * width > LARGEST_WHOLE else max(height, width)
     if out is not None and out.shape == (height, width, 3):
@@ -192,49 +193,45 @@ def _jpeg(
         pixels = out
     else:
         pixels = simplejpeg.decode_jpeg(encoded, "RGB", min_height=least, min_width=least)
-    if any(kind == APP1 and encoded.startswith(EXIF, place + 2) for kind, place in segments):
+    if has_exif:
         with _open(encoded) as image:
             return _upright(pixels, image)
     return pixels
 
 
-def _need_few_scans(
-    jpeg: bytes, segments: Sequence[tuple[int, int]], channels: int, pixels: int
-) -> None:
-    if _in_scans(jpeg, segments, channels):
-        _need_at_most(LARGEST_IN_SCANS // channels, pixels)
-        scans = jpeg.count(bytes([0xFF, SCAN]))
-        if scans * pixels > LONGEST_IN_SCANS:
-            raise DecodeError(f"it has {scans:,} scans over {pixels:,} pixels: too many")
+def _need_few_scans(jpeg: bytes, channels: int, pixels: int) -> None:
+    _need_at_most(LARGEST_IN_SCANS // channels, pixels)
+    scans = jpeg.count(bytes([0xFF, SCAN]))
+    if scans * pixels > LONGEST_IN_SCANS:
+        raise DecodeError(f"it has {scans:,} scans over {pixels:,} pixels: too many")
 
 
-def _in_scans(jpeg: bytes, segments: Sequence[tuple[int, int]], channels: int) -> bool:
-    """Whether a JPEG is not decoded row by row: it is progressive, or its channels come apart."""
-    for kind, place in segments:
-        if kind == SCAN:
-            return jpeg[place + 2 : place + 3] != bytes([channels])
-        if kind in PROGRESSIVE:
-            return True
-    return False
+def _look_ahead(jpeg: bytes, channels: int) -> tuple[bool, bool]:
+    """What the segments up to a JPEG's first scan say.
 
-
-def _segments(jpeg: bytes) -> Iterator[tuple[int, int]]:
-    """The kind of each segment of a JPEG and where its length stands, up to its first scan."""
+    Returns:
+      Whether it is not decoded row by row, since it is progressive, or its channels come apart.
+      Whether there is EXIF data.
+    """
+    in_scans = has_exif = False
     place = 2
     while found := MARKER.search(jpeg, place):
         kind, place = found[1][0], found.end()
-        yield kind, place
         if kind == SCAN:
-            return
+            return in_scans or jpeg[place + 2 : place + 3] != bytes([channels]), has_exif
+        in_scans |= kind in PROGRESSIVE
+        has_exif |= kind == APP1 and jpeg.startswith(EXIF, place + 2)
         place += int.from_bytes(jpeg[place : place + 2], "big")
+    return in_scans, has_exif
 
 
 def _other(encoded: bytes, held: contextlib.ExitStack) -> np.ndarray:
     with _open(encoded) as image:
         _need_at_most(LARGEST_WHOLE, _stored(image))
         if encoded.startswith(JPEG):
-            segments, channels = list(_segments(encoded)), len(image.getbands())
-            _need_few_scans(encoded, segments, channels, image.height * image.width)
+            channels = len(image.getbands())
+            if _look_ahead(encoded, channels)[0]:
+                _need_few_scans(encoded, channels, image.height * image.width)
         slow = image.tile and image.tile[0][0] in Image.DECODERS
         if slow and max(image.height * image.width, len(encoded)) > LARGEST_SLOW:
             raise DecodeError(

@@ -101,17 +101,19 @@ class CachedExamples(Examples):
         resize: ResizeRule = "paper",
         on_bad: OnBad = refuse,
     ):
-        self._source, self._resize, self._on_bad = source, resize, on_bad
+        self._source, self._size, self._resize, self._on_bad = source, size, resize, on_bad
         self._images = np.empty((len(source), size, size, 3), np.uint8)
         self._labels = np.full((len(source),), UNKNOWN, np.int32)
         _try(source, share, self._fill, on_bad)
 
     def _fill(self, rows: Sequence[int]) -> list[Picture]:
         """Decodes some pictures; returns the bad ones."""
-        out = [self._images[row] for row in rows]
-        pictures = _read(self._source, rows, self._images.shape[1], self._resize, out)
-        # The labels last: they say to other threads that the pictures are there.
-        self._labels[rows] = _labels(pictures)
+        pictures = _read(self._source, rows, self._size, self._resize)
+        # Put there when they are whole, since another thread may read them already.
+        for row, picture in zip(rows, pictures, strict=True):
+            if picture.image is not None:
+                self._images[row] = picture.image
+        self._labels[rows] = _labels(pictures)  # last: they say that the pictures are there
         return _bad(pictures)
 
     def __len__(self) -> int:
@@ -168,9 +170,8 @@ def mean_image(
         # So few grey levels cannot overflow, and whole numbers add up the same in any order.
         return examples.take(rows).images.sum(axis=0, dtype=np.int32)
 
-    sums = sum(
-        map_threads(add, _chunks(indices[share])), np.zeros_like(examples[0]["image"], np.int32)
-    )
+    zero = np.zeros_like(examples[0]["image"], np.int32)
+    sums = sum(map_threads(add, _chunks(indices[share])), zero)
     return (total(sums) / count).astype(np.float32)
 
 
