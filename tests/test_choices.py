@@ -5,7 +5,7 @@ import pytest
 
 from flax_alexnet.architectures import ARCHITECTURES
 from flax_alexnet.model import implementations
-from flax_alexnet.ops import convolution, lrn, onednn, pooling
+from flax_alexnet.ops import convolution, dense, lrn, onednn, pooling
 from flax_alexnet.ops.choices import CHOICES, Convolution, choose
 
 
@@ -19,7 +19,7 @@ def test_there_is_a_choice_for_every_layer(variant, platform):
 
 def test_each_row_names_what_exists():
     known = {"normalization": set(lrn._IMPLEMENTATIONS), "max-pooling": {"slices", "xla"}}
-    known["dense"] = {"onednn", "xla"}
+    known["dense"] = set(dense._FORMS)
     for row in CHOICES:
         operator = row.operator.partition(" ")[0]
         assert row.implementation in known.get(operator, set(convolution._FORMS)), row

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_alexnet.ops import onednn
+from flax_alexnet.ops import dense, onednn
 from flax_alexnet.ops.choices import Convolution, choose
 from flax_alexnet.ops.convolution import convolve
 
@@ -43,6 +43,21 @@ def test_convolution_and_product_are_xlas(dilation):
         expected = operation.by_xla(*values)
         assert_close(ours(*values), expected)  # on its own
         assert_close(jax.jit(ours)(*values), expected)
+
+
+@here
+@pytest.mark.parametrize("form", dense._FORMS)
+def test_a_dense_layer_in_each_form_is_a_product_with_its_gradients(form):
+    x, kernel, g = arrays((20, 50), (50, 70), (20, 70))
+    y, pullback = jax.vjp(jnp.matmul, x, kernel)
+    dx, dkernel = pullback(g)
+    directions = dense._FORMS[form]
+    assert_close(directions["forward"](x, kernel), y)
+    assert_close(directions["input gradient"](g, kernel), dx)
+    assert_close(directions["kernel gradient"](x, g), dkernel)
+    chosen, chosen_pullback = jax.vjp(dense.multiply, x, kernel)
+    for actual, expected in zip((chosen, *chosen_pullback(g)), (y, dx, dkernel), strict=True):
+        assert_close(actual, expected)
 
 
 @here
