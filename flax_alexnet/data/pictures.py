@@ -11,7 +11,14 @@ import numpy as np
 
 from flax_alexnet.data.ahead import map_threads
 from flax_alexnet.data.decode import DecodeError, decode
-from flax_alexnet.data.sources import FOLDER, FolderSource, Joined, Source, open_dataset
+from flax_alexnet.data.sources import (
+    FOLDER,
+    FolderSource,
+    Joined,
+    Record,
+    Source,
+    open_dataset,
+)
 from flax_alexnet.errors import UserError
 from flax_alexnet.preprocessing import ResizeRule
 
@@ -103,31 +110,40 @@ def read_pictures(
 
 
 def read_picture(
-    source: Source,
-    index: int,
-    size: int,
-    resize: ResizeRule,
-    out: np.ndarray | None = None,
-    *,
-    strict: bool = False,
+    source: Source, index: int, size: int, resize: ResizeRule, *, strict: bool = False
 ) -> Picture:
-    """One picture of a source; with `out` it is put there, see `decode`.
+    """One picture of a source.
 
     Raises:
       UserError: the dataset is damaged, if `strict`; else that is what is wrong with the picture.
     """
-    label = NO_LABEL
+    return decode_record(read_record(source, index, strict=strict), size, resize)
+
+
+def read_record(source: Source, index: int, *, strict: bool = False) -> Record | Picture:
+    """A picture that is still encoded, or why there is none; otherwise as `read_picture`."""
     try:
-        record = source.read(index)
-        label = record.label
-        return Picture(record.name, label, decode(record.image, size, resize, out))
+        return source.read(index)
     except DecodeError as error:
         problem = str(error)
     except UserError as error:
         if strict:
             raise
         problem = str(error)
-    return Picture(source.name(index), label, None, problem)
+    return Picture(source.name(index), NO_LABEL, None, problem)
+
+
+def decode_record(
+    record: Record | Picture, size: int, resize: ResizeRule, out: np.ndarray | None = None
+) -> Picture:
+    """What `read_record` gave, decoded; with `out` it is put there, see `decode`."""
+    if isinstance(record, Picture):
+        return record
+    try:
+        image = decode(record.image, size, resize, out)
+    except DecodeError as error:
+        return Picture(record.name, record.label, None, str(error))
+    return Picture(record.name, record.label, image)
 
 
 def summarize(problems: Sequence[tuple[str, str]], total: int, what: str = "pictures") -> str:
