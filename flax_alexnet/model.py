@@ -227,6 +227,8 @@ def implementations(
             case Pool(kind="MAX"):
                 note(layer, "max-pooling forward", Pooling(layer.window, layer.stride, dtype))
                 note(layer, "max-pooling gradient")
+            case Pool():
+                note(layer, "average-pooling")
             case Dense():
                 for direction in ("forward", "input gradient", "kernel gradient"):
                     note(layer, f"dense {direction}", Product(rows, dtype))

@@ -18,8 +18,8 @@ def test_there_is_a_choice_for_every_layer(variant, platform):
 
 
 def test_each_row_names_what_exists():
-    known = {"normalization": set(lrn._IMPLEMENTATIONS), "max-pooling": {"slices", "xla"}}
-    known["dense"] = set(dense._FORMS)
+    known = {"normalization": set(lrn._IMPLEMENTATIONS), "dense": set(dense._FORMS)}
+    known["max-pooling"] = known["average-pooling"] = {"slices", "xla"}
     for row in CHOICES:
         operator = row.operator.partition(" ")[0]
         assert row.implementation in known.get(operator, set(convolution._FORMS)), row

@@ -97,6 +97,19 @@ def test_windows(pool, reduce, window, stride, padding, shape):
     )
 
 
+@pytest.mark.parametrize(
+    ("pool", "reduce"), [(max_pool, np.max), (average_pool, np.mean)], ids=["max", "average"]
+)
+@pytest.mark.parametrize("implementation", ["slices", "xla"])
+def test_implementations(pool, reduce, implementation):
+    padding = ((1, 0), (0, 2))
+    assert_same_values_and_gradients(
+        functools.partial(pool, window=3, stride=2, padding=padding, implementation=implementation),
+        lambda x: expected_windows(reduce, x, 3, 2, padding),
+        distinct_values(2, 8, 7, 3),
+    )
+
+
 @pytest.mark.parametrize("size", [1, 3, 6])
 @pytest.mark.parametrize("shape", [(2, 6, 6, 2), (1, 7, 13, 2), (1, 2, 1, 3)])
 def test_adaptive(size, shape):

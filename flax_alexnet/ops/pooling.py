@@ -14,6 +14,10 @@ from flax_alexnet.ops.fusion import written_on_cpu
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Implementation = Literal["xla", "slices"]
+# Of two values one, and the value that changes nothing, which padding has.
+Operation = tuple[Callable[[Any, Any], jax.Array], float]
+LARGEST: Operation = (lax.max, -jnp.inf)
+SUM: Operation = (lax.add, 0.0)
 
 
 def max_pool(
@@ -37,12 +41,8 @@ def max_pool(
         takes for each what `flax_alexnet.ops.choices` says of the platform.
     """
     if (implementation or choose("max-pooling gradient", jax.default_backend())) == "xla":
-        return _reduce_window(x, window, stride, padding)
+        return _reduce(x, window, stride, padding, LARGEST, "xla")
     return _max_pool(x, window, stride, padding, implementation)
-
-
-def _reduce_window(x: jax.Array, window: int, stride: int, padding: Pads) -> jax.Array:
-    return lax.reduce_window(x, -jnp.inf, lax.max, *_window(window, stride, padding))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
@@ -50,23 +50,29 @@ def _max_pool(
     x: jax.Array, window: int, stride: int, padding: Pads, implementation: str | None
 ) -> jax.Array:
     def form(platform: str) -> Callable[[jax.Array], jax.Array]:
-        chosen = choose("max-pooling forward", platform, Pooling(window, stride))
-        function = _largest if (implementation or chosen) == "slices" else _reduce_window
-        return functools.partial(function, window=window, stride=stride, padding=padding)
+        facts = Pooling(window, stride)
+        chosen = implementation or choose("max-pooling forward", platform, facts)
+        return lambda x: _reduce(x, window, stride, padding, LARGEST, chosen)
 
     return lax.platform_dependent(x, cpu=form("cpu"), default=form("any"))
 
 
-def _largest(x: jax.Array, window: int, stride: int, padding: Pads) -> jax.Array:
-    return functools.reduce(jnp.maximum, _places(x, window, stride, padding).values())
+def _reduce(
+    x: jax.Array, window: int, stride: int, padding: Pads, operation: Operation, chosen: str
+) -> jax.Array:
+    """What `operation` makes of each window's values: float[b, h', w', c]."""
+    combine, neutral = operation
+    if chosen == "slices":
+        return functools.reduce(combine, _places(x, window, stride, padding, neutral).values())
+    return lax.reduce_window(x, neutral, combine, *_window(window, stride, padding))
 
 
 def _places(
-    x: jax.Array, window: int, stride: int, padding: Pads
+    x: jax.Array, window: int, stride: int, padding: Pads, outside: float
 ) -> dict[tuple[int, int], jax.Array]:
     """By place in the window, row by row, what lies there of each: float[b, h', w', c]."""
-    lowest = jnp.array(-jnp.inf, x.dtype)
-    x = lax.pad(x, lowest, ((0, 0, 0), *((*pads, 0) for pads in padding), (0, 0, 0)))
+    filled = jnp.array(outside, x.dtype)
+    x = lax.pad(x, filled, ((0, 0, 0), *((*pads, 0) for pads in padding), (0, 0, 0)))
     batch, *sizes, channels = x.shape
     rows, columns = ((size - window) // stride * stride + 1 for size in sizes)
     return {
@@ -99,7 +105,7 @@ def _max_pool_backward(
     g = written_on_cpu(g)  # since each place reads it
     taken = jnp.zeros(y.shape, bool)
     winners = {}
-    for place, here in _places(x, window, stride, padding).items():
+    for place, here in _places(x, window, stride, padding, -jnp.inf).items():
         winners[place] = (here == y) & ~taken
         taken = taken | winners[place]
     sizes = [size + sum(pads) for size, pads in zip(x.shape[1:3], padding, strict=True)]
@@ -119,15 +125,26 @@ def _max_pool_backward(
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
-def average_pool(x: jax.Array, window: int, stride: int, padding: Pads) -> jax.Array:
+def average_pool(
+    x: jax.Array,
+    window: int,
+    stride: int,
+    padding: Pads,
+    *,
+    implementation: Implementation | None = None,
+) -> jax.Array:
     """The mean of each window over the pixels inside the image, as cuda-convnet takes it.
 
-    Shapes as for `max_pool`; padding is left out of the sum and of the count.
+    Arguments and shapes as for `max_pool`; padding is left out of the sum and of the count.
     """
-    where = _window(window, stride, padding)
-    ones = np.ones((1, *x.shape[1:3], 1), x.dtype)
-    total = lax.reduce_window(x, 0.0, lax.add, *where)
-    return total / lax.reduce_window(ones, np.zeros((), x.dtype), lax.add, *where)
+
+    def form(platform: str) -> Callable[[jax.Array], jax.Array]:
+        chosen = implementation or choose("average-pooling", platform)
+        return lambda x: _reduce(x, window, stride, padding, SUM, chosen)
+
+    total = lax.platform_dependent(x, cpu=form("cpu"), default=form("any"))
+    ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
+    return total / _reduce(ones, window, stride, padding, SUM, "xla")
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
