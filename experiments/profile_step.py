@@ -42,8 +42,14 @@ class Arguments:
         "train/notebook/64",
         "train/paper/64",
         "train/torchvision/64",
+        "infer/notebook/1",
+        "infer/paper/1",
         "infer/torchvision/1",
+        "infer/caffe/1",
+        "infer/caffenet/1",
         "infer/torchvision/16",
+        "infer/caffenet/16",
+        "infer/cuda_convnet_cifar10/16",
         "infer/cuda_convnet_cifar10/64",
     )
     """Of each what, the variant, and images at once."""
@@ -116,10 +122,16 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def names(folder: Path) -> dict[str, str]:
-    """By operator, what JAX called the operation that it was written for."""
-    pattern = re.compile(r'^\s+(?:ROOT )?%?([\w.-]+) = .*[{ ]op_name="([^"]*)"', re.MULTILINE)
+    """By operator, what JAX called the operation that it was written for.
+
+    XLA forgets it of a dense layer's product for one image, which the layer's kernel tells.
+    """
+    name, kernel = r'[{ ]op_name="([^"]*)"', r"%params__(\w+?)____kernel__"
+    pattern = re.compile(rf"^\s+(?:ROOT )?%?([\w.-]+) = (?:.*{name}|.*{kernel})", re.MULTILINE)
     texts = (path.read_text() for path in sorted(folder.glob("*after_optimizations.txt")))
-    return {found[1]: found[2] for text in texts for found in pattern.finditer(text)}
+    return {
+        found[1]: found[2] or f"/{found[3]}/" for text in texts for found in pattern.finditer(text)
+    }
 
 
 def place(name: str) -> tuple[str, str]:
