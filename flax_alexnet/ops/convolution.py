@@ -32,7 +32,7 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 Implementation = Literal["xla", "patches", "space_to_depth", "onednn", "onednn_patches"]
 Form = Callable[..., jax.Array]  # of x, kernel, g, stride, padding
 PLATFORMS = ("cpu", "cuda")  # that the table tells from others
-PARTS = 4  # of a batch: see `_sum_of_parts`
+PARTS = 4  # of a batch: see `_side_by_side`
 
 
 def convolve(
@@ -214,30 +214,48 @@ def _product_input_gradient(
 
 
 def _product_kernel_gradient(
-    x: jax.Array,
-    kernel: jax.Array,
-    g: jax.Array,
-    stride: int,
-    padding: Pads,
-    product: Callable[[jax.Array, jax.Array], jax.Array] = lambda a, b: a.T @ b,
+    x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
 ) -> jax.Array:
     def part(x: jax.Array, g: jax.Array) -> jax.Array:
-        patches = _patches(x, kernel.shape[:2], stride, padding)
-        return product(patches.reshape(-1, patches.shape[-1]), g.reshape(-1, g.shape[-1]))
+        patches, g = _rows(x, g, kernel, stride, padding)
+        return patches.T @ g
 
-    return _sum_of_parts(part, x, g).reshape(kernel.shape)
+    return _side_by_side(part, x, g).reshape(kernel.shape)
 
 
-def _sum_of_parts(
+def _onednn_product_kernel_gradient(
+    x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
+) -> jax.Array:
+    def part(images: tuple[jax.Array, jax.Array]) -> jax.Array:
+        patches, g = _rows(*images, kernel, stride, padding)
+        return onednn.product(patches, g, transpose_a=True)
+
+    # In turn: the product keeps all cores busy, one part's patches take a quarter of the memory,
+    # and a loop's body is compiled once.
+    parts = math.gcd(x.shape[0], PARTS)
+    images = [a.reshape(parts, a.shape[0] // parts, *a.shape[1:]) for a in (x, g)]
+    return lax.map(part, tuple(images)).sum(axis=0).reshape(kernel.shape)
+
+
+def _side_by_side(
     part: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, g: jax.Array
 ) -> jax.Array:
     """What `part` gives for some of the images, added up.
 
-    That takes less memory for patches, and keeps more cores busy: a product has far more rows than
-    the kernel has numbers, and what one core does for a part goes on beside another part.
+    That keeps more cores busy, where one part does not: a product that has far more rows than the
+    kernel has numbers, or a convolution of three maps. What one core does for a part goes on beside
+    another part.
     """
     parts = math.gcd(x.shape[0], PARTS)
     return functools.reduce(jnp.add, map(part, jnp.split(x, parts), jnp.split(g, parts)))
+
+
+def _rows(
+    x: jax.Array, g: jax.Array, kernel: jax.Array, stride: int, padding: Pads
+) -> tuple[jax.Array, jax.Array]:
+    """By place of the window, what lies under it and its gradient: float[n, ...] both."""
+    patches = _patches(x, kernel.shape[:2], stride, padding)
+    return patches.reshape(-1, patches.shape[-1]), g.reshape(-1, g.shape[-1])
 
 
 def _patches(x: jax.Array, window: Sequence[int], stride: int, padding: Pads) -> jax.Array:
@@ -308,7 +326,7 @@ def _onednn_kernel_gradient(
         return _onednn_padded(maps, kernels, pads, stride).transpose(1, 2, 0, 3)
 
     # Three channels, as images of that convolution, are too few to share among cores.
-    return _sum_of_parts(part, x, g) if x.shape[-1] < PARTS else part(x, g)
+    return _side_by_side(part, x, g) if x.shape[-1] < PARTS else part(x, g)
 
 
 def _onednn_padded(
@@ -337,9 +355,6 @@ _FORMS: dict[str, dict[str, Form]] = {
     "onednn_patches": {
         "forward": _onednn_forward,
         "input gradient": _onednn_input_gradient,
-        "kernel gradient": functools.partial(
-            _product_kernel_gradient,
-            product=functools.partial(onednn.product, transpose_a=True),
-        ),
+        "kernel gradient": _onednn_product_kernel_gradient,
     },
 }
