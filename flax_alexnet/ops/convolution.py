@@ -226,15 +226,16 @@ def _product_kernel_gradient(
 def _onednn_product_kernel_gradient(
     x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
 ) -> jax.Array:
-    def part(images: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def add(total: jax.Array, images: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         patches, g = _rows(*images, kernel, stride, padding)
-        return onednn.product(patches, g, transpose_a=True)
+        return total + onednn.product(patches, g, transpose_a=True), None
 
     # In turn: the product keeps all cores busy, one part's patches take a quarter of the memory,
     # and a loop's body is compiled once.
     parts = math.gcd(x.shape[0], PARTS)
-    images = [a.reshape(parts, a.shape[0] // parts, *a.shape[1:]) for a in (x, g)]
-    return lax.map(part, tuple(images)).sum(axis=0).reshape(kernel.shape)
+    x, g = (a.reshape(parts, a.shape[0] // parts, *a.shape[1:]) for a in (x, g))
+    zero = jnp.zeros_like(kernel).reshape(-1, kernel.shape[-1])
+    return lax.scan(add, zero, (x, g))[0].reshape(kernel.shape)
 
 
 def _side_by_side(
