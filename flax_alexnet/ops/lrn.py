@@ -133,7 +133,8 @@ def _sums_of_group(window: Window, x: jax.Array, gradient: jax.Array | None = No
     if gradient is None:
         return (wide * _inverse_power(scale, beta)).astype(x.dtype)
     weighted = _wide(gradient) * _inverse_power(scale, beta)
-    total = _window_sum(weighted * wide / scale, radius)
+    root = lax.rsqrt(scale)  # the power's, as a rule: a division is dearer, and reads `scale` again
+    total = _window_sum(weighted * wide * (root * root), radius)
     return (weighted - 2 * alpha * beta * wide * total).astype(x.dtype)
 
 
