@@ -49,10 +49,23 @@ def max_pool(
 def _max_pool(
     x: jax.Array, window: int, stride: int, padding: Pads, implementation: str | None
 ) -> jax.Array:
+    return _chosen(x, window, stride, padding, LARGEST, "max-pooling forward", implementation)
+
+
+def _chosen(
+    x: jax.Array,
+    window: int,
+    stride: int,
+    padding: Pads,
+    operation: Operation,
+    operator: str,
+    implementation: str | None,
+) -> jax.Array:
+    """`_reduce` by what is asked for, or by what the table says of `operator` on the platform."""
+
     def form(platform: str) -> Callable[[jax.Array], jax.Array]:
-        facts = Pooling(window, stride)
-        chosen = implementation or choose("max-pooling forward", platform, facts)
-        return lambda x: _reduce(x, window, stride, padding, LARGEST, chosen)
+        chosen = implementation or choose(operator, platform, Pooling(window, stride))
+        return lambda x: _reduce(x, window, stride, padding, operation, chosen)
 
     return lax.platform_dependent(x, cpu=form("cpu"), default=form("any"))
 
@@ -137,12 +150,7 @@ def average_pool(
 
     Arguments and shapes as for `max_pool`; padding is left out of the sum and of the count.
     """
-
-    def form(platform: str) -> Callable[[jax.Array], jax.Array]:
-        chosen = implementation or choose("average-pooling", platform)
-        return lambda x: _reduce(x, window, stride, padding, SUM, chosen)
-
-    total = lax.platform_dependent(x, cpu=form("cpu"), default=form("any"))
+    total = _chosen(x, window, stride, padding, SUM, "average-pooling", implementation)
     ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
     return total / _reduce(ones, window, stride, padding, SUM, "xla")
 
