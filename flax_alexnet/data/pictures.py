@@ -104,24 +104,17 @@ def read_pictures(
     """
 
     def read(index: int) -> Picture:
-        return read_picture(source, index, size, resize, strict=source.prepared)
+        return decode_record(read_record(source, index, strict=source.prepared), size, resize)
 
     return map_threads(read, range(len(source)) if indices is None else indices, threads)
 
 
-def read_picture(
-    source: Source, index: int, size: int, resize: ResizeRule, *, strict: bool = False
-) -> Picture:
-    """One picture of a source.
+def read_record(source: Source, index: int, *, strict: bool = False) -> Record | Picture:
+    """One picture of a source, still encoded, or why there is none.
 
     Raises:
       UserError: the dataset is damaged, if `strict`; else that is what is wrong with the picture.
     """
-    return decode_record(read_record(source, index, strict=strict), size, resize)
-
-
-def read_record(source: Source, index: int, *, strict: bool = False) -> Record | Picture:
-    """A picture that is still encoded, or why there is none; otherwise as `read_picture`."""
     try:
         return source.read(index)
     except DecodeError as error:
