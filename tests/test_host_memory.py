@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
+NEW = 128  # faults of 256 MiB never touched before, at the least: in pages of 2 MiB
+
 CODE = """
-import resource, sys
+import resource, statistics, sys
 import jax
 from flax_alexnet.host_memory import keep_for_reuse
 kept = keep_for_reuse() if sys.argv[1] == "keep" else False
@@ -18,7 +20,8 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     program(x).block_until_ready()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(kept, [faults() for _ in range(4)][-1])
+# The heap finds its shape in the first calls: what stands between two free blocks is in the way.
+print(kept, statistics.median_low(faults() for _ in range(15)))
 """
 
 
@@ -27,8 +30,8 @@ def test_what_was_freed_is_used_again():
     kept, faults = run("keep")
     _, faults_else = run("leave")
     assert kept == "True"
-    assert faults < 1000  # of 65,536 pages
-    assert faults_else > 10_000
+    assert faults < NEW / 2
+    assert faults_else >= NEW
 
 
 def run(how):
