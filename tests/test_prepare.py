@@ -284,8 +284,10 @@ def run(data_dir, last_line=None):  # counts the lines of prepared.py, and dies 
         return trace
 
     sys.settrace(trace)
-    prepare(name, data_dir, image_size=16)
-    sys.settrace(None)
+    try:
+        prepare(name, data_dir, image_size=16)
+    finally:
+        sys.settrace(None)
     return seen
 
 
@@ -334,7 +336,7 @@ class TestInterruption:
         kills = 16
         arguments = [f"folder:{pets}", str(tmp_path), str(kills)]
         said = subprocess.run(
-            [sys.executable, "-c", KILLS, *arguments],
+            [sys.executable, "-u", "-c", KILLS, *arguments],  # unbuffered: a fork writes it twice
             env=os.environ | {"JAX_PLATFORMS": "none"},  # no device is asked for
             stdout=subprocess.PIPE,
             text=True,
