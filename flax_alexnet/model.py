@@ -224,11 +224,10 @@ def implementations(
                 channels = layer.features
             case Norm():
                 note(layer, "normalization")
-            case Pool(kind="MAX"):
-                note(layer, "max-pooling forward", Pooling(layer.window, layer.stride, dtype))
-                note(layer, "max-pooling gradient")
-            case Pool():
-                note(layer, "average-pooling")
+            case Pool(kind=kind):
+                operators = ("max-pooling forward", "max-pooling gradient")
+                for operator in operators if kind == "MAX" else ("average-pooling",):
+                    note(layer, operator, Pooling(layer.window, layer.stride, dtype))
             case Dense():
                 for direction in ("forward", "input gradient", "kernel gradient"):
                     note(layer, f"dense {direction}", Product(rows, dtype))

@@ -151,15 +151,36 @@ def test_values_and_gradients_are_xlas_to_the_bit(window, stride, padding, dtype
     np.testing.assert_array_equal(pullback(g)[0], their_pullback(g)[0])
 
 
-@pytest.mark.parametrize(
-    "pool",
-    [
-        functools.partial(max_pool, window=3, stride=2, padding=((0, 1), (0, 1))),
-        functools.partial(average_pool, window=3, stride=2, padding=((0, 1), (0, 1))),
-        functools.partial(adaptive_average_pool, size=3),
-    ],
-    ids=["max", "average", "adaptive"],
-)
+POOLS = {
+    **{
+        f"{kind} {implementation}": functools.partial(
+            pool, window=3, stride=2, padding=((0, 1), (0, 1)), implementation=implementation
+        )
+        for kind, pool in (("max", max_pool), ("average", average_pool))
+        for implementation in ("slices", "xla")
+    },
+    "adaptive": functools.partial(adaptive_average_pool, size=3),
+}
+
+
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+def test_vmap(pool):
+    x = jnp.asarray(distinct_values(3, 2, 8, 8, 2), jnp.float32)
+    np.testing.assert_array_equal(jax.vmap(pool)(x), jnp.stack([pool(part) for part in x]))
+
+
+@pytest.mark.parametrize("pool", [max_pool, average_pool])
+@pytest.mark.parametrize("implementation", ["slices", "xla"])
+def test_images_that_no_window_fits_in_have_none(pool, implementation):
+    pool = functools.partial(
+        pool, window=3, stride=2, padding=((0, 0), (0, 0)), implementation=implementation
+    )
+    x = jnp.ones((2, 2, 5, 1))
+    assert pool(x).shape == (2, 0, 2, 1)
+    np.testing.assert_array_equal(jax.grad(lambda x: pool(x).sum())(x), jnp.zeros_like(x))
+
+
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
 def test_bfloat16(pool):
     x = jnp.asarray(distinct_values(1, 8, 8, 2), jnp.bfloat16)
     y = pool(x)

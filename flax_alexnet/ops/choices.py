@@ -33,7 +33,7 @@ class Product(NamedTuple):
 
 
 class Pooling(NamedTuple):
-    """What decides about max-pooling."""
+    """What decides about pooling."""
 
     window: int
     stride: int

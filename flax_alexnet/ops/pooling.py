@@ -40,7 +40,8 @@ def max_pool(
         gradient, which goes to the first of equal values, row by row, is the same to the bit. None
         takes for each what `flax_alexnet.ops.choices` says of the platform.
     """
-    if (implementation or choose("max-pooling gradient", jax.default_backend())) == "xla":
+    facts = Pooling(window, stride, x.dtype)
+    if (implementation or choose("max-pooling gradient", jax.default_backend(), facts)) == "xla":
         return _reduce(x, window, stride, padding, LARGEST, "xla")
     return _max_pool(x, window, stride, padding, implementation)
 
@@ -64,7 +65,7 @@ def _chosen(
     """`_reduce` by what is asked for, or by what the table says of `operator` on the platform."""
 
     def form(platform: str) -> Callable[[jax.Array], jax.Array]:
-        chosen = implementation or choose(operator, platform, Pooling(window, stride))
+        chosen = implementation or choose(operator, platform, Pooling(window, stride, x.dtype))
         return lambda x: _reduce(x, window, stride, padding, operation, chosen)
 
     return lax.platform_dependent(x, cpu=form("cpu"), default=form("any"))
@@ -86,15 +87,9 @@ def _places(
     """By place in the window, row by row, what lies there of each: float[b, h', w', c]."""
     filled = jnp.array(outside, x.dtype)
     x = lax.pad(x, filled, ((0, 0, 0), *((*pads, 0) for pads in padding), (0, 0, 0)))
-    batch, *sizes, channels = x.shape
-    rows, columns = ((size - window) // stride * stride + 1 for size in sizes)
+    rows, columns = (max(size - window + 1, 0) for size in x.shape[1:3])  # a window may begin in
     return {
-        (top, left): lax.slice(
-            x,
-            (0, top, left, 0),
-            (batch, top + rows, left + columns, channels),
-            (1, stride, stride, 1),
-        )
+        (top, left): x[:, top : top + rows : stride, left : left + columns : stride]
         for top in range(window)
         for left in range(window)
     }
@@ -127,7 +122,7 @@ def _max_pool_backward(
     # added in XLA's order, to the same bits.
     for place, wins in reversed(winners.items()):
         edges = [
-            (start, size - start - (windows - 1) * stride - 1, stride - 1)
+            (start, size - start - max((windows - 1) * stride + 1, 0), stride - 1)
             for start, size, windows in zip(place, sizes, y.shape[1:3], strict=True)
         ]
         dx = dx + lax.pad(jnp.where(wins, g, zero), zero, ((0, 0, 0), *edges, (0, 0, 0)))
