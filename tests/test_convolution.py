@@ -35,8 +35,9 @@ def arrays(*shapes, dtype=jnp.float32):
 def assert_same(actual, expected, tolerance=1e-6):
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
-    difference = jnp.abs(actual.astype(jnp.float32) - expected.astype(jnp.float32)).max()
-    assert difference <= tolerance * jnp.abs(expected).max().astype(jnp.float32)
+    actual, expected = (np.asarray(a, np.float32) for a in (actual, expected))
+    atol = tolerance * np.abs(expected).max(initial=0)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
 
 @forms
@@ -56,6 +57,47 @@ def test_it_is_a_convolution(channels, groups, padding, stride, implementation):
     (g,) = arrays(y.shape)
     for a, b in zip(transpose(g), expected_transpose(g), strict=True):
         assert_same(a, b)
+
+
+@forms
+@pytest.mark.parametrize("batch", [2, 6, 8])
+def test_batches_are_added_up_whatever_parts_they_are_taken_in(batch, implementation):
+    """8 in four parts, 6 in two."""
+    padding = ((1, 1), (1, 1))
+    x, kernel = arrays((batch, 7, 9, 40), (3, 3, 40, 8))
+    ours = functools.partial(convolve, stride=1, padding=padding, implementation=implementation)
+    y, transpose = jax.vjp(ours, x, kernel)
+    expected, expected_transpose = jax.vjp(lambda x, k: theirs(x, k, 1, padding), x, kernel)
+    (g,) = arrays(y.shape)
+    assert_same(y, expected)
+    for a, b in zip(transpose(g), expected_transpose(g), strict=True):
+        assert_same(a, b)
+
+
+@forms
+def test_outside_of_programs_it_is_compiled_once(implementation):
+    x, kernel = arrays((8, 7, 9, 40), (3, 3, 40, 8))
+    compiled = []
+
+    def gradients():
+        loss = functools.partial(
+            convolve, stride=1, padding=((1, 1), (1, 1)), implementation=implementation
+        )
+        jax.grad(lambda *arrays: loss(*arrays).sum(), (0, 1))(x, kernel)
+
+    def listen(event, *_, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    gradients()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        gradients()
+        assert not compiled
+        jax.jit(lambda x: x + len(compiled))(x)  # what is listened to is there
+        assert compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @forms

@@ -33,6 +33,8 @@ Implementation = Literal["xla", "patches", "space_to_depth", "onednn", "onednn_p
 Form = Callable[..., jax.Array]  # of x, kernel, g, stride, padding
 PLATFORMS = ("cpu", "cuda")  # that the table tells from others
 PARTS = 4  # of a batch: see `_side_by_side`
+# Outside of a program JAX would compile a loop anew at each call.
+_compiled_once = functools.partial(jax.jit, static_argnames=("stride", "padding"))
 
 
 def convolve(
@@ -185,6 +187,7 @@ def _product_forward(
     return patches @ kernel.reshape(-1, kernel.shape[-1])
 
 
+@_compiled_once
 def _product_input_gradient(
     x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
 ) -> jax.Array:
@@ -223,6 +226,7 @@ def _product_kernel_gradient(
     return _side_by_side(part, x, g).reshape(kernel.shape)
 
 
+@_compiled_once
 def _onednn_product_kernel_gradient(
     x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
 ) -> jax.Array:
