@@ -238,7 +238,7 @@ def implementations(
 
 
 def _flat_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return multiply(x.reshape(x.shape[0], -1), kernel)
+    return multiply(x.reshape(x.shape[0], math.prod(x.shape[1:])), kernel)
 
 
 def _padding(x: jax.Array, layer: Conv | Pool) -> tuple[tuple[int, int], tuple[int, int]]:

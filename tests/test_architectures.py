@@ -310,6 +310,20 @@ def test_image_too_small_names_the_layer(variant, size, layer):
     abstract_params(AlexNet(variant), jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
 
 
+@pytest.mark.parametrize("variant", ["caffe", "cuda_convnet_cifar10"])
+def test_no_images_have_no_logits_and_no_gradient(variant):
+    model, size = AlexNet(variant, num_classes=7, width=1 / 16), architecture(variant).image_size
+    params = model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
+
+    def logits(params):
+        y = model.apply({"params": params}, jnp.zeros((0, size, size, 3)))
+        return y.sum(), y
+
+    gradient, y = jax.jit(jax.grad(logits, has_aux=True))(params)
+    assert y.shape == (0, 7)
+    assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
 def test_images_need_four_axes():
     with pytest.raises(ValueError, match="batch, height, width, channels"):
         abstract_params(AlexNet(), jax.ShapeDtypeStruct((224, 224, 3), jnp.float32))

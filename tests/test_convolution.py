@@ -60,9 +60,9 @@ def test_it_is_a_convolution(channels, groups, padding, stride, implementation):
 
 
 @forms
-@pytest.mark.parametrize("batch", [2, 6, 8])
+@pytest.mark.parametrize("batch", [0, 2, 6, 8])
 def test_batches_are_added_up_whatever_parts_they_are_taken_in(batch, implementation):
-    """8 in four parts, 6 in two."""
+    """8 in four parts, 6 in two; and no image leaves no gradient."""
     padding = ((1, 1), (1, 1))
     x, kernel = arrays((batch, 7, 9, 40), (3, 3, 40, 8))
     ours = functools.partial(convolve, stride=1, padding=padding, implementation=implementation)

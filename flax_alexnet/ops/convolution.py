@@ -150,7 +150,7 @@ def _blocks(x: jax.Array, side: int, counts: Sequence[int], starts: Sequence[int
     x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
     batch, _, _, channels = x.shape
     x = x.reshape(batch, counts[0], side, counts[1], side, channels).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, *counts, -1)
+    return x.reshape(batch, *counts, side * side * channels)
 
 
 def _directions(function: Callable[..., jax.Array]) -> dict[str, Form]:

@@ -145,7 +145,9 @@ def _lowered_by_xla(context: Any, *arrays: Any, operation: Any) -> Any:
 
 
 def _lowered(context: Any, *arrays: Any, operation: Any) -> Any:
-    if context.module_context.lowering_parameters.for_export:  # to run with who knows which XLA
+    exported = context.module_context.lowering_parameters.for_export  # to who knows which XLA
+    # Given nothing, such as a batch of no images, oneDNN ends the process or writes nothing.
+    if exported or any(0 in array.shape for array in context.avals_in):
         return _lowered_by_xla(context, *arrays, operation=operation)
     # XLA cannot write a program with these operations to a file, as JAX's compilation cache does,
     # and what it tries then is undefined. Programs with Python callbacks are kept out of the cache.
