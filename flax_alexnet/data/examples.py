@@ -201,7 +201,7 @@ def _records(source: Source, rows: Sequence[int]) -> Iterator[Record | Picture]:
     """The pictures at `rows`, encoded.
 
     Reading is Python, in which threads wait for one another: some at once take less time. Of a
-    folder of photographs, which may be large, no more than one is held.
+    folder, whose files may be as large as `decode` allows, no more than one is held.
     """
     ahead = READ_AHEAD if source.prepared else 1
     for start in range(0, len(rows), ahead):
