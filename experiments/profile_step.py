@@ -1,12 +1,12 @@
 """Where the time of a step goes: what XLA's own profile says of each layer, on the CPU.
 
 Steps are run as `bench.py` runs them, under JAX's profiler, and the times of all operators of the
-compiled program are added up by the layer and the direction that they were written for. Several
-operators run side by side, so the sum is more than the step takes.
+compiled program are added up by the layer and the direction that they were written for. The sum is
+more than the step takes where operators run side by side, and less by what passes between them.
 
     python experiments/profile_step.py
 
-With nothing else running it takes two minutes on two cores.
+With nothing else running it takes three minutes on two cores.
 """
 
 import collections
