@@ -35,9 +35,9 @@ def arrays(*shapes, dtype=jnp.float32):
 def assert_same(actual, expected, tolerance=1e-6):
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
-    actual, expected = (np.asarray(a, np.float32) for a in (actual, expected))
-    atol = tolerance * np.abs(expected).max(initial=0)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+    actual, expected = (a.astype(jnp.float32) for a in (actual, expected))
+    difference = jnp.abs(actual - expected).max(initial=0)
+    assert difference <= tolerance * jnp.abs(expected).max(initial=0)
 
 
 @forms
@@ -80,13 +80,13 @@ def test_outside_of_programs_it_is_compiled_once(implementation):
     compiled = []
 
     def gradients():
-        loss = functools.partial(
-            convolve, stride=1, padding=((1, 1), (1, 1)), implementation=implementation
-        )
-        jax.grad(lambda *arrays: loss(*arrays).sum(), (0, 1))(x, kernel)
+        def loss(x, kernel):
+            return convolve(x, kernel, 1, ((1, 1), (1, 1)), implementation=implementation).sum()
+
+        jax.grad(loss, (0, 1))(x, kernel)
 
     def listen(event, *_, **__):
-        if event == "/jax/core/compile/backend_compile_duration":
+        if "backend_compile" in event:
             compiled.append(event)
 
     gradients()
