@@ -33,11 +33,19 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run what takes long, too")
     parser.addoption(
         "--no-skips",
         action="store_true",
         help="a skipped test fails; for CI, where everything that a test may want is installed",
     )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 def _refuse_skip(config, report):

@@ -15,6 +15,7 @@ Forward, gradient of the kernel and gradient of the input are products of the sa
 `choices` says which is used where.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -27,14 +28,16 @@ from jax import lax
 
 from flax_alexnet.ops import onednn
 from flax_alexnet.ops.choices import Convolution, choose
+from flax_alexnet.ops.linear import bilinear
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Implementation = Literal["xla", "patches", "space_to_depth", "onednn", "onednn_patches"]
-Form = Callable[..., jax.Array]  # of x, kernel, g, stride, padding
+Shape = tuple[int, ...]
+Form = Callable[..., jax.Array]  # of two arrays, the shape of the result, stride and padding
 PLATFORMS = ("cpu", "cuda")  # that the table tells from others
 PARTS = 4  # of a batch: see `_side_by_side`
 # Outside of a program JAX would compile a loop anew at each call.
-_compiled_once = functools.partial(jax.jit, static_argnames=("stride", "padding"))
+_compiled_once = functools.partial(jax.jit, static_argnames=("shape", "stride", "padding"))
 
 
 def convolve(
@@ -67,56 +70,67 @@ def convolve(
     return results[0] if groups == 1 else jnp.concatenate(results, axis=-1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _convolve(
     x: jax.Array, kernel: jax.Array, stride: int, padding: Pads, implementation: str | None
 ) -> jax.Array:
-    return _compute("forward", x, kernel, kernel, stride, padding, implementation)
+    operator = _Operator(x.shape, kernel.shape, stride, padding, implementation)
+    return operator("forward", x, kernel)
 
 
-def _forward(
-    x: jax.Array, kernel: jax.Array, *settings: Any
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _convolve(x, kernel, *settings), (x, kernel)
-
-
-def _backward(
+@functools.partial(_convolve.defjvp, symbolic_zeros=True)
+def _derivative(
     stride: int,
     padding: Pads,
     implementation: str | None,
-    residuals: tuple[jax.Array, jax.Array],
-    g: jax.Array,
+    arrays: tuple[jax.Array, jax.Array],
+    tangents: tuple[Any, Any],
 ) -> tuple[jax.Array, jax.Array]:
-    # Of a first layer nobody asks for the gradient of its input, and the compiler leaves it out.
-    arguments = *residuals, g, stride, padding, implementation
-    return _compute("input gradient", *arguments), _compute("kernel gradient", *arguments)
+    x, kernel = arrays
+    operator = _Operator(x.shape, kernel.shape, stride, padding, implementation)
+    derivative = bilinear(operator, arrays, tangents)
+    return _convolve(x, kernel, stride, padding, implementation), derivative
 
 
-_convolve.defvjp(_forward, _backward)
+@dataclasses.dataclass(frozen=True)
+class _Operator:
+    """All directions of a convolution, for `linear`."""
 
+    images: Shape
+    kernel: Shape
+    stride: int
+    padding: Pads
+    implementation: str | None
 
-def _compute(
-    direction: str,
-    x: jax.Array,
-    kernel: jax.Array,
-    g: jax.Array,
-    stride: int,
-    padding: Pads,
-    implementation: str | None,
-) -> jax.Array:
-    """A direction of the convolution, by what is asked for or what is best on the platform."""
+    def __call__(self, direction: str, fixed: jax.Array, varied: jax.Array) -> jax.Array:
+        match direction:
+            case "forward":
+                return self._compute(direction, fixed, varied, ())
+            case "forward, of x":
+                return self._compute("forward", varied, fixed, ())
+            case "input gradient":
+                return self._compute(direction, varied, fixed, self.images)
+            case _:
+                return self._compute(direction, fixed, varied, self.kernel)
 
-    def form(name: str) -> Callable[..., jax.Array]:
-        return functools.partial(_FORMS[name][direction], stride=stride, padding=padding)
+    def _compute(self, direction: str, a: jax.Array, b: jax.Array, shape: Shape) -> jax.Array:
+        """By what is asked for or what is best on the platform."""
 
-    if implementation:
-        return form(implementation)(x, kernel, g)
-    facts = Convolution(x.shape[-1], kernel.shape[-1], kernel.shape[0], stride, x.dtype)
-    forms = {
-        platform: form(choose(f"convolution {direction}", platform, facts))
-        for platform in (*PLATFORMS, "any")
-    }
-    return lax.platform_dependent(x, kernel, g, default=forms.pop("any"), **forms)
+        def form(name: str) -> Callable[..., jax.Array]:
+            function = _FORMS[name][direction]
+            return functools.partial(
+                function, shape=shape, stride=self.stride, padding=self.padding
+            )
+
+        if self.implementation:
+            return form(self.implementation)(a, b)
+        side, _, channels, features = self.kernel
+        facts = Convolution(channels, features, side, self.stride, a.dtype)
+        forms = {
+            platform: form(choose(f"convolution {direction}", platform, facts))
+            for platform in (*PLATFORMS, "any")
+        }
+        return lax.platform_dependent(a, b, default=forms.pop("any"), **forms)
 
 
 def _xla(x: jax.Array, kernel: jax.Array, stride: int, padding: Pads) -> jax.Array:
@@ -157,20 +171,24 @@ def _directions(function: Callable[..., jax.Array]) -> dict[str, Form]:
     """What a convolution gives, and its gradients as JAX derives them."""
 
     def forward(
-        x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
+        x: jax.Array, kernel: jax.Array, shape: Shape, stride: int, padding: Pads
     ) -> jax.Array:
-        del g
+        del shape
         return function(x, kernel, stride, padding)
 
     def input_gradient(
-        x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
+        g: jax.Array, kernel: jax.Array, shape: Shape, stride: int, padding: Pads
     ) -> jax.Array:
-        return jax.vjp(lambda x: function(x, kernel, stride, padding), x)[1](g)[0]
+        x = jax.ShapeDtypeStruct(shape, g.dtype)
+        return jax.linear_transpose(lambda x: function(x, kernel, stride, padding), x)(g)[0]
 
     def kernel_gradient(
-        x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
+        x: jax.Array, g: jax.Array, shape: Shape, stride: int, padding: Pads
     ) -> jax.Array:
-        return jax.vjp(lambda kernel: function(x, kernel, stride, padding), kernel)[1](g)[0]
+        kernel = jax.ShapeDtypeStruct(shape, g.dtype)
+        return jax.linear_transpose(lambda kernel: function(x, kernel, stride, padding), kernel)(g)[
+            0
+        ]
 
     return {
         "forward": forward,
@@ -180,26 +198,26 @@ def _directions(function: Callable[..., jax.Array]) -> dict[str, Form]:
 
 
 def _product_forward(
-    x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
+    x: jax.Array, kernel: jax.Array, shape: Shape, stride: int, padding: Pads
 ) -> jax.Array:
-    del g
+    del shape
     patches = _patches(x, kernel.shape[:2], stride, padding)
     return patches @ kernel.reshape(-1, kernel.shape[-1])
 
 
 @_compiled_once
 def _product_input_gradient(
-    x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
+    g: jax.Array, kernel: jax.Array, shape: Shape, stride: int, padding: Pads
 ) -> jax.Array:
     """Each pixel gets what all patches that it is in have for it (col2im)."""
     rows, columns = kernel.shape[:2]
-    sizes = [size + sum(pads) for size, pads in zip(x.shape[1:3], padding, strict=True)]
+    sizes = [size + sum(pads) for size, pads in zip(shape[1:3], padding, strict=True)]
     ends = [(size - 1) * stride + 1 for size in g.shape[1:3]]  # from the first place to the last
     (top, bottom), (left, right) = padding
 
     def part(g: jax.Array) -> jax.Array:
         patches = g @ kernel.reshape(-1, kernel.shape[-1]).T
-        patches = patches.reshape(*g.shape[:3], rows, columns, x.shape[-1])
+        patches = patches.reshape(*g.shape[:3], rows, columns, shape[-1])
         zero = result = jnp.zeros((), g.dtype)
         for i in range(rows):
             for j in range(columns):
@@ -212,34 +230,34 @@ def _product_input_gradient(
         return result[:, top : sizes[0] - bottom, left : sizes[1] - right]
 
     # A loop, or XLA adds them all up once more wherever what follows reads a pixel.
-    parts = math.gcd(x.shape[0], PARTS)
-    return lax.map(part, g.reshape(parts, -1, *g.shape[1:])).reshape(x.shape)
+    parts = math.gcd(shape[0], PARTS)
+    return lax.map(part, g.reshape(parts, -1, *g.shape[1:])).reshape(shape)
 
 
 def _product_kernel_gradient(
-    x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
+    x: jax.Array, g: jax.Array, shape: Shape, stride: int, padding: Pads
 ) -> jax.Array:
     def part(x: jax.Array, g: jax.Array) -> jax.Array:
-        patches, g = _rows(x, g, kernel, stride, padding)
+        patches, g = _rows(x, g, shape, stride, padding)
         return patches.T @ g
 
-    return _side_by_side(part, x, g).reshape(kernel.shape)
+    return _side_by_side(part, x, g).reshape(shape)
 
 
 @_compiled_once
 def _onednn_product_kernel_gradient(
-    x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
+    x: jax.Array, g: jax.Array, shape: Shape, stride: int, padding: Pads
 ) -> jax.Array:
     def add(total: jax.Array, images: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        patches, g = _rows(*images, kernel, stride, padding)
+        patches, g = _rows(*images, shape, stride, padding)
         return total + onednn.product(patches, g, transpose_a=True), None
 
     # In turn: the product keeps all cores busy, one part's patches take a quarter of the memory,
     # and a loop's body is compiled once.
     parts = math.gcd(x.shape[0], PARTS)
     x, g = (a.reshape(parts, a.shape[0] // parts, *a.shape[1:]) for a in (x, g))
-    zero = jnp.zeros_like(kernel).reshape(-1, kernel.shape[-1])
-    return lax.scan(add, zero, (x, g))[0].reshape(kernel.shape)
+    zero = jnp.zeros((math.prod(shape[:-1]), shape[-1]), x.dtype)
+    return lax.scan(add, zero, (x, g))[0].reshape(shape)
 
 
 def _side_by_side(
@@ -256,10 +274,10 @@ def _side_by_side(
 
 
 def _rows(
-    x: jax.Array, g: jax.Array, kernel: jax.Array, stride: int, padding: Pads
+    x: jax.Array, g: jax.Array, window: Shape, stride: int, padding: Pads
 ) -> tuple[jax.Array, jax.Array]:
     """By place of the window, what lies under it and its gradient: float[n, ...] both."""
-    patches = _patches(x, kernel.shape[:2], stride, padding)
+    patches = _patches(x, window[:2], stride, padding)
     return patches.reshape(-1, patches.shape[-1]), g.reshape(-1, g.shape[-1])
 
 
@@ -281,14 +299,14 @@ def _patches(x: jax.Array, window: Sequence[int], stride: int, padding: Pads) ->
 
 
 def _onednn_forward(
-    x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
+    x: jax.Array, kernel: jax.Array, shape: Shape, stride: int, padding: Pads
 ) -> jax.Array:
-    del g
+    del shape
     return onednn.convolution(x, kernel, stride, padding)
 
 
 def _onednn_input_gradient(
-    x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
+    g: jax.Array, kernel: jax.Array, shape: Shape, stride: int, padding: Pads
 ) -> jax.Array:
     """Convolutions of g with the kernel upside down, one for each place in a stride.
 
@@ -296,11 +314,11 @@ def _onednn_input_gradient(
     stride-th row of the kernel, from `first` on; of `g` they meet the row `shift` places further
     with the first of these, and earlier ones with the others. With columns it is the same.
     """
-    result = jnp.zeros((), x.dtype)
-    for places in itertools.product(*(range(min(stride, size)) for size in x.shape[1:3])):
+    result = jnp.zeros((), g.dtype)
+    for places in itertools.product(*(range(min(stride, size)) for size in shape[1:3])):
         firsts, pads, apart = [], [], []
         for place, size, side, outputs, (before, _) in zip(
-            places, x.shape[1:3], kernel.shape[:2], g.shape[1:3], padding, strict=True
+            places, shape[1:3], kernel.shape[:2], g.shape[1:3], padding, strict=True
         ):
             shift, first = divmod(place + before, stride)
             rows, count = len(range(first, side, stride)), len(range(place, size, stride))
@@ -312,17 +330,17 @@ def _onednn_input_gradient(
             continue
         y = _onednn_padded(g, jnp.flip(part, (0, 1)).swapaxes(2, 3), pads)
         result = result + lax.pad(y, jnp.zeros((), y.dtype), ((0, 0, 0), *apart, (0, 0, 0)))
-    return jnp.broadcast_to(result, x.shape)
+    return jnp.broadcast_to(result, shape)
 
 
 def _onednn_kernel_gradient(
-    x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int, padding: Pads
+    x: jax.Array, g: jax.Array, shape: Shape, stride: int, padding: Pads
 ) -> jax.Array:
     """A convolution of x with g, whose channels are the images."""
     pads = [
         (before, (places - 1) * stride + side - before - size)
         for size, places, side, (before, _) in zip(
-            x.shape[1:3], g.shape[1:3], kernel.shape[:2], padding, strict=True
+            x.shape[1:3], g.shape[1:3], shape[:2], padding, strict=True
         )
     ]
 

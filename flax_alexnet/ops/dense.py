@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,24 +10,31 @@ from jax import lax
 
 from flax_alexnet.ops import onednn
 from flax_alexnet.ops.choices import Product, choose
+from flax_alexnet.ops.linear import bilinear
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The matrix product of float[n, i] and float[i, o]; `choices` says how it is computed."""
     return _compute("forward", x, kernel)
 
 
-def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return multiply(x, kernel), (x, kernel)
+@functools.partial(multiply.defjvp, symbolic_zeros=True)
+def _derivative(
+    arrays: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any]
+) -> tuple[jax.Array, jax.Array]:
+    return multiply(*arrays), bilinear(_operator, arrays, tangents)
 
 
-def _backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = residuals
-    return _compute("input gradient", g, kernel), _compute("kernel gradient", x, g)
-
-
-multiply.defvjp(_forward, _backward)
+def _operator(direction: str, fixed: jax.Array, varied: jax.Array) -> jax.Array:
+    """All directions of the product, for `linear`."""
+    match direction:
+        case "forward, of x":
+            return _compute("forward", varied, fixed)
+        case "input gradient":
+            return _compute(direction, varied, fixed)
+        case _:
+            return _compute(direction, fixed, varied)
 
 
 def _compute(direction: str, a: jax.Array, b: jax.Array) -> jax.Array:

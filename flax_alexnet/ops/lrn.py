@@ -4,12 +4,14 @@ With s_i = bias + alpha · Σ_{j in W(i)} x_j², where W(i) are the channels wit
 channel i (cut at the ends of its group),
 
     y_i     = x_i · s_i^-beta
+    dy_i    = dx_i · s_i^-beta − 2·alpha·beta · x_i · s_i^(-beta-1) · Σ_{j in W(i)} x_j · dx_j
     dL/dx_i = g_i · s_i^-beta − 2·alpha·beta · x_i · Σ_{j in W(i)} g_j · x_j · s_j^(-beta-1)
 
 since i lies in W(j) exactly where j lies in W(i). The gradient needs x alone: s is computed again
 rather than stored.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Literal
@@ -20,6 +22,7 @@ from jax import lax
 
 from flax_alexnet.ops.choices import choose
 from flax_alexnet.ops.fusion import written_on_cpu
+from flax_alexnet.ops.linear import linear
 
 Implementation = Literal["shifted_sums", "pallas", "reference"]
 Window = tuple[int, float, float, float]  # radius, bias, alpha, beta
@@ -104,16 +107,44 @@ def _reference(window: Window, x: jax.Array) -> jax.Array:
     return (wide * (bias + alpha * total) ** -beta).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _closed_form(compute: Callable[..., jax.Array], window: Window, x: jax.Array) -> jax.Array:
     """What `compute` gives for x; given the gradient of that too, it gives the gradient of x."""
     return compute(window, x)
 
 
-_closed_form.defvjp(
-    lambda compute, window, x: (compute(window, x), x),
-    lambda compute, window, x, gradient: (compute(window, x, gradient),),
-)
+@_closed_form.defjvp
+def _derivative_of_closed_form(
+    compute: Callable[..., jax.Array],
+    window: Window,
+    arrays: tuple[jax.Array],
+    tangents: tuple[jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    derivative = linear(_Operator(compute, window), "derivative", "gradient", arrays, *tangents)
+    return _closed_form(compute, window, *arrays), derivative
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operator:
+    """The derivative of the normalization and its transpose, for `linear`."""
+
+    compute: Callable[..., jax.Array]
+    window: Window
+
+    def __call__(self, direction: str, x: jax.Array, varied: jax.Array) -> jax.Array:
+        if direction == "gradient":
+            return self.compute(self.window, x, varied)
+        return _derivative(self.window, x, varied)
+
+
+def _derivative(window: Window, x: jax.Array, dx: jax.Array) -> jax.Array:
+    radius, bias, alpha, beta = window
+    wide, of_wide = _wide(x), _wide(dx)
+    scale = bias + alpha * _window_sum(wide * wide, radius)
+    root = lax.rsqrt(scale)
+    total = _window_sum(wide * of_wide, radius) * (root * root)
+    power = _inverse_power(scale, beta)
+    return (power * (of_wide - 2 * alpha * beta * wide * total)).astype(x.dtype)
 
 
 def _shifted_sums(window: Window, x: jax.Array, *gradient: jax.Array) -> jax.Array:

@@ -136,8 +136,13 @@ def _batched(arrays: Sequence[Any], axes: Sequence[Any], *, operation: Any) -> t
 
 
 @functools.partial(jax.jit, static_argnames="operation")
-def _outside_of_programs(*arrays: jax.Array, operation: Any) -> jax.Array:
+def _compiled(*arrays: jax.Array, operation: Any) -> jax.Array:
     return _primitive.bind(*arrays, operation=operation)
+
+
+def _outside_of_programs(*arrays: jax.Array, operation: Any) -> jax.Array:
+    with jax.disable_jit(False):  # it is one operation, as JAX's own are under `disable_jit`
+        return _compiled(*arrays, operation=operation)
 
 
 def _lowered_by_xla(context: Any, *arrays: Any, operation: Any) -> Any:
@@ -146,8 +151,10 @@ def _lowered_by_xla(context: Any, *arrays: Any, operation: Any) -> Any:
 
 def _lowered(context: Any, *arrays: Any, operation: Any) -> Any:
     exported = context.module_context.lowering_parameters.for_export  # to who knows which XLA
-    # Given nothing, such as a batch of no images, oneDNN ends the process or writes nothing.
-    if exported or any(0 in array.shape for array in context.avals_in):
+    # Given nothing, such as a batch of no images, or 64 bits, oneDNN ends the process or writes
+    # nothing.
+    refused = any(0 in a.shape or a.dtype == jnp.float64 for a in context.avals_in)
+    if exported or refused:
         return _lowered_by_xla(context, *arrays, operation=operation)
     # XLA cannot write a program with these operations to a file, as JAX's compilation cache does,
     # and what it tries then is undefined. Programs with Python callbacks are kept out of the cache.

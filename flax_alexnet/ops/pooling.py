@@ -1,5 +1,6 @@
 """Pooling in the paddings of the original nets."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from jax import lax
 
 from flax_alexnet.ops.choices import Pooling, choose
 from flax_alexnet.ops.fusion import written_on_cpu
+from flax_alexnet.ops.linear import linear
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Implementation = Literal["xla", "slices"]
@@ -46,7 +48,7 @@ def max_pool(
     return _max_pool(x, window, stride, padding, implementation)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
 def _max_pool(
     x: jax.Array, window: int, stride: int, padding: Pads, implementation: str | None
 ) -> jax.Array:
@@ -95,42 +97,63 @@ def _places(
     }
 
 
-def _max_pool_forward(x: jax.Array, *settings: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    y = _max_pool(x, *settings)
-    return y, (x, y)
-
-
-def _max_pool_backward(
+@_max_pool.defjvp
+def _derivative_of_max_pool(
     window: int,
     stride: int,
     padding: Pads,
     implementation: str | None,
-    residuals: tuple[jax.Array, ...],
-    g: jax.Array,
-) -> tuple[jax.Array]:
-    del implementation  # "xla" has its own
-    x, y = residuals
-    g = written_on_cpu(g)  # since each place reads it
-    taken = jnp.zeros(y.shape, bool)
-    winners = {}
-    for place, here in _places(x, window, stride, padding, -jnp.inf).items():
-        winners[place] = (here == y) & ~taken
-        taken = taken | winners[place]
-    sizes = [size + sum(pads) for size, pads in zip(x.shape[1:3], padding, strict=True)]
-    dx, zero = jnp.zeros((), g.dtype), jnp.zeros((), g.dtype)
-    # From the last place on, since a pixel lies at it in the first of its windows: so they are
-    # added in XLA's order, to the same bits.
-    for place, wins in reversed(winners.items()):
-        edges = [
-            (start, size - start - max((windows - 1) * stride + 1, 0), stride - 1)
-            for start, size, windows in zip(place, sizes, y.shape[1:3], strict=True)
-        ]
-        dx = dx + lax.pad(jnp.where(wins, g, zero), zero, ((0, 0, 0), *edges, (0, 0, 0)))
-    (top, _), (left, _) = padding
-    return (dx[:, top : top + x.shape[1], left : left + x.shape[2]],)
+    arrays: tuple[jax.Array],
+    tangents: tuple[jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    y = _max_pool(*arrays, window, stride, padding, implementation)
+    operator = _MaxPool(window, stride, padding)
+    return y, linear(operator, "derivative", "gradient", (*arrays, y), *tangents)
 
 
-_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+@dataclasses.dataclass(frozen=True)
+class _MaxPool:
+    """The derivative of max-pooling of x to y, and its transpose, for `linear`."""
+
+    window: int
+    stride: int
+    padding: Pads
+
+    def __call__(self, direction: str, x: jax.Array, y: jax.Array, varied: jax.Array) -> jax.Array:
+        return {"derivative": self.derivative, "gradient": self.gradient}[direction](x, y, varied)
+
+    def winners(self, x: jax.Array, y: jax.Array) -> dict[tuple[int, int], jax.Array]:
+        """By place in the window, whether the first of the largest values lies there: bool."""
+        taken = jnp.zeros(y.shape, bool)
+        result = {}
+        for place, here in self.places(x, -jnp.inf).items():
+            result[place] = (here == y) & ~taken
+            taken = taken | result[place]
+        return result
+
+    def places(self, x: jax.Array, outside: float) -> dict[tuple[int, int], jax.Array]:
+        return _places(x, self.window, self.stride, self.padding, outside)
+
+    def derivative(self, x: jax.Array, y: jax.Array, dx: jax.Array) -> jax.Array:
+        places, zero = self.places(dx, 0.0), jnp.zeros((), dx.dtype)
+        taken = [jnp.where(wins, places[at], zero) for at, wins in self.winners(x, y).items()]
+        return functools.reduce(jnp.add, taken)
+
+    def gradient(self, x: jax.Array, y: jax.Array, g: jax.Array) -> jax.Array:
+        g = written_on_cpu(g)  # since each place reads it
+        shape, padding = x.shape[1:3], self.padding
+        sizes = [size + sum(pads) for size, pads in zip(shape, padding, strict=True)]
+        dx, zero = jnp.zeros((), g.dtype), jnp.zeros((), g.dtype)
+        # From the last place on, since a pixel lies at it in the first of its windows: so they are
+        # added in XLA's order, to the same bits.
+        for place, wins in reversed(self.winners(x, y).items()):
+            edges = [
+                (start, size - start - max((windows - 1) * self.stride + 1, 0), self.stride - 1)
+                for start, size, windows in zip(place, sizes, y.shape[1:3], strict=True)
+            ]
+            dx = dx + lax.pad(jnp.where(wins, g, zero), zero, ((0, 0, 0), *edges, (0, 0, 0)))
+        (top, _), (left, _) = padding
+        return dx[:, top : top + shape[0], left : left + shape[1]]
 
 
 def average_pool(

@@ -1,0 +1,133 @@
+"""Linear functions whose transposes are written by hand, for derivatives in both modes.
+
+An operator whose gradient is faster in a form of its own could say so with `jax.custom_vjp`, but
+JAX then refuses forward mode. Here it says with `jax.custom_jvp` that its derivative is `linear`:
+forward mode computes that function, and reverse mode its transpose, which is the gradient.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+# (direction, *fixed, x) to an array; hashable and equal to others of the same settings, so that
+# what was compiled for one is found again.
+Operator = Callable[..., jax.Array]
+
+
+def linear(
+    operator: Operator, direction: str, transpose: str, fixed: Sequence[jax.Array], x: jax.Array
+) -> jax.Array:
+    """`operator(direction, *fixed, x)`, which is linear in x, with a transpose of its own.
+
+    Args:
+      operator: has a function for each direction.
+      direction: names the one to compute.
+      transpose: names the one that maps (*fixed, g), with g of the shape of the result, to an array
+        of the shape of x.
+      fixed: arrays that both functions read; JAX derives the derivatives by these itself.
+      x: what the function is linear in.
+    """
+    return _linear.bind(*fixed, x, operator=operator, direction=direction, transpose=transpose)
+
+
+def bilinear(
+    operator: Operator, arrays: tuple[jax.Array, jax.Array], tangents: tuple[Any, Any]
+) -> jax.Array:
+    """The derivative of a product of `arrays`, x and a kernel; for `defjvp` with `symbolic_zeros`.
+
+    Args:
+      operator: has the directions "forward" of (x, kernel), "forward, of x" of (kernel, x), "input
+        gradient" of (kernel, g) and "kernel gradient" of (x, g).
+      arrays: x and the kernel.
+      tangents: theirs. Where one is a symbolic zero, such as that of a first layer's images, which
+        nobody changes, nothing is computed for it.
+    """
+    x, kernel = arrays
+    of_x, of_kernel = tangents
+    parts = []
+    if not isinstance(of_x, SymbolicZero):
+        parts.append(linear(operator, "forward, of x", "input gradient", [kernel], of_x))
+    if not isinstance(of_kernel, SymbolicZero):
+        parts.append(linear(operator, "forward", "kernel gradient", [x], of_kernel))
+    return functools.reduce(jnp.add, parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mapped:
+    """An operator under `vmap`."""
+
+    operator: Operator
+    axes: tuple[int | None, ...]
+
+    def __call__(self, direction: str, *arrays: jax.Array) -> jax.Array:
+        return jax.vmap(functools.partial(self.operator, direction), self.axes)(*arrays)
+
+
+def _compute(*arrays: jax.Array, operator: Operator, direction: str, transpose: str) -> jax.Array:
+    del transpose
+    return operator(direction, *arrays)
+
+
+_compiled = jax.jit(_compute, static_argnames=("operator", "direction", "transpose"))
+
+
+def _outside_of_programs(*arrays: jax.Array, **parameters: Any) -> jax.Array:
+    with jax.disable_jit(False):  # one operation, as JAX's own are under `disable_jit`
+        return _compiled(*arrays, **parameters)
+
+
+def _abstract(*arrays: Any, **parameters: Any) -> Any:
+    result = jax.eval_shape(functools.partial(_compute, **parameters), *arrays)
+    return arrays[-1].update(shape=result.shape, dtype=result.dtype)
+
+
+def _derivative(
+    arrays: Sequence[Any], tangents: Sequence[Any], **parameters: Any
+) -> tuple[jax.Array, jax.Array]:
+    *fixed, x = arrays
+    *of_fixed, of_x = tangents
+    parts = []
+    if not isinstance(of_x, ad.Zero):
+        parts.append(_linear.bind(*fixed, of_x, **parameters))
+    if not all(isinstance(tangent, ad.Zero) for tangent in of_fixed):
+        of_fixed = [ad.instantiate_zeros(tangent) for tangent in of_fixed]
+        parts.append(jax.jvp(lambda *fixed: _compute(*fixed, x, **parameters), fixed, of_fixed)[1])
+    return _linear.bind(*arrays, **parameters), functools.reduce(jnp.add, parts)
+
+
+def _transposed(g: Any, *arrays: Any, operator: Operator, direction: str, transpose: str) -> Any:
+    *fixed, x = arrays
+    nothing = isinstance(g, ad.Zero)
+    of_x = ad.Zero(x.aval) if nothing else linear(operator, transpose, direction, fixed, g)
+    return [None] * len(fixed) + [of_x]
+
+
+def _batched(
+    arrays: Sequence[Any],
+    axes: Sequence[int | None],
+    *,
+    operator: Operator,
+    direction: str,
+    transpose: str,
+) -> tuple[jax.Array, int]:
+    pairs = list(zip(arrays, axes, strict=True))
+    size = next(array.shape[axis] for array, axis in pairs if axis is not None)
+    x = batching.bdim_at_front(*pairs[-1], size)  # even where all share it, as their results differ
+    mapped = _Mapped(operator, (*axes[:-1], 0))
+    return linear(mapped, direction, transpose, arrays[:-1], x), 0
+
+
+_linear = Primitive("linear")
+_linear.def_impl(_outside_of_programs)
+_linear.def_abstract_eval(_abstract)
+ad.primitive_jvps[_linear] = _derivative
+ad.primitive_transposes[_linear] = _transposed
+batching.primitive_batchers[_linear] = _batched
+mlir.register_lowering(_linear, mlir.lower_fun(_compute, multiple_results=False))
