@@ -3,7 +3,10 @@
 One command measures every row of the README's table on the device that is there, with the peers
 that are installed:
 
-    python experiments/bench.py
+    git clone https://github.com/EliSchwartz/imagenet-sample-images
+    python experiments/bench.py --photographs imagenet-sample-images
+
+Without photographs the row about input is left out; the others need no data.
 
 A row times the same work in ours and in others, each in a process of its own (`works.py`), in turn
 for some rounds; a ratio is of the medians, above 1 where ours is faster, and beside it stand the
@@ -30,9 +33,11 @@ from typing import Any
 
 import tyro
 from matplotlib.figure import Figure
+from photographs import find_photographs
 from works import Work, Worker
 
 from flax_alexnet.architectures import architecture, trace
+from flax_alexnet.errors import UserError, exit_code
 
 VARIANTS = ("notebook", "paper", "torchvision", "caffe", "caffenet", "cuda_convnet_cifar10")
 NORMS = ((64, 56, 56, 96), (64, 28, 28, 256))  # of the notebook, batch 64
@@ -46,10 +51,10 @@ GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # each process takes what it n
 class Arguments:
     """Measures ours beside others."""
 
-    output: Path = Path("experiments/results")
+    output: Path = Path("results")
     """Where bench_DEVICE.json and .png go."""
-    data: Path = Path("../shared/data")
-    """Where imagenet_samples/ lies, for the rows about input; without it they are left out."""
+    photographs: Path | None = None
+    """A folder of JPEGs, of which 200 are taken, for the row about input; none: it is left out."""
     rounds: int = 5
     """How often each is timed; some short work three times as often."""
     rows: tuple[str, ...] = ("",)
@@ -74,12 +79,18 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures all rows, and writes and prints them; returns 0."""
+    """Measures all rows, and writes and prints them; returns 0, or 2 where data is not there."""
     arguments = tyro.cli(Arguments, args=argv)
+    try:
+        photographs = find_photographs(arguments.photographs) if arguments.photographs else []
+    except UserError as error:
+        return exit_code(error)
     gpu = on_gpu()
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        rows: Iterator[Row] = gpu_rows() if gpu else cpu_rows(arguments, Path(folder))
+        rows: Iterator[Row] = (
+            gpu_rows() if gpu else cpu_rows(arguments.rows, photographs, Path(folder))
+        )
         if arguments.quick:
             model: dict[str, Any] = {"variant": "cuda_convnet_cifar10", "batch": 8, "size": 32}
             rows = iter(
@@ -142,7 +153,7 @@ def macs_of_training(variant: str, size: int) -> float:
     return 3 * sum(info.macs for info in infos) - infos[0].macs
 
 
-def cpu_rows(arguments: Arguments, folder: Path) -> Iterator[Row]:
+def cpu_rows(begin: tuple[str, ...], photographs: Sequence[Path], folder: Path) -> Iterator[Row]:
     """The rows for a CPU."""
     for variant, batch, goals in (
         ("notebook", 64, {"tensorflow": 1.1, "torch": 1.5, "limit": 0.8}),
@@ -169,17 +180,15 @@ def cpu_rows(arguments: Arguments, folder: Path) -> Iterator[Row]:
         others = {**peers("lrn", a), "reduce_window": plain}
         name = f"lrn/{'×'.join(map(str, shape))}"
         yield Row(name, {"best": 2}, ours, others, 3, "passes/s", rounds=3)
-    yield from input_rows(arguments, folder)
+    if "input".startswith(begin):
+        if photographs:
+            yield input_row(photographs, folder)
+        else:
+            print("input: left out, since no --photographs are given", flush=True)
 
 
-def prepared_pictures(data: Path, folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """A folder of photographs, each eight times, and what `ours_batches` needs to read them.
-
-    None where there are no photographs in `data`.
-    """
-    photographs = sorted((data / "imagenet_samples").glob("*.JPEG"))
-    if not photographs:
-        return None
+def prepared_pictures(photographs: Sequence[Path], folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A folder with each photograph eight times, and what `ours_batches` needs to read them."""
     from flax_alexnet.prepare import prepare
 
     pictures = folder / "pictures"
@@ -193,15 +202,11 @@ def prepared_pictures(data: Path, folder: Path) -> tuple[Path, dict[str, Any]] |
     return pictures, where | {"batch": BATCH, "images": PICTURES}
 
 
-def input_rows(arguments: Arguments, folder: Path) -> Iterator[Row]:
-    """From prepared pictures to batches, where there are photographs to prepare."""
-    if not "input".startswith(arguments.rows):
-        return
-    if not (prepared := prepared_pictures(arguments.data, folder)):
-        return
+def input_row(photographs: Sequence[Path], folder: Path) -> Row:
+    """From prepared pictures to batches."""
     from flax_alexnet.data.sources import open_dataset
 
-    pictures, a = prepared
+    pictures, a = prepared_pictures(photographs, folder)
     jpegs = folder / "jpegs"
     train = open_dataset(a["name"], folder, "train", None).train
     jpegs.mkdir()
@@ -218,7 +223,7 @@ def input_rows(arguments: Arguments, folder: Path) -> Iterator[Row]:
             theirs = {"pattern": str(source), "size": SIZE, "resize": source is pictures}
             theirs |= {"batch": BATCH, "images": PICTURES}
             goals[name], others[name] = goal, Work("tensorflow_batches", theirs)
-    yield Row("input", goals, ours, others, PICTURES, settle=True, rounds=3)
+    return Row("input", goals, ours, others, PICTURES, settle=True, rounds=3)
 
 
 def gpu_rows() -> Iterator[Row]:

@@ -5,9 +5,11 @@ prepared pictures (1 … all cores). Beside each stands what it were if a pixel 
 devices that share their cores took nothing of them, and threads did not wait for one another. Each
 point is a process of its own.
 
-    python experiments/bench_growth.py
+    git clone https://github.com/EliSchwartz/imagenet-sample-images
+    python experiments/bench_growth.py --photographs imagenet-sample-images
 
-With nothing else running it takes ten minutes on two cores.
+With nothing else running it takes ten minutes on two cores. Without photographs the threads are
+left out; the others need no data.
 """
 
 import csv
@@ -24,7 +26,10 @@ import tyro
 from bench import prepared_pictures
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, ScalarFormatter
+from photographs import find_photographs
 from works import Work, Worker
+
+from flax_alexnet.errors import UserError, exit_code
 
 BATCHES: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 SIZES: tuple[int, ...] = (64, 112, 160, 224, 288, 352, 448)
@@ -38,10 +43,10 @@ POWERS = {"image size": -2, THREADS: 1}
 class Arguments:
     """Times steps of growing size."""
 
-    output: Path = Path("experiments/results")
+    output: Path = Path("results")
     """Where bench_growth.csv and .png go."""
-    data: Path = Path("../shared/data")
-    """Where imagenet_samples/ lies, for the threads; without it they are left out."""
+    photographs: Path | None = None
+    """A folder of JPEGs, of which 200 are taken, for the threads; none: these are left out."""
     variant: str = "torchvision"
     """The net."""
     rounds: int = 3
@@ -60,8 +65,12 @@ class Point(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, writes and draws all points; returns 0."""
+    """Measures, writes and draws all points; returns 0, or 2 where data is not there."""
     arguments = tyro.cli(Arguments, args=argv)
+    try:
+        photographs = find_photographs(arguments.photographs) if arguments.photographs else []
+    except UserError as error:
+        return exit_code(error)
     variant, size, batch, rounds = arguments.variant, 224, 64, arguments.rounds
     batches, sizes, devices = BATCHES, SIZES, DEVICES
     if arguments.quick:
@@ -78,8 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             env = {"JAX_NUM_CPU_DEVICES": str(count), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
             step = Work("ours_train", {"variant": variant, **model}, env)
             cases.append((axis, value, step, model["batch"]))
-        if not arguments.quick and (prepared := prepared_pictures(arguments.data, Path(folder))):
-            _, reading = prepared
+        if not photographs:
+            print(f"{THREADS}: left out, since no --photographs are given", flush=True)
+        elif not arguments.quick:
+            _, reading = prepared_pictures(photographs, Path(folder))
             for count in range(1, (os.cpu_count() or 1) + 1):
                 work = Work("ours_batches", reading | {"threads": count})
                 cases.append((THREADS, count, work, reading["images"]))

@@ -7,7 +7,7 @@ and batch 64. Most of the host's work is done while the device computes; as if n
 of a step that is not device time is at most host / (host + device). (Timing the whole loop against
 the step alone would need steps that vary by less than what is sought; here they vary by a tenth.)
 
-Run, from the project's root, with nothing else running (three minutes on two cores):
+Run, with nothing else running (three minutes on two cores; no data is needed):
 
     python experiments/bench_loop.py
 """
@@ -70,7 +70,7 @@ class Pictures(Examples):
 class Arguments:
     """The share of a step that is not device time."""
 
-    output: Path = Path("experiments/results")
+    output: Path = Path("results")
     """Where bench_loop.csv goes."""
     batch_size: int = 64
     """Pictures in a step."""

@@ -8,11 +8,12 @@ runs once more in a process of its own, with one JPEG of 100 megapixels among th
 peak of memory less that of the program at rest (the goal: less than 500 MB). Both are printed
 beside their goals, and neither is judged: the script ends with 0 whatever they are.
 
-Run, from the project's root, with nothing else running (three minutes on two cores):
+Run, with nothing else running (three minutes on two cores):
 
+    git clone https://github.com/EliSchwartz/imagenet-sample-images
     python experiments/bench_prepare.py
 
-It reads 200 photographs of ImageNet that lie beside the project in ../shared/data.
+It reads every fifth of these 1,000 photographs of ImageNet.
 """
 
 import collections
@@ -30,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 import tyro
+from photographs import FOLDER, find_photographs
 
 from flax_alexnet.data.ahead import map_threads
 from flax_alexnet.data.decode import decode
@@ -53,9 +55,9 @@ print(peak() - idle)
 class Arguments:
     """`prepare` beside the decoder alone."""
 
-    data: Path = Path("../shared/data")
-    """Where imagenet_samples/ lies."""
-    output: Path = Path("experiments/results")
+    photographs: Path = FOLDER
+    """A folder of JPEGs, of which 200 are taken."""
+    output: Path = Path("results")
     """Where bench_prepare.csv goes."""
     copies: int = 20
     """How often each photograph is linked."""
@@ -68,9 +70,10 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Times both; returns 0, or 2 where the data is not there."""
     arguments = tyro.cli(Arguments, args=argv)
-    photographs = sorted((arguments.data / "imagenet_samples").glob("*.JPEG"))
-    if not photographs:
-        return exit_code(UserError(f"no photographs in {arguments.data}/imagenet_samples"))
+    try:
+        photographs = find_photographs(arguments.photographs)
+    except UserError as error:
+        return exit_code(error)
     side = 10_000
     if arguments.quick:
         photographs, side = photographs[:20], 1000

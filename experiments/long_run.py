@@ -13,7 +13,7 @@ None of Python's threads may be left. Pools of libraries in C++ (XLA's, TensorSt
 thread when all that they have are busy, and may end it when it has long been idle: their number may
 change by a few, but by less than one an evaluation, as it would where each left one behind.
 
-Run, from the project's root (a minute on two cores):
+Run (a minute on two cores; no data is needed):
 
     python experiments/long_run.py
 """
@@ -62,7 +62,7 @@ LARGEST_GROWTH, LONGEST_EXIT = 0.02, 10  # share; seconds
 class Arguments:
     """Trains for many steps, and looks at what grows."""
 
-    output: Path = Path("experiments/results")
+    output: Path = Path("results")
     """Where long_run.json and long_run.png go."""
     steps: int = 10_000
     """Steps of the long run, of which the first tenth does not count."""

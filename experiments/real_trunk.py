@@ -4,71 +4,114 @@ After the paper's Figure 3 (the first layer's kernels) and Figure 4, right (the 
 of photographs), here by the features of conv5, since the trunk has no dense layers; and a table of
 LPIPS against the plain error for distortions of photographs.
 
-Run, from the project's root (a minute on two cores):
+It reads torchvision's `alexnet` (the convolution layers will do) with the heads of LPIPS v0.1, the
+example pictures of LPIPS's reference code, and every fifth of 1,000 photographs of ImageNet. Get
+them and run (a minute on two cores):
 
+    git clone https://github.com/richzhang/PerceptualSimilarity
+    git clone https://github.com/EliSchwartz/imagenet-sample-images
+    curl -O https://download.pytorch.org/models/alexnet-owt-7be5be79.pth
+    python -m flax_alexnet.convert alexnet-owt-7be5be79.pth alexnet_lpips.safetensors \
+        --heads PerceptualSimilarity/lpips/weights/v0.1/alex.pth
     python experiments/real_trunk.py
-
-It reads the weights and photographs that lie beside the project in ../shared/data: the convolution
-layers of torchvision's `alexnet` with the heads of LPIPS v0.1, and 200 photographs of ImageNet.
 """
 
 import csv
 import dataclasses
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from photographs import FOLDER, find_photographs
 from PIL import Image, ImageFilter
 
 from flax_alexnet import features, lpips
+from flax_alexnet.data.decode import DecodeError, decode_whole, read_file
 from flax_alexnet.data.pictures import find_pictures, read_pictures
 from flax_alexnet.errors import UserError, exit_code
+from flax_alexnet.lpips import need_heads
 from flax_alexnet.perceptual import signed
 from flax_alexnet.plots import color_selectivity, plot_kernels, plot_neighbours
 from flax_alexnet.weights.pretrained import Pretrained
 from flax_alexnet.weights.reading import load
 
+REPOSITORY = "https://github.com/richzhang/PerceptualSimilarity"
 FIRST_DOG, AFTER_DOGS = "n02085620", "n02114"  # the 118 breeds, by their numbers in WordNet
-EXAMPLES = (("p0", 0.77962), ("p1", 0.09134))  # of the LPIPS reference code, with its values
+# Of LPIPS's reference code, with what PyTorch gives (tests/parity/test_torch_lpips.py).
+EXAMPLES = (("p0", 0.72188), ("p1", 0.13757))
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """Pictures and tables of the trunk of torchvision's AlexNet."""
 
-    data: Path = Path("../shared/data")
-    """Where alexnet_owt/ and imagenet_samples/ lie."""
-    output: Path = Path("experiments/results")
+    weights: Path = Path("alexnet_lpips.safetensors")
+    """Torchvision's net or its trunk, with LPIPS heads."""
+    examples: Path = Path("PerceptualSimilarity/imgs")
+    """Where ex_ref.png, ex_p0.png and ex_p1.png lie."""
+    photographs: Path = FOLDER
+    """A folder of JPEGs, of which 200 are taken."""
+    output: Path = Path("results")
     """Where trunk_conv1.png, trunk_neighbours.png and .csv, and trunk_lpips.csv go."""
-    photographs: int = 50
+    distorted: int = 50
     """How many photographs are distorted for the table."""
     neighbours: int = 6
     """Neighbours of each query."""
+    quick: bool = False
+    """Twenty photographs, of which four are distorted, into trunk_quick_conv1.png and so on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draws and writes all; returns 0, or 2 where the data is not there."""
     arguments = tyro.cli(Arguments, args=argv)
     try:
-        net = load(arguments.data / "alexnet_owt" / "features_and_lpips.npz")
-        draw_kernels(net, arguments.output / "trunk_conv1.png")
-        pictures = open_pictures(net, arguments.data / "imagenet_samples")
-        draw_neighbours(net, pictures, arguments.neighbours, arguments.output)
-        compare_distortions(net, pictures, arguments)
+        photographs = find_photographs(arguments.photographs)
+        examples = open_examples(arguments.examples)
+        net = load(arguments.weights)
+        need_heads(net)
+        base, distorted = arguments.output / "trunk", arguments.distorted
+        if arguments.quick:
+            base, distorted = arguments.output / "trunk_quick", 4
+            photographs = photographs[::10]
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        draw_kernels(net, Path(f"{base}_conv1.png"))
+        pictures = open_pictures(net, photographs)
+        draw_neighbours(net, pictures, arguments.neighbours, Path(f"{base}_neighbours"))
+        compare_distortions(net, examples, pictures, distorted, Path(f"{base}_lpips.csv"))
     except UserError as error:
         return exit_code(error)
     return 0
 
 
-def open_pictures(net: Pretrained, folder: Path) -> dict[str, np.ndarray]:
+def open_examples(folder: Path) -> dict[str, jax.Array]:
+    """The reference and what is compared with it: float32[1, h, w, 3] in [-1, 1] each.
+
+    Raises:
+      UserError: one of them cannot be read.
+    """
+    opened = {}
+    for name in ("ref", *(name for name, _ in EXAMPLES)):
+        path = folder / f"ex_{name}.png"
+        try:
+            opened[name] = signed(decode_whole(read_file(path))[None])
+        except DecodeError as error:
+            raise UserError(
+                f"cannot read example {path}: {error}; run `git clone {REPOSITORY}`, and give its "
+                "folder imgs as --examples"
+            ) from None
+    return opened
+
+
+def open_pictures(net: Pretrained, photographs: Sequence[Path]) -> dict[str, np.ndarray]:
     """The photographs by their names, uint8[256, 256, 3] each."""
     rule = net.preprocessing
-    read = read_pictures(find_pictures([str(folder)]), rule.image_size, rule.resize)
+    found = find_pictures([str(path) for path in photographs])
+    read = read_pictures(found, rule.image_size, rule.resize)
     return {Path(p.name).stem: p.image for p in read if p.image is not None}
 
 
@@ -85,9 +128,11 @@ def draw_kernels(net: Pretrained, path: Path) -> None:
 
 
 def draw_neighbours(
-    net: Pretrained, pictures: dict[str, np.ndarray], count: int, output: Path
+    net: Pretrained, pictures: dict[str, np.ndarray], count: int, path: Path
 ) -> None:
     """Figure 4, right: the photographs whose strongest activations of conv5 are most alike.
+
+    The picture and the table have the name `path` with .png and .csv.
 
     A channel counts by its largest value, wherever in the picture that is, and vectors of channels
     by their direction, since their lengths differ much between pictures.
@@ -104,25 +149,24 @@ def draw_neighbours(
     np.fill_diagonal(every, np.inf)
     order = np.argsort(every, axis=1)[:, :count]
     queries = np.linspace(0, len(names) - 1, 8).astype(int)[1:-1]  # chosen by nobody
-    with (output / "trunk_neighbours.csv").open("w", newline="") as file:
+    with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["query", "rank", "neighbour", "distance"])
         for query, line in enumerate(order):
             for rank, row in enumerate(line, 1):
                 writer.writerow([names[query], rank, names[row], f"{every[query, row]:.4f}"])
-    path = output / "trunk_neighbours.png"
     plot_neighbours(
         images[queries],
         images[order[queries]],
         np.take_along_axis(every, order, axis=1)[queries],
         [title(names[row]) for row in queries],
         [[title(names[row]) for row in line] for line in order[queries]],
-        path,
+        path.with_suffix(".png"),
     )
     dogs = np.array([FIRST_DOG <= name < AFTER_DOGS for name in names])
     print(
         f"of the {count} nearest to a dog's photograph {dogs[order[dogs]].mean():.0%} are of dogs, "
-        f"which {dogs.mean():.1%} of the {len(names)} photographs are; wrote {path}"
+        f"which {dogs.mean():.1%} of the {len(names)} photographs are; wrote {path}.png"
     )
 
 
@@ -166,23 +210,21 @@ DISTORTIONS: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 def compare_distortions(
-    net: Pretrained, pictures: dict[str, np.ndarray], arguments: Arguments
+    net: Pretrained,
+    examples: Mapping[str, jax.Array],
+    pictures: Mapping[str, np.ndarray],
+    count: int,
+    path: Path,
 ) -> None:
     """LPIPS and the mean squared error of photographs and their distortions, on average."""
     distance = jax.jit(lambda a, b: lpips(net.params, net.lpips_heads, a, b))
 
-    folder = arguments.data / "alexnet_owt"
-    opened = {
-        name: signed(np.asarray(Image.open(folder / f"ex_{name}.png").convert("RGB"))[None])
-        for name in ("ref", "p0", "p1")
-    }
     rows = []
     for name, expected in EXAMPLES:
-        value = float(distance(opened["ref"], opened[name])[0])
-        error = float(jnp.square(opened["ref"] - opened[name]).mean())
-        rows.append((f"example {name} (reference {expected})", value, 10 * np.log10(4 / error)))
-    chosen = list(pictures.values())[:: max(1, len(pictures) // arguments.photographs)]
-    chosen = chosen[: arguments.photographs]
+        value = float(distance(examples["ref"], examples[name])[0])
+        error = float(jnp.square(examples["ref"] - examples[name]).mean())
+        rows.append((f"example {name} (PyTorch: {expected})", value, 10 * np.log10(4 / error)))
+    chosen = list(pictures.values())[:: max(1, len(pictures) // count)][:count]
     originals = signed(np.stack(chosen))
     for name, distort in DISTORTIONS.items():
         changed = signed(
@@ -195,7 +237,6 @@ def compare_distortions(
         rows.append(
             (name, float(np.concatenate(values).mean()), float((10 * jnp.log10(4 / errors)).mean()))
         )
-    path = arguments.output / "trunk_lpips.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["pictures", "lpips", "psnr_db"])

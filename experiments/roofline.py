@@ -8,7 +8,7 @@ the same process. A layer far under the roof leaves room; one at it does not (Wi
 
     python experiments/roofline.py
 
-With nothing else running it takes a minute on two cores.
+With nothing else running it takes a minute on two cores; no data is needed.
 """
 
 import csv
@@ -48,7 +48,7 @@ from flax_alexnet.ops.pooling import max_pool
 class Arguments:
     """Times each layer alone."""
 
-    output: Path = Path("experiments/results")
+    output: Path = Path("results")
     """Where roofline_DEVICE.csv and .png go."""
     variant: str = "notebook"
     """The net."""

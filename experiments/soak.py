@@ -15,7 +15,7 @@ line of metrics.jsonl but for its images per second. A line is written at every 
 of a step follows from its pictures and from their places in the batch, which determine how each is
 cropped, mirrored and coloured: other pictures, or another order, would show there.
 
-Run, from the project's root (half an hour on two cores; `--quick` takes a minute):
+Run (half an hour on two cores, `--quick` a minute; no data is needed):
 
     python experiments/soak.py --kills 100
 """
@@ -83,7 +83,7 @@ QUICK_MOMENTS = ("save", "metrics", "evaluation")
 class Arguments:
     """Kills runs, and compares what becomes of them with a run that was left alone."""
 
-    output: Path = Path("experiments/results")
+    output: Path = Path("results")
     """Where soak.json and soak.csv go."""
     kills: int = 100
     """How many."""

@@ -7,7 +7,7 @@ Five runs of quickstart get a SIGTERM at other moments of their first hundreds o
 state with the parameters and velocities of the `paper` net (488 MB of random numbers, which no
 compression makes smaller) is saved, its manifest is made once more, checked, and it is restored.
 
-Run, from the project's root, with nothing else running (two minutes on two cores):
+Run, with nothing else running (two minutes on two cores; no data is needed):
 
     python experiments/stop_and_check.py
 """
@@ -36,10 +36,10 @@ PARAMETERS = 60_965_224  # of the paper's net
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Arguments:
     """Times stops and checks."""
 
-    output: Path = Path("experiments/results")
+    output: Path = Path("results")
     """Where stop_and_check.csv goes."""
     quick: bool = False
     """One stop of a run on the first tiny batch, and a small state."""
@@ -97,20 +97,20 @@ def checks(folder: Path, parameters: int) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the table; returns 0."""
-    options = tyro.cli(Options, args=argv)
-    parameters = 10_000 if options.quick else PARAMETERS
-    flags = ["--log-every", "5", "--model.width", "0.05"] if options.quick else []
+    arguments = tyro.cli(Arguments, args=argv)
+    parameters = 10_000 if arguments.quick else PARAMETERS
+    flags = ["--log-every", "5", "--model.width", "0.05"] if arguments.quick else []
     rows: list[tuple[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         stops = [
             seconds_to_stop(Path(folder) / f"run{number}", lines, flags)
-            for number, lines in enumerate(LINES[:1] if options.quick else LINES)
+            for number, lines in enumerate(LINES[:1] if arguments.quick else LINES)
         ]
         rows += [("stop, median", statistics.median(stops)), ("stop, longest", max(stops))]
         rows += checks(Path(folder) / "checkpoints", parameters).items()
-    options.output.mkdir(parents=True, exist_ok=True)
-    name = "stop_and_check_quick.csv" if options.quick else "stop_and_check.csv"
-    with (options.output / name).open("w", newline="") as file:
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    name = "stop_and_check_quick.csv" if arguments.quick else "stop_and_check.csv"
+    with (arguments.output / name).open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("what", "seconds"))
         writer.writerows((what, f"{seconds:.2f}") for what, seconds in rows)

@@ -368,7 +368,7 @@ def test_heads(trunk, tmp_path, capsys):
 
 
 def test_real_trunk(shared_data, tmp_path):
-    """Torchvision's published convolutions with LPIPS heads, from another project's `.npz`."""
+    """Torchvision's trained convolutions with LPIPS heads, from another project's `.npz`."""
     path = shared_data / "alexnet_owt" / "features_and_lpips.npz"
     assert main([str(path), str(tmp_path / "out.safetensors")]) == 0
     net = load(tmp_path / "out.safetensors")
@@ -631,3 +631,62 @@ def test_npy(tmp_path, capsys):
     ):
         np.save(path, bad, allow_pickle=True)
         assert part in refused(capsys, path, out)
+
+
+# Kernels on their side. Random values do not tell, where those that are expected are turned too.
+
+
+def upright(shape, rows):
+    """Kernels of 1 above their middle row and -1 below it; `rows` is the axis of rows."""
+    values = np.sign((shape[rows] - 1) / 2 - np.arange(shape[rows]))
+    values = values.reshape([-1 if axis == rows else 1 for axis in range(4)])
+    return np.ascontiguousarray(np.broadcast_to(values, shape), np.float32)
+
+
+def upright_file(kind, folder):
+    """A trunk of such kernels, in a file of each system: (out, in, h, w) or (h, w, in, out)."""
+    path = folder / f"net.{kind.partition(' ')[0]}"
+    torchvision = {f"{name}.weight": upright(shape, 2) for name, shape in CONVOLUTIONS.items()}
+    torchvision |= {f"{name}.bias": np.zeros(s[0], np.float32) for name, s in CONVOLUTIONS.items()}
+    match kind:
+        case "pth":
+            return zip_pth(path, torchvision)
+        case "pth of old":
+            return legacy_pth(path, torchvision)
+        case "safetensors":
+            save_file(torchvision, path)
+        case "npz":
+            shapes = {f"conv{i}": shape for i, shape in enumerate(CONVOLUTIONS.values(), 1)}
+            kernels = {
+                f"{k}/kernel": upright((h, w, i, o), 0) for k, (o, i, h, w) in shapes.items()
+            }
+            biases = {f"{k}/bias": np.zeros(shape[0], np.float32) for k, shape in shapes.items()}
+            np.savez(path, **kernels, **biases)
+        case "npy":
+            layers = {
+                name: [upright((h, w, i, o), 0), np.zeros(o, np.float32)]
+                for name, (o, i, h, w) in CAFFE_SHAPES.items()
+            }
+            np.save(path, layers, allow_pickle=True)
+        case _:
+            kernels = {name: upright(shape, 2) for name, shape in CAFFE_SHAPES.items()}
+            return caffemodel(path, kind.rpartition(" ")[2], values=kernels)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", ["pth", "pth of old", "safetensors", "npz", "npy", *(f"caffemodel {g}" for g in KINDS)]
+)
+def test_kernels_stand_upright(kind, tmp_path):
+    """They see where a picture is bright above and dark below; not it turned, nor it flipped."""
+    net = load(upright_file(kind, tmp_path))
+    edge = np.zeros((256, 256, 3), np.uint8)
+    edge[:128] = 255
+    images = net.preprocess(np.stack([edge, edge.swapaxes(0, 1), edge[::-1]]))
+    seen = features(net.model, net.params, images, ["conv1"])["conv1"]
+    above, turned, flipped = np.asarray(seen[:, 2:-2, 2:-2].max((1, 2, 3)))  # but for the border
+    assert above > 500
+    assert max(turned, flipped) < 2
+    for layer in CAFFE_SHAPES:
+        kernel = net.params[layer]["kernel"]
+        np.testing.assert_array_equal(kernel, upright(kernel.shape, 0))

@@ -4,9 +4,12 @@ import jax
 import numpy as np
 import pytest
 from comparison import TOLERANCE, random_parameters, relative_error
+from PIL import Image
 from test_torch import to_torch
 
 from flax_alexnet import AlexNet, lpips
+from flax_alexnet.perceptual import signed
+from flax_alexnet.weights.reading import load
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -58,3 +61,18 @@ def test_lpips(params, size, spatial):
     a, b = (rng.uniform(-1, 1, (2, *size, 3)).astype(np.float32) for _ in range(2))
     ours = jax.jit(lpips, static_argnames="spatial")(params, heads, a, b, spatial=spatial)
     assert relative_error(ours, reference(params, heads, a, b, spatial)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("other", "expected"), [("p0", 0.72188), ("p1", 0.13757)])
+def test_the_real_trunk(shared_data, other, expected):
+    """The example pictures of LPIPS's reference code; the values are PyTorch's, by `reference`."""
+    folder = shared_data / "alexnet_owt"
+    net = load(folder / "features_and_lpips.npz")
+    a, b = (
+        signed(np.asarray(Image.open(folder / f"ex_{name}.png").convert("RGB"))[None])
+        for name in ("ref", other)
+    )
+    theirs = reference(net.params, net.lpips_heads, np.asarray(a), np.asarray(b), spatial=False)
+    assert round(float(theirs[0]), 5) == expected
+    ours = jax.jit(lpips)(net.params, net.lpips_heads, a, b)
+    assert relative_error(ours, theirs) <= TOLERANCE
