@@ -3,7 +3,6 @@
 import functools
 import os
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +17,7 @@ from flax_alexnet.model import AlexNet
 from flax_alexnet.optimizer import create_optimizer, create_schedule
 from flax_alexnet.sharding import Layout
 from flax_alexnet.step import Totals, TrainState, eval_step, train_step, zero_totals
+from flax_alexnet.user_folders import cache_folder
 
 
 def make_model(config: ModelConfig, num_classes: int) -> AlexNet:
@@ -148,7 +148,13 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that the next start is quicker."""
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return  # the user has chosen a place
-    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "flax_alexnet"
+    folder = cache_folder()
+    if folder is None:
+        print(
+            "this user has no home for a cache of compiled programs, so that each start compiles "
+            "anew; XDG_CACHE_HOME names a place"
+        )
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # By itself JAX keeps what took a second, and the many small ones take as much together.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

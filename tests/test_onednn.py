@@ -127,5 +127,36 @@ def test_where_it_is_not_used(monkeypatch):
         return choose("convolution forward", "cpu", Convolution(64, 192, 5, 1, dtype))
 
     assert (chosen(jnp.float32), chosen(jnp.bfloat16)) == ("onednn", "xla")
-    monkeypatch.setattr(onednn, "TESTED", ("0.0",))
+    monkeypatch.setattr(onednn, "_passed", lambda: False)
     assert chosen(jnp.float32) == "xla"
+
+
+def test_the_probe_is_made_once_for_a_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    answers = iter([False, True])
+    monkeypatch.setattr(onednn, "probe", lambda: next(answers))
+    ask = onednn._passed.__wrapped__
+    assert not ask()
+    assert not ask()  # remembered
+    (known,) = (tmp_path / "flax_alexnet").iterdir()
+    known.write_text("{")  # damaged, as a full disk may leave it
+    assert ask()
+    assert ask()
+    monkeypatch.setattr(onednn.jaxlib, "__version__", "9.9")
+    with pytest.raises(StopIteration):  # of another version nothing is known
+        ask()
+
+
+def test_without_a_place_to_remember_the_probe_is_made(monkeypatch):
+    monkeypatch.setattr(onednn, "cache_folder", lambda: None)
+    monkeypatch.setattr(onednn, "probe", lambda: True)
+    assert onednn._passed.__wrapped__()
+
+
+@here
+def test_a_probe_that_crashes_or_computes_wrongly_has_failed(monkeypatch):
+    assert onednn.probe()
+    monkeypatch.setenv("PYTHONPATH", "")
+    for fault in ("os.abort()", "raise ArithmeticError"):
+        monkeypatch.setattr(onednn, "CHECK", f"import os; {fault}")
+        assert not onednn.probe()

@@ -2,34 +2,138 @@
 
 On an x86-64 CPU a convolution takes half the time of XLA's own, or less. XLA has operations for
 them, of which nobody promises that they stay as they are, and which end the process where they are
-called wrongly: so they are used only with versions of jaxlib that they were tested with, and
-elsewhere `choices` takes other forms. What they are called with stands in XLA's
-`xla/service/cpu/onednn_config.proto` and `onednn_contraction_rewriter.cc`.
+called wrongly: so another process tries them first (`probe`), and where that fails `choices` takes
+other forms. What they are called with stands in XLA's `xla/service/cpu/onednn_config.proto` and
+`onednn_contraction_rewriter.cc`.
 """
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
+import os
 import platform
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import jaxlib
 from jax import lax
+from jax._src import compilation_cache  # there is no public way: see `_keep_out_of_the_cache`
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-TESTED = ("0.10.2",)  # versions of jaxlib
+from flax_alexnet.outputs import replacing
+from flax_alexnet.user_folders import cache_folder
+
+TARGETS = "__onednn$"  # with which the names of the operations begin
+CHECK = "from flax_alexnet.ops import onednn; onednn.check()"  # what the process of a probe runs
+PROBE_SECONDS = 300  # after which a probe has failed; it takes three on two cores
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 def usable(dtype: Any) -> bool:
-    """Whether it is there, was tested, and computes in `dtype`."""
-    here = sys.platform == "linux" and platform.machine() == "x86_64"
-    return here and jaxlib.__version__ in TESTED and dtype == jnp.float32
+    """Whether it is there, passed the probe, and computes in `dtype`."""
+    return dtype == jnp.float32 and _passed()
+
+
+@functools.cache
+def _passed() -> bool:
+    """Whether the operations passed the probe, with this jaxlib on this machine.
+
+    The answer is remembered in the user's cache folder, where there is one.
+    """
+    if not (sys.platform == "linux" and platform.machine() == "x86_64" and sys.executable):
+        return False
+    folder = cache_folder()
+    if folder is None:
+        return probe()
+    known = folder / f"onednn-{jaxlib.__version__}-{_machine()}.json"
+    try:
+        return bool(json.loads(known.read_text())["passed"])
+    except (OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged
+        passed = probe()
+    with contextlib.suppress(OSError), replacing(known) as partial:  # else the next one asks too
+        partial.write_text(json.dumps({"passed": passed}) + "\n")
+    return passed
+
+
+def _machine() -> str:
+    """A digest of the kind of processor, since a home may be shared by several machines."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    kind = sorted({line for line in lines if line.startswith(("model name", "flags"))})
+    return hashlib.sha256("\n".join(kind).encode()).hexdigest()[:16]
+
+
+def probe() -> bool:
+    """Whether a process of its own, which may crash, computes with them what XLA does.
+
+    And whether a program with them stays out of the compilation cache.
+    """
+    place = str(Path(__file__).parents[2])  # where this package is, however it was found
+    code = f"import sys; sys.path.insert(0, {place!r}); {CHECK}"
+    with tempfile.TemporaryDirectory() as folder:
+        own = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+        settings = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": folder,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        command = [sys.executable, "-W", "error", "-c", code]
+        try:
+            done = subprocess.run(
+                command,
+                env=own | settings,
+                timeout=PROBE_SECONDS,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        return done.returncode == 0
+
+
+def check() -> None:
+    """What the process of `probe` does; raises an error where something is wrong."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (4, 17, 20, 24), (3, 5, 24, 40), (64, 50), (50, 70)
+    x, kernel, a, b = (jax.random.normal(*pair) for pair in zip(keys, shapes, strict=True))
+    for operation, arrays in (
+        (_Convolution(2, ((1, 3), (0, 2)), 1), (x, kernel)),
+        (_Convolution(1, ((1, 1), (2, 2)), 2), (x, kernel)),
+        (_Product(False, False), (a, b)),
+        (_Product(True, False), (a.T, b)),
+        (_Product(False, True), (a, b.T)),
+    ):
+        expected = jax.jit(operation.by_xla)(*arrays)
+        found = _compiled(*arrays, operation=operation)
+        if not jnp.abs(found - expected).max() <= 1e-5 * jnp.abs(expected).max():
+            raise ArithmeticError(f"{operation} differs from XLA's")
+    written = os.listdir(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    if any(name.startswith("jit__compiled") for name in written) or not written:
+        raise RuntimeError(f"the compilation cache holds {written}")
+
+
+def _keep_out_of_the_cache() -> None:
+    """Keeps programs with oneDNN out of JAX's compilation cache, and others in.
+
+    XLA cannot write such a program to a file, and what it does when JAX's cache asks for that is
+    undefined. JAX has no public way to leave one program out.
+    """
+    put = compilation_cache.put_executable_and_time
+
+    @functools.wraps(put)
+    def put_others(key: Any, name: Any, executable: Any, *rest: Any) -> None:
+        if not any(TARGETS in module.to_string() for module in executable.hlo_modules()):
+            put(key, name, executable, *rest)
+
+    compilation_cache.put_executable_and_time = put_others  # type: ignore[assignment]
 
 
 def convolution(
@@ -156,15 +260,9 @@ def _lowered(context: Any, *arrays: Any, operation: Any) -> Any:
     refused = any(0 in a.shape or a.dtype == jnp.float64 for a in context.avals_in)
     if exported or refused:
         return _lowered_by_xla(context, *arrays, operation=operation)
-    # XLA cannot write a program with these operations to a file, as JAX's compilation cache does,
-    # and what it tries then is undefined. Programs with Python callbacks are kept out of the cache.
-    context.module_context.add_host_callback(_never_called)
     config = json.dumps(operation.config())
     lower = jax.ffi.ffi_lowering(operation.target, api_version=1, backend_config=config)
     return lower(context, *arrays)
-
-
-def _never_called() -> None: ...
 
 
 _primitive.def_abstract_eval(_abstract)
@@ -172,3 +270,4 @@ _primitive.def_impl(_outside_of_programs)
 batching.primitive_batchers[_primitive] = _batched
 mlir.register_lowering(_primitive, _lowered_by_xla)
 mlir.register_lowering(_primitive, _lowered, platform="cpu")
+_keep_out_of_the_cache()
