@@ -246,7 +246,8 @@ def _read_run(workdir: Path) -> tuple[Pretrained, list[str]]:
         reason = "; ".join(notes) or "wait for the first evaluation"
         raise UserError(f"{workdir} has no checkpoint that is whole: {reason}")
     params, mean = restore_model(workdir / "checkpoints" / str(step))
-    source = {"file": f"{workdir.name}, step {step}", "format": "run", "sha256": digest(params)}
+    file = f"{workdir.resolve().name}, step {step}"
+    source = {"file": file, "format": "run", "sha256": digest(params)}
     rule = dataclasses.replace(rule, mean=mean)
     net = dataclasses.replace(net, params=params, preprocessing=rule, source=source)
     found = {
