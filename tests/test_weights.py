@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from small_nets import make_net
+from small_nets import make_net, random_pictures
 
 import flax_alexnet
+from flax_alexnet.activations import features
 from flax_alexnet.augment import center_crop
 from flax_alexnet.errors import UserError
 from flax_alexnet.weights import native
@@ -58,10 +59,8 @@ def test_the_same_net_gives_the_same_bytes(net, weights, tmp_path):
 def test_heads_and_a_mean_image_travel_too(net, tmp_path):
     mean = np.arange(72 * 72 * 3, dtype=np.float32).reshape(72, 72, 3)
     rule = dataclasses.replace(net.preprocessing, mean=mean, scale=0.5)
-    features = [layer["kernel"].shape[-1] for layer in net.params.values()][:5]
-    heads = {
-        f"lin{i}": np.full((1, 1, count, 1), i, np.float32) for i, count in enumerate(features)
-    }
+    counts = [layer["kernel"].shape[-1] for layer in net.params.values()][:5]
+    heads = {f"lin{i}": np.full((1, 1, count, 1), i, np.float32) for i, count in enumerate(counts)}
     native.save(dataclasses.replace(net, preprocessing=rule, lpips_heads=heads), tmp_path / "x")
     again = native.read(tmp_path / "x")
     np.testing.assert_array_equal(again.preprocessing.mean, mean)
@@ -169,8 +168,15 @@ def test_a_trunk_has_features_but_no_classes(net, tmp_path):
         need_classifier(again)
     some = {**trunk, "fc6": net.params["fc6"]}
     native.save(dataclasses.replace(net, params=some), tmp_path / "some.safetensors")
-    with pytest.raises(UserError, match="params/fc7/bias is missing"):
-        load(tmp_path / "some.safetensors")
+    again = load(tmp_path / "some.safetensors")
+    with pytest.raises(UserError, match=r"made.pth has no fc7, fc8"):
+        need_classifier(again)
+    images = again.preprocess(random_pictures(again, 1))
+    assert features(again.model, again.params, images, ["fc6"])["fc6"].shape == (1, 205)
+    hole = {**trunk, "fc7": net.params["fc7"]}
+    native.save(dataclasses.replace(net, params=hole), tmp_path / "hole.safetensors")
+    with pytest.raises(UserError, match=r"params/fc6/bias is missing.*params/fc8/bias is missing"):
+        load(tmp_path / "hole.safetensors")
 
 
 def test_commands_do_not_hide_the_functions_of_their_names():

@@ -1,7 +1,7 @@
 """A trained net with everything that its use takes."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -40,8 +40,8 @@ class Pretrained:
 
     Attributes:
       config: the net; `num_classes` is set.
-      params: {"conv1": {"kernel": float32[…], "bias": float32[…]}, …}; a trunk without the dense
-        layers has features but no logits.
+      params: {"conv1": {"kernel": float32[…], "bias": float32[…]}, …}; a trunk, without the dense
+        layers or the last of them, has features but no logits.
       preprocessing: what is done to a picture first.
       label_names: of the classes in order; empty where unknown.
       source: where it comes from: "file", "format", "sha256" of that file.
@@ -68,8 +68,8 @@ class Pretrained:
 
     @property
     def is_classifier(self) -> bool:
-        """Whether the dense layers are there, and not the trunk alone."""
-        return self.params.keys() == {path.partition("/")[0] for path in expected_shapes(self)}
+        """Whether all layers are there, and not a trunk alone."""
+        return not missing_layers(self)
 
     def open(self, path: str | Path) -> np.ndarray:
         """A picture from a file, brought to this net's size: uint8[image_size, image_size, 3].
@@ -107,13 +107,28 @@ def expected_shapes(net: Pretrained) -> dict[str, tuple[int, ...]]:
     return parameter_shapes(layers, net.preprocessing.crop_size, net.preprocessing.crop_size)
 
 
+def last_layers(paths: Iterable[str]) -> list[frozenset[str]]:
+    """What a trunk may lack, by path: the parameters of all dense layers, or of the last ones."""
+    dense = [path for path in paths if path.startswith("fc")]
+    layers = list(dict.fromkeys(path.partition("/")[0] for path in dense))
+    return [
+        frozenset(path for path in dense if path.partition("/")[0] in layers[first:])
+        for first in range(len(layers))
+    ]
+
+
+def missing_layers(net: Pretrained) -> list[str]:
+    """The layers that a trunk lacks."""
+    return sorted({path.partition("/")[0] for path in expected_shapes(net)} - net.params.keys())
+
+
 def need_classifier(net: Pretrained) -> None:
     """Raises UserError for a trunk, which has no logits."""
     if not net.is_classifier:
-        missing = sorted({path.partition("/")[0] for path in expected_shapes(net)} - {*net.params})
+        missing = ", ".join(missing_layers(net))
         raise UserError(
-            f"{net.source.get('file', 'this net')} has no {', '.join(missing)}: it gives "
-            "features, but no classes; take a whole net"
+            f"{net.source.get('file', 'this net')} has no {missing}: it gives features, but no "
+            "classes; take a whole net"
         )
 
 
@@ -157,7 +172,7 @@ def need_tensors(
     found: Mapping[str, Sequence[int]],
     expected: Mapping[str, Sequence[int]],
     file: object,
-    optional: frozenset[str] = frozenset(),
+    optional: Collection[frozenset[str]] = (),
 ) -> None:
     """Raises UserError that lists every missing, surplus or misshaped tensor of a file at once.
 
@@ -165,10 +180,10 @@ def need_tensors(
       found: shapes by the names of the file's own format.
       expected: likewise.
       file: for the message.
-      optional: names that may be missing, but only all together.
+      optional: sets of names; those of one of them may be missing, but only all together.
     """
     missing = expected.keys() - found.keys()
-    if missing == optional:
+    if missing in optional:
         missing = set()
     problems = [f"{name} is missing, expected {_shape(expected[name])}" for name in sorted(missing)]
     problems += [
