@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,11 @@ from small_nets import make_net, random_pictures
 import flax_alexnet
 from flax_alexnet.activations import features
 from flax_alexnet.augment import center_crop
+from flax_alexnet.convert import main as convert
 from flax_alexnet.errors import UserError
-from flax_alexnet.weights import native
+from flax_alexnet.export import export
+from flax_alexnet.hub import save_folder
+from flax_alexnet.weights import native, torch_files
 from flax_alexnet.weights.pretrained import need_classifier
 from flax_alexnet.weights.reading import load
 
@@ -54,6 +58,22 @@ def test_a_net_comes_back_as_it_was_saved(net, weights):
 def test_the_same_net_gives_the_same_bytes(net, weights, tmp_path):
     native.save(net, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == weights.read_bytes()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_umask_rules(net, weights, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        native.save(net, tmp_path / "ours.safetensors")
+        torch_files.write({"a": np.zeros(1, np.float32)}, tmp_path / "their.safetensors")
+        save_folder(net, tmp_path / "folder", "user/name")
+        export(net, tmp_path / "net.stablehlo")
+        assert convert([str(weights), str(tmp_path / "ours.safetensors")]) == 0  # there already
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == 5
+    assert {oct(path.stat().st_mode & 0o777) for path in written} == {oct(mode)}
 
 
 def test_heads_and_a_mean_image_travel_too(net, tmp_path):
