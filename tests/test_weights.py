@@ -110,6 +110,45 @@ def test_ten_crops_are_four_corners_and_the_centre_and_their_mirror_images(net):
     np.testing.assert_array_equal(crops[:, 4], center_crop(net.preprocess(images), 64))
 
 
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (np.zeros((72, 72, 3), np.uint8), r"without a batch axis; .*: image\[None\]"),
+        (np.zeros((2, 64, 64, 3), np.uint8), r"uint8\[2, 64, 64, 3\]; expected uint8\[b, 72, 72"),
+        (np.zeros((2, 3, 72, 72), np.uint8), r"expected uint8\[b, 72, 72, 3\]"),
+        (np.zeros((2, 72, 72, 1), np.uint8), r"expected uint8\[b, 72, 72, 3\]"),
+        (np.zeros((1, 72, 72, 3), np.int32), r"int32\[.*: images.astype\(np.uint8\)"),
+        (np.full((1, 72, 72, 3), 0.5), "images are from 0 to 1; .* grey levels of 0 … 255"),
+        ("cat.jpg", r"images are a str; .* net.open\(path\)\[None\]"),
+    ],
+)
+def test_images_that_do_not_fit_are_one_line(net, images, says):
+    for function in (net.preprocess, net.ten_crops):
+        with pytest.raises(UserError, match=says) as error:
+            function(images)
+        assert "\n" not in str(error.value)
+    if isinstance(images, np.ndarray) and images.dtype != float:
+        with pytest.raises(UserError, match=says):
+            jax.jit(net.preprocess)(images)
+
+
+def test_floats_in_grey_levels_and_batches_of_none_are_images_too(net):
+    images = random_pictures(net, 2)
+    expected = net.preprocess(images)
+    for same in (images.astype(np.float32), jnp.asarray(images)):
+        np.testing.assert_array_equal(net.preprocess(same), expected)
+    assert net.preprocess(images[:0].astype(np.float32)).shape == (0, 64, 64, 3)
+
+
+def test_a_net_is_shown_in_a_line(net):
+    assert repr(net) == "<Pretrained torchvision: 4 classes, 146,550 parameters, from made.pth>"
+    trunk = {name: values for name, values in net.params.items() if name != "fc8"}
+    heads = {"lin0": np.zeros(3)}
+    said = repr(dataclasses.replace(net, params=trunk, lpips_heads=heads, source={}))
+    assert said.startswith("<Pretrained torchvision without fc8: 4 classes, ")
+    assert said.endswith(" parameters, with LPIPS heads, from unknown>")
+
+
 def test_every_tensor_that_does_not_fit_is_listed_at_once(weights, tmp_path):
     def change(tensors, metadata):
         del metadata

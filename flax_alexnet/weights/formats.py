@@ -33,6 +33,9 @@ def format_of(path: Path) -> Format:
     try:
         with path.open("rb") as file:
             start = file.read(512)
+        # The length of a header, whose bytes may look like any other mark, and the header.
+        if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size:
+            return "safetensors"
         if start.startswith(b"PK"):
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
@@ -43,8 +46,6 @@ def format_of(path: Path) -> Format:
         return "npy"
     if start.startswith(b"\x80"):  # a pickle
         return "torch"
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size:
-        return "safetensors"
     for magic, problem in MISTAKEN.items():
         if start.startswith(magic):
             raise UserError(f"{path} {problem}")

@@ -29,7 +29,7 @@ Params = dict[str, dict[str, Any]]
 LPIPS_HEADS = tuple(f"lin{stage}" for stage in range(5))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pretrained:
     """A trained net: parameters, preprocessing and label names, as `flax_alexnet.load` reads it.
 
@@ -84,17 +84,53 @@ class Pretrained:
             raise UserError(f"cannot read picture {path}: {error}") from None
 
     def preprocess(self, images: jax.Array | np.ndarray) -> jax.Array:
-        """uint8[b, image_size, image_size, 3] to what the net sees: float32[b, crop, crop, 3]."""
+        """uint8[b, image_size, image_size, 3] to what the net sees: float32[b, crop, crop, 3].
+
+        Floats in grey levels, 0 … 255, are taken too.
+
+        Raises:
+          UserError: images of another shape or type, or floats from 0 to 1, which can be seen only
+            where they are not traced.
+        """
+        self._need_images(images)
         rule = self.preprocessing
         mean = jnp.asarray(rule.mean)
         return preprocess(images, mean, crop_size=rule.crop_size, scale=rule.scale)
 
     def ten_crops(self, images: jax.Array | np.ndarray) -> jax.Array:
         """As `preprocess`, but the paper's ten crops of each: float32[b, 10, crop, crop, 3]."""
+        self._need_images(images)
         rule = self.preprocessing
         centred = subtract_mean(images, jnp.asarray(rule.mean))
         crops = ten_crops(centred, rule.crop_size)
         return rescale(crops.reshape(-1, *crops.shape[2:]), rule.scale).reshape(crops.shape)
+
+    def _need_images(self, images: Any) -> None:
+        size = self.preprocessing.image_size
+        expected = f"expected uint8[b, {size}, {size}, 3]"
+        if not hasattr(images, "shape") or not hasattr(images, "dtype"):
+            raise UserError(
+                f"images are a {type(images).__name__}; {expected}, such as net.open(path)[None]"
+            )
+        found = f"{images.dtype}[{', '.join(map(str, images.shape))}]"
+        if images.ndim == 3:
+            raise UserError(f"images are {found}, without a batch axis; {expected}: image[None]")
+        if images.shape[1:] != (size, size, 3):
+            raise UserError(f"images are {found}; {expected}, such as net.open(path)[None]")
+        if jnp.issubdtype(images.dtype, jnp.floating):
+            if not isinstance(images, jax.core.Tracer) and 0 < images.max(initial=0) <= 1:
+                raise UserError(f"images are from 0 to 1; {expected}, grey levels of 0 … 255")
+        elif images.dtype != np.uint8:
+            raise UserError(f"images are {found}; {expected}: images.astype(np.uint8)")
+
+    def __repr__(self) -> str:
+        count = sum(np.size(value) for value in jax.tree.leaves(self.params))
+        missing = "".join(f" without {', '.join(missing_layers(self))}" * (not self.is_classifier))
+        heads = ", with LPIPS heads" * bool(self.lpips_heads)
+        return (
+            f"<Pretrained {self.config.variant}{missing}: {self.num_classes:,} classes, "
+            f"{count:,} parameters{heads}, from {self.source.get('file', 'unknown')}>"
+        )
 
     def name(self, label: int) -> str:
         """The name of a class, or its number where it has none."""
