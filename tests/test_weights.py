@@ -206,14 +206,22 @@ def test_metadata_that_does_not_fit_is_one_line(weights, tmp_path, name, value, 
 
 
 def test_files_that_are_none(weights, tmp_path):
+    (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="no weights"):
         load(tmp_path / "nothing.safetensors")
     for part in (0, 5, 1000, -1):
         (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:part])
         with pytest.raises(UserError, match=r"cut\.safetensors"):
             load(tmp_path / "cut.safetensors")
-    with pytest.raises(UserError, match="no working directory"):
+    with pytest.raises(UserError, match=r"no working directory of a run.* expected a \.safetens"):
+        load(tmp_path / "folder")
+    with pytest.raises(UserError, match=r"no config.json; did you mean .*cut\.safetensors\?"):
         load(tmp_path)
+    (tmp_path / "run" / "checkpoints" / "2").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").touch()
+    for near in ("run/checkpoints", "run/checkpoints/2"):
+        with pytest.raises(UserError, match=r"did you mean .*run\?"):
+            load(tmp_path / near)
     with pytest.raises(UserError, match="cannot write"):
         native.save(make_net(), weights / "below" / "a" / "file")
 

@@ -12,12 +12,13 @@ KINDS = (
     "a .safetensors, a .pth, .pt, .bin or .ckpt of PyTorch, a .caffemodel, an .npy or .npz, or the "
     "--workdir of a run"
 )
-# What is often taken for weights, by its first bytes, and what helps.
+# What is often taken for weights, by its first bytes in small letters, and what helps.
 MISTAKEN = {
     b"\x1f\x8b": "is compressed with gzip; unpack it first",
-    b"\x89HDF\r\n\x1a\n": "is an HDF5 file, which is not read here",
+    b"\x89hdf\r\n\x1a\n": "is an HDF5 file, which is not read here",
     b"version https://git-lfs": "is a pointer of Git LFS; fetch the file itself with git lfs pull",
-    b"<": "is a web page; download the file itself",
+    b"<!doctype html": "is a web page; download the file itself",
+    b"<html": "is a web page; download the file itself",
 }
 # A message of protocol buffers has no mark; it begins with the number and type of its first field,
 # and of a net that is its name or a layer, old or new.
@@ -47,7 +48,7 @@ def format_of(path: Path) -> Format:
     if start.startswith(b"\x80"):  # a pickle
         return "torch"
     for magic, problem in MISTAKEN.items():
-        if start.startswith(magic):
+        if start.lower().startswith(magic):
             raise UserError(f"{path} {problem}")
     if start[257:262] == b"ustar":
         raise UserError(f"{path} is a tar archive; unpack it first")

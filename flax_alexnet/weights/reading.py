@@ -1,6 +1,8 @@
 """Any trained net from a path."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -217,8 +219,23 @@ def _not_finite(net: Pretrained) -> str:
     return ", ".join(f"{count} in {name}" for name, count in counts.items() if count)
 
 
+def _near(folder: Path) -> str:
+    """What may have been meant with a folder that is no run: one above or below, or a file."""
+    above = folder.absolute().parents[:2]  # of a checkpoint
+    with contextlib.suppress(OSError):  # of a folder that cannot be listed
+        below = sorted(itertools.islice(folder.iterdir(), 1000))
+        for path in (*above, *below):
+            if (path / "config.json").is_file() or path.suffix == ".safetensors":
+                return f"did you mean {path}?"
+    return f"expected {KINDS}"
+
+
 def _read_run(workdir: Path) -> tuple[Pretrained, list[str]]:
     """The newest checkpoint of a run, with the preprocessing that its configuration says."""
+    if not (workdir / "config.json").is_file():
+        raise UserError(
+            f"{workdir} is no working directory of a run: it has no config.json; {_near(workdir)}"
+        )
     try:
         config = json.loads((workdir / "config.json").read_text())["config"]
         if problem := misfit(config):
