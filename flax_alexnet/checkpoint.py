@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -204,10 +204,9 @@ class Checkpoints:
                 f"checkpoint {folder} is damaged ({problem}): the same command sets it aside and "
                 "goes on from the one before"
             )
-        try:
-            saved, wanted = _shapes(self._manager.item_metadata(step).tree), _shapes(template)
-        except (AttributeError, KeyError, *FAILURES):
-            raise UserError(f"{folder} is no checkpoint of a run: take another --workdir") from None
+        with _reading(folder) as reader:
+            saved = _shapes(reader.metadata(folder / "default").tree)
+        wanted = _shapes(template)
         for name in sorted(saved.keys() | wanted.keys()):
             if saved.get(name) != wanted.get(name):
                 raise UserError(
@@ -307,26 +306,40 @@ def _steps(folder: Path) -> list[str]:
     return sorted((name for name in names if name.isdecimal()), key=int, reverse=True)
 
 
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[ocp.PyTreeCheckpointHandler]:
+    """Orbax's reader, and a line with its reason where it cannot read the step in `folder`.
+
+    It is the handler itself, since a `Checkpointer` keeps back why there are no metadata.
+    """
+    reader = ocp.PyTreeCheckpointHandler()
+    try:
+        yield reader
+    except (KeyError, *FAILURES) as error:
+        reason = first_line(error)
+        raise UserError(f"{folder} cannot be read as a checkpoint of a run: {reason}") from None
+    finally:
+        reader.close()
+
+
 def restore_model(folder: Path) -> tuple[Any, np.ndarray]:
     """The parameters and the mean image alone of a step's folder, in memory, without its optimizer.
 
     Raises:
       UserError: it is no checkpoint of a run.
     """
-    try:
-        with ocp.PyTreeCheckpointer() as reader:
-            saved = reader.metadata(folder / "default").item_metadata.tree
-            wanted = {name: saved[name] for name in ("params", "mean")}
-            restore = ocp.args.PyTreeRestore(
-                item=jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), wanted),
-                restore_args=jax.tree.map(
-                    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
-                ),
-                partial_restore=True,
-            )
-            tree = reader.restore(folder / "default", args=restore)
-    except (AttributeError, KeyError, TypeError, *FAILURES):
-        raise UserError(f"{folder} is no checkpoint of a run") from None
+    with _reading(folder) as reader:
+        path = folder.absolute() / "default"  # Orbax takes no relative path
+        saved = reader.metadata(path).tree
+        if not (isinstance(saved, dict) and {"params", "mean"} <= saved.keys()):
+            raise ValueError("it has no parameters, or no mean image")
+        wanted = {name: saved[name] for name in ("params", "mean")}
+        restore = ocp.args.PyTreeRestore(
+            item=jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), wanted),
+            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted),
+            partial_restore=True,
+        )
+        tree = reader.restore(path, args=restore)
     return tree["params"], tree["mean"]
 
 

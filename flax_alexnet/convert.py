@@ -16,7 +16,7 @@ from flax_alexnet.flags import parse
 from flax_alexnet.outputs import need_writable
 from flax_alexnet.weights import layouts, native, torch_files
 from flax_alexnet.weights.labels import read_labels
-from flax_alexnet.weights.pretrained import Pretrained
+from flax_alexnet.weights.pretrained import Pretrained, missing_layers
 from flax_alexnet.weights.reading import read, with_heads
 
 
@@ -24,8 +24,9 @@ from flax_alexnet.weights.reading import read, with_heads
 class ConvertConfig:
     """Brings a trained net into this package's form, with its preprocessing, or into torchvision's.
 
-    Reads torchvision's .pth and .safetensors, Caffe's .caffemodel, the .npy of guerzh/tf_weights,
-    the working directory of a run, and what this command writes. Nothing in a file is run.
+    Reads torchvision's alexnet in a state dict or a checkpoint of PyTorch (.pth, .pt, .bin, .ckpt)
+    or .safetensors, Caffe's .caffemodel, the .npy of guerzh/tf_weights, the working directory of a
+    run, and what this command writes. Nothing in a file is run.
     """
 
     input: tyro.conf.Positional[Path]
@@ -36,6 +37,8 @@ class ConvertConfig:
     """caffe or caffenet, where a file of Caffe's does not say which of them it is."""
     mean: Path | None = None
     """Caffe's mean image, a .binaryproto; none: its mean colour."""
+    head: str | None = None
+    """The last layer, by its name, of a net of Caffe's that has several."""
     labels: Path | None = None
     """A text file with the name of each class on a line; none: ImageNet's, for 1000 classes."""
     heads: Path | None = None
@@ -64,7 +67,7 @@ def convert(config: ConvertConfig) -> None:
     if config.format == "flax" and output.suffix != ".safetensors":
         raise UserError(f"OUTPUT is {output}; expected a .safetensors file")
     need_writable(output, filter(None, (path, config.mean, config.labels, config.heads)))
-    net, notes = read(path, config.variant, config.mean)
+    net, notes = read(path, config.variant, config.mean, config.head)
     if config.labels:
         names = read_labels(config.labels, net.num_classes)
         net = dataclasses.replace(net, label_names=names)
@@ -85,14 +88,14 @@ def describe(net: Pretrained) -> str:
     """A few lines about a net: source, variant, parameters, classes, preprocessing."""
     rule, source = net.preprocessing, net.source
     count = sum(math.prod(value.shape) for value in jax.tree.leaves(net.params))
-    parts = "" if net.is_classifier else ", without the dense layers"
+    missing = ", ".join(missing_layers(net))
     names = f", {net.name(0)} … {net.name(net.num_classes - 1)}" if net.label_names else ""
     mean = "a mean image" if rule.mean.ndim == 3 else " ".join(f"{v:.3f}" for v in rule.mean)
     scales = rule.scale if isinstance(rule.scale, tuple) else (rule.scale,)
     file, kind, digits = (source.get(name, "unknown") for name in ("file", "format", "sha256"))
     lines = [
         f"source {file} ({kind}), SHA-256 {digits}",
-        f"variant {net.config.variant}, {count:,} parameters{parts}",
+        f"variant {net.config.variant}, {count:,} parameters{missing and f', without {missing}'}",
         f"{net.num_classes:,} classes{names}",
         f"pictures of {rule.image_size} × {rule.image_size} ({rule.resize}), less {mean}, "
         f"cut to {rule.crop_size}, times {' '.join(f'{v:.6g}' for v in scales)}",

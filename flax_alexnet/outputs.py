@@ -23,7 +23,10 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.unlink(missing_ok=True)  # it may be a link, and what that leads to is not ours
+            partial.touch(exist_ok=False)
+            mode = partial.stat().st_mode  # as the umask has it, which safetensors does not ask
             yield partial
+            partial.chmod(mode)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())  # else a loss of power may leave the name without the bytes
             partial.replace(path)

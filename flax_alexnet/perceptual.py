@@ -1,5 +1,6 @@
 """LPIPS: how different two images look, by the features of a trained AlexNet."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
 # original code; rounded there, and the heads were trained with the rounded values).
 SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
 SCALE = np.array([0.458, 0.448, 0.450], np.float32)
+SLACK = 1e-3  # of rounding, by which values may lie outside [-1, 1]
 EPSILON = 1e-10  # added to the length of a feature vector, as there
 
 
@@ -37,7 +39,7 @@ def lpips(
       params: {"conv1" … "conv5": {"kernel", "bias"}} of torchvision's net, which the heads were
         trained on, such as `flax_alexnet.load(path).params`; other layers are not looked at.
       heads: {"lin0" … "lin4": float32[1, 1, c, 1]}, such as `flax_alexnet.load(path).lpips_heads`.
-      a: float[n, h, w, 3], RGB in [-1, 1], sides of at least 63 pixels.
+      a: float[n, h, w, 3], RGB in [-1, 1], sides of at least 31 pixels.
       b: likewise, of the same shape.
       spatial: whether to return a map, in which each layer's distances are brought to the images'
         size (bilinear), instead of their means.
@@ -46,11 +48,16 @@ def lpips(
       float32[n], or float32[n, h, w] with `spatial`; 0 for equal images, up to rounding.
 
     Raises:
-      ValueError: images of different shapes.
+      ValueError: images of different shapes, of whole numbers, or with values outside [-1, 1],
+        which can be seen only where they are not traced (`jax.jit`, `jax.grad`).
       UserError: images that are too small for the net.
+
+    Warns:
+      UserWarning: neither image has a value below 0, so both are probably in [0, 1].
     """
     if a.shape != b.shape:
         raise ValueError(f"images of the same shape are compared, not {a.shape} and {b.shape}")
+    _need_signed(a, b)
     model = AlexNet(variant="torchvision")
     images = (jnp.concatenate([a, b]).astype(jnp.float32) - _row(SHIFT)) / _row(SCALE)
     activations = features(model, params, images, LAYERS)
@@ -69,6 +76,21 @@ def lpips(
 def signed(pixels: np.ndarray) -> jax.Array:
     """uint8[n, h, w, 3] as `lpips` takes it: float32 in [-1, 1]."""
     return jnp.asarray(pixels.astype(np.float32) / 127.5 - 1)
+
+
+def _need_signed(*images: jax.Array) -> None:
+    """Raises ValueError for images that are not in [-1, 1], as far as can be seen."""
+    remedy = "take images / 127.5 - 1 of grey levels 0 … 255, or 2 * images - 1 of [0, 1]"
+    for x in images:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"lpips takes floats in [-1, 1], not {x.dtype}: {remedy}")
+    if any(isinstance(x, jax.core.Tracer) or x.size == 0 for x in images):
+        return
+    low, high = min(float(x.min()) for x in images), max(float(x.max()) for x in images)
+    if low < -1 - SLACK or high > 1 + SLACK:
+        raise ValueError(f"lpips takes [-1, 1], not {low:.5g} … {high:.5g}: {remedy}")
+    if low >= 0:
+        warnings.warn(f"lpips takes [-1, 1], and no value is below 0: {remedy}", stacklevel=3)
 
 
 def _row(values: np.ndarray) -> np.ndarray:

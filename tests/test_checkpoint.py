@@ -3,10 +3,12 @@
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from flax_alexnet.checkpoint import (
@@ -111,6 +113,36 @@ def test_what_is_whole_stays_and_is_restored(two, tmp_path):
     assert_is(restored, 2)
     params, mean = restore_model(two / "2")
     assert_is({"params": params, "mean": mean, "step": jnp.int32(2)}, 2)
+
+
+@pytest.mark.parametrize("spelling", ["two", "./two", "aside/../two", "link", "../{here}/two"])
+def test_a_relative_path_is_as_good_as_any(pristine, tmp_path, monkeypatch, spelling):
+    """Orbax itself refuses them."""
+    shutil.copytree(pristine, tmp_path / "two")
+    (tmp_path / "aside").mkdir()
+    (tmp_path / "link").symlink_to("two")
+    monkeypatch.chdir(tmp_path)
+    folder = Path(spelling.format(here=tmp_path.name))
+    assert newest_whole(folder) == (2, [])
+    params, mean = restore_model(folder / "2")
+    assert_is({"params": params, "mean": mean, "step": jnp.int32(2)}, 2)
+    assert set_aside_damaged(folder, Path("aside")) == []
+    step, restored = restore(folder)
+    assert step == 2
+    assert_is(restored, 2)
+
+
+def test_what_cannot_be_read_says_why(two, tmp_path):
+    with pytest.raises(UserError, match=r"cannot be read .* does not exist"):
+        restore_model(tmp_path / "nothing")
+    other = ocp.StandardCheckpointer()
+    other.save(two / "3" / "default", {"weights": jnp.ones(3)})
+    other.close()
+    with pytest.raises(UserError, match="it has no parameters, or no mean image"):
+        restore_model(two / "3")
+    (two / "2" / "default" / "manifest.ocdbt").write_bytes(b"other")
+    with pytest.raises(UserError, match="OCDBT"):
+        restore_model(two / "2")
 
 
 def test_two_hundred_flipped_bits_and_no_wrong_restore(two, tmp_path):

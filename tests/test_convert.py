@@ -1,8 +1,12 @@
 """Weight files of other systems: what is read, what is refused, and the command."""
 
+import argparse
+import collections
 import dataclasses
 import hashlib
 import io
+import itertools
+import pathlib
 import pickle
 import sys
 import zipfile
@@ -18,10 +22,10 @@ from flax_alexnet.activations import features
 from flax_alexnet.convert import main
 from flax_alexnet.errors import UserError
 from flax_alexnet.integrity import sha256
-from flax_alexnet.weights import digests, layouts
+from flax_alexnet.weights import digests, layouts, native
 from flax_alexnet.weights.labels import imagenet_labels, imagenet_synsets
 from flax_alexnet.weights.pretrained import LPIPS_HEADS
-from flax_alexnet.weights.reading import CAFFE, _with_fc8, load, read
+from flax_alexnet.weights.reading import CAFFE, load, read
 
 CONVOLUTIONS = {  # torchvision's, in its own order
     "features.0": (64, 3, 11, 11),
@@ -148,9 +152,10 @@ def zip_pth(path, arrays, order="little", value=None, compression=zipfile.ZIP_ST
     return path
 
 
-def legacy_pth(path, arrays, order="little"):
+def legacy_pth(path, arrays, order="little", value=None):
     tensors = {n: torch_tensor(n.upper(), v, None) for n, v in arrays.items()}
-    parts = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": order == "little"}, tensors]
+    facts = {"little_endian": order == "little"}
+    parts = [0x1950A86A20F9469CFC6C, 1001, facts, value or tensors]
     data = b"".join(map(torch_pickle, [*parts, [name.upper() for name in arrays]]))
     for array in arrays.values():
         data += array.size.to_bytes(8, order)
@@ -178,6 +183,98 @@ def test_views_and_checkpoints(trunk, tmp_path):
     checkpoint = {"epoch": 3, "state_dict": tensors}
     net = load(zip_pth(tmp_path / "net.pth", raw, value=checkpoint))
     assert_is_trunk(net, trunk | {"features.8.bias": trunk["features.10.bias"]})
+
+
+def checkpoints(tensors):
+    """Forms in which people have a state dict, and what is said of each."""
+
+    def before(prefix):
+        return {prefix + name: tensor for name, tensor in tensors.items()}
+
+    yield "a list beside", {"model": tensors, "losses": [1.0, 2.0]}, ""
+    yield "tutorial", {"epoch": 1, "model_state_dict": tensors, "loss": 0.4}, ""
+    yield "Lightning", {"state_dict": before("model."), "epoch": 1}, "model.features.0.weight is"
+    yield "torch.compile", before("_orig_mod."), "_orig_mod.features.0.weight is read as features."
+    yield "both", before("module._orig_mod."), "module._orig_mod.features.0.weight is read as"
+    yield "own module", before("backbone.net."), "backbone.net.features.0.weight is read as"
+    within = {name.replace("features.", "features.module."): t for name, t in tensors.items()}
+    yield "within", {"state_dict": within}, "features.module.0.weight is read as features.0.weight"
+    yield "nested", {"net": {"state_dict": before("module.")}}, "module.features.0.weight is read"
+    yield "own names", before("mymodule."), "mymodule.features.0.weight is read as features.0"
+    odd = {"features.0.bias": tensors["features.0.bias"]}
+    average = {"state_dict": tensors, "state_dict_ema": odd}
+    yield "average", average, "its state_dict is taken, and not state_dict_ema"
+    beside = before("model.") | {"loss.weight": odd["features.0.bias"]}
+    yield "loss", {"state_dict": beside}, "left out is what has not this prefix: loss.weight"
+    moments = {0: {"step": 1, "momentum_buffer": odd["features.0.bias"]}}
+    optimizer = {"state": moments, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    strange = Tensor(("storage", Named("torch", "QUInt8Storage"), "x", "cpu", 1), 0, (1,), (1,))
+    objects = {
+        "optimizer": optimizer,
+        "args": argparse.Namespace(rate=0.1, path=pathlib.PurePath("a")),
+        "score": np.float64(1),
+        "counts": collections.Counter("a"),
+        "quantized": strange,
+        (1, 2): "another key",
+    }
+    yield "objects", {"model": tensors, **objects}, ""
+
+
+@pytest.mark.parametrize("write", [zip_pth, legacy_pth])
+def test_checkpoints(write, trunk, tmp_path, capsys):
+    """The state dict is found, whatever the file's ending; a wrapper's names are taken off."""
+    keys = {zip_pth: map(str, range(len(trunk))), legacy_pth: (name.upper() for name in trunk)}
+    view = [None] * (write is legacy_pth)
+    tensors = {
+        name: torch_tensor(key, value, *view)
+        for key, (name, value) in zip(keys[write], trunk.items(), strict=True)
+    }
+    endings = itertools.cycle([".pth.tar", ".bin", ".ckpt", ".pt", ""])
+    for (what, value, said), ending in zip(checkpoints(tensors), endings, strict=False):
+        assert_is_trunk(load(write(tmp_path / f"net{ending}", trunk, value=value)), trunk)
+        notes = capsys.readouterr().err
+        assert said in notes, what
+        assert notes.count("\n") == bool(said), what
+
+
+def test_objects_beside_the_tensors_are_not_made(trunk, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "canary"), "w")
+
+    tensors = {n: torch_tensor(str(key), v) for key, (n, v) in enumerate(trunk.items())}
+    path = zip_pth(tmp_path / "net.pth", trunk, value={"args": Evil(), "state_dict": tensors})
+    assert_is_trunk(load(path), trunk)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_formats_are_told_by_content(trunk, net, tmp_path, capsys):
+    tensors = {f"_orig_mod.{name}": value for name, value in trunk.items()}
+    save_file(tensors, tmp_path / "pytorch_model.bin")
+    assert_is_trunk(load(tmp_path / "pytorch_model.bin"), trunk)
+    assert "_orig_mod.features.0.bias is read as features.0.bias" in capsys.readouterr().err
+    first = set()
+    for count in range(0, 256, 8):  # it begins with a length, which may begin as another mark
+        native.save(dataclasses.replace(net, source={"file": count * "x"}), tmp_path / "net.ckpt")
+        assert load(tmp_path / "net.ckpt").config == net.config
+        first.add((tmp_path / "net.ckpt").read_bytes()[:1])
+    assert b"\x80" in first
+    with (tmp_path / "net").open("wb") as file:
+        np.savez(file, **{"conv1/kernel": np.zeros(1)})
+    assert "conv1/bias is missing" in refused(capsys, tmp_path / "net", tmp_path / "x.safetensors")
+    caffemodel(tmp_path / "net.bin")
+    assert load(tmp_path / "net.bin").config.variant == "caffe"
+    capsys.readouterr()
+    for start, said in (
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+        (b"\x1f\x8b\x08", "compressed with gzip"),
+        (b"\x89HDF\r\n\x1a\n", "HDF5"),
+        (b"<!doctype html>", "a web page"),
+        (bytes(257) + b"ustar", "a tar archive"),
+        (b"other", "expected a .safetensors, a .pth"),
+    ):
+        (tmp_path / "net.pth").write_bytes(start + bytes(600))
+        assert said in refused(capsys, tmp_path / "net.pth", tmp_path / "x.safetensors")
 
 
 @pytest.mark.usefixtures("no_torch")
@@ -246,6 +343,13 @@ def test_types(trunk, tmp_path, capsys):
     assert "2 in conv3/kernel" in line
 
 
+def test_grey_torchvision(trunk, tmp_path, capsys):
+    path = tmp_path / "net.safetensors"
+    save_file(trunk | {"features.0.weight": np.zeros((64, 1, 11, 11), np.float32)}, path)
+    out = tmp_path / "out.safetensors"
+    assert "grey pictures, and does not say" in refused(capsys, path, out)
+
+
 def test_number_of_classes():
     """A fine-tuned net's last layer says how many there are."""
     zero = np.float32(0)
@@ -270,7 +374,7 @@ def test_layouts_are_inverted(layout, path):
 
 def bad_pth(folder, trunk):
     """Files that are refused, and a part of what is said."""
-    value = trunk["features.0.bias"]
+    name, value = "features.0.bias", trunk["features.0.bias"]
     good = torch_tensor("0", value)
 
     def lying(**changes):
@@ -289,12 +393,18 @@ def bad_pth(folder, trunk):
     yield lying(storage=giant), "has 256 bytes"
     yield lying(storage=("storage", kind, "../x", "cpu", 64)), "no item named"
     yield lying(storage=("storage", Named("torch", "Size"), "0", "cpu", 64)), "unknown type"
-    yield zip_pth(folder / "net.pth", {"a": value}, value={"a": 1}), "'a' is no tensor"
+    yield zip_pth(folder / "net.pth", {"a": value}, value={"a": 1}), "it holds no tensors"
+    yield zip_pth(folder / "net.pth", {"a": value}, value={"b": good, name: 1}), "is no tensor"
     yield zip_pth(folder / "net.pth", {"a": value}, value=[good]), "no dictionary"
     evil = {"a": Named("posix", "system")}
-    yield zip_pth(folder / "net.pth", {"a": value}, value=evil), "posix.system"
-    whole = {"a": Named("torchvision.models.alexnet", "AlexNet")}
-    yield zip_pth(folder / "net.pth", {"a": value}, value=whole), "torchvision.models.alexnet"
+    for entries in (evil, {name: evil["a"], "b": good}, {"model": evil["a"], "a": 1}, evil["a"]):
+        yield zip_pth(folder / "net.pth", {"a": value}, value=entries), "asks for posix.system"
+    several = {"teacher": {name: good}, "student": {name: good}}
+    yield zip_pth(folder / "net.pth", {"a": value}, value=several), "several nets, teacher, student"
+    several = {f"teacher.{name}": good, f"student.{name}": good}
+    yield zip_pth(folder / "net.pth", {"a": value}, value=several), "nets, student., teacher."
+    twice = {f"module.{name}": good, name: good}
+    yield zip_pth(folder / "net.pth", {"a": value}, value=twice), f"it has {name} twice"
     zeros = {"a": np.zeros(10_000, np.float32)}
     deflated = zip_pth(folder / "net.pth", zeros, compression=zipfile.ZIP_DEFLATED)
     yield deflated, "compressed"
@@ -336,7 +446,8 @@ def test_flags(trunk, tmp_path, capsys):
     assert "would be written over" in refused(capsys, path, path)
     assert "not caffe" in refused(capsys, path, out, "--variant", "caffe")
     assert "--mean is for" in refused(capsys, path, out, "--mean", path)
-    assert "did you mean --heads" in refused(capsys, path, out, "--head", path)
+    assert "--head is for" in refused(capsys, path, out, "--head", "fc8")
+    assert "did you mean --heads" in refused(capsys, path, out, "--heds", path)
     refused(capsys, path)
     labels = tmp_path / "labels.txt"
     labels.write_text("one\ntwo\n")
@@ -514,6 +625,8 @@ def test_mean_image(tmp_path):
     assert notes == []
     for channel in range(3):
         np.testing.assert_array_equal(net.preprocessing.mean[..., channel], bgr[2 - channel])
+    mean.write_bytes(blob(bgr[:, :1, :1]))
+    np.testing.assert_array_equal(read(path, mean=mean)[0].preprocessing.mean, bgr[::-1, 0, 0])
     for wrong in (bgr[:, :, :255], bgr[:, :200, :200], bgr[:2]):
         mean.write_bytes(blob(wrong))
         with pytest.raises(UserError, match="expected"):
@@ -550,10 +663,103 @@ def test_bad_caffemodel(tmp_path, capsys):
     assert "conv1.blobs[0] is 96×3×7×7, expected 96×3×11×11" in line
 
 
-def test_fine_tuned_caffe():
-    """Their last layer bears another name, lest Caffe fill it from the file."""
-    renamed = _with_fc8({"fc8_flickr.blobs[0]": 1, "fc7.blobs[0]": 2})
-    assert renamed == {"fc8.blobs[0]": 1, "fc7.blobs[0]": 2}
+def dense_tensors(layout, **shapes):
+    """Layers of zeros by their names and shapes, (out, in), which take no memory."""
+    kernel, bias = (layout.names[f"fc8/{part}"].removeprefix("fc8") for part in ("kernel", "bias"))
+    result = {}
+    for name, shape in shapes.items():
+        sides = shape if layout.channels_first else shape[::-1]
+        result[name + kernel] = np.broadcast_to(np.float32(0), sides)
+        result[name + bias] = np.broadcast_to(np.float32(0), shape[:1])
+    return result
+
+
+FC6, FC7 = (4096, 9216), (4096, 4096)
+
+
+@pytest.mark.parametrize("layout", [layouts.CAFFE, layouts.CAFFE_TENSORFLOW])
+@pytest.mark.parametrize(
+    ("shapes", "head", "classes", "said"),
+    [
+        ({"fc6": FC6, "fc7": FC7, "fc8": (5, 4096)}, None, 5, []),
+        ({"fc6": FC6, "fc7": FC7}, None, None, []),
+        ({"fc6": FC6, "fc7": FC7, "fc9": (5, 4096)}, None, 5, ["fc9 is taken for the last layer"]),
+        ({"score": (4096, 4096), "fc7": FC7}, None, 4096, ["score is taken for the last layer"]),
+        (
+            {"a": FC6, "b": FC7, "c": (5, 4096)},
+            None,
+            5,
+            ["a is taken for fc6", "b is taken for fc7", "c is taken for the last layer"],
+        ),
+        (
+            {"fc7": FC7, "fc8": (5, 4096), "aux": (7, 4096)},
+            "aux",
+            7,
+            ["aux is taken for the last layer", "fc8 is left out"],
+        ),
+        ({"fc7": FC7, "fc8": (5, 4096), "aux": (7, 4096)}, "fc8", 5, ["aux is left out"]),
+        ({"b": FC7, "c": (4096, 4096)}, "c", 4096, ["b is taken for fc7"]),
+    ],
+)
+def test_fine_tuned_caffe(layout, shapes, head, classes, said):
+    """Their last layer bears another name, and others may, lest Caffe fill it from the file."""
+    tensors, notes = layouts.name_dense(layout, dense_tensors(layout, **shapes), "net", head)
+    expected = {"fc8": (classes, 4096)} if classes else {}
+    expected |= {"fc6": FC6} if FC6 in shapes.values() else {}
+    expected |= {"fc7": FC7}
+    found = dense_tensors(layout, **expected)
+    assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in found.items()}
+    assert all(part in notes[0] for part in said)
+    assert bool(notes) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "head", "said"),
+    [
+        ({"fc8": (5, 4096), "aux": (7, 4096)}, None, "several last layers, fc8, aux: choose one"),
+        ({"score": (5, 4096), "aux": (7, 4096)}, None, "several last layers, score, aux: choose"),
+        ({"b": FC7, "c": (4096, 4096)}, None, "several last layers, b, c: choose"),
+        ({"fc8": (5, 4096), "aux": (7, 4096)}, "au", "unknown last layer 'au': did you mean 'aux'"),
+    ],
+)
+def test_several_last_layers_of_caffe(shapes, head, said):
+    with pytest.raises(UserError, match=said):
+        layouts.name_dense(layouts.CAFFE, dense_tensors(layouts.CAFFE, **shapes), "net", head)
+
+
+def test_layers_of_caffe_that_fit_nowhere_are_named(tmp_path, capsys):
+    path, out = tmp_path / "net.caffemodel", tmp_path / "out.safetensors"
+    whole = caffemodel(path).read_bytes()
+    extra = message((1, b"extra"), (7, blob(np.zeros((5, 9), np.float32))))
+    path.write_bytes(whole + message((100, extra)))
+    assert "extra.blobs[0] 5×9 is not expected" in refused(capsys, path, out)
+    path.write_bytes(whole + message((100, extra), (100, extra)))
+    assert "it has extra.blobs[0] twice" in refused(capsys, path, out)
+    caffemodel(path)
+    assert "unknown last layer 'extra'" in refused(capsys, path, out, "--head", "extra")
+    with pytest.raises(UserError, match="unknown last layer 'score'"):
+        load(path, head="score")
+
+
+def test_grey_caffe(tmp_path):
+    """Grey is made of colours as OpenCV does, so a net of grey pictures sees what it was fed."""
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((96, 1, 11, 11), np.float32)
+    path, mean = caffemodel(tmp_path / "net", values={"conv1": kernel}), tmp_path / "mean"
+    image = rng.uniform(100, 150, (1, 256, 256)).astype(np.float32)
+    mean.write_bytes(blob(image))
+    net, (note,) = read(path, mean=mean)
+    assert "it reads grey pictures" in note
+    pictures = rng.integers(0, 256, (1, 256, 256, 3), np.uint8)
+    ours = features(net.model, net.params, net.preprocess(pictures), ["conv1"])["conv1"]
+    grey = pictures @ np.array([0.299, 0.587, 0.114]) - image
+    expected = jax.lax.conv_general_dilated(
+        jnp.asarray(grey[:, None, 14:241, 14:241], jnp.float32), kernel, (4, 4), "VALID"
+    )
+    expected = np.asarray(expected).transpose(0, 2, 3, 1) + net.params["conv1"]["bias"]
+    np.testing.assert_allclose(ours, np.maximum(expected, 0), atol=1e-5 * abs(expected).max())
+    with pytest.raises(UserError, match="has 1 channels, but the net reads 3"):
+        read(caffemodel(tmp_path / "net"), mean=mean)
 
 
 # The bugs of the demo beside the pretrained weights of guerzh/tf_weights.

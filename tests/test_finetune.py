@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from small_nets import make_net
 
 from flax_alexnet.checkpoint import Checkpoints, newest_whole, restore_model
+from flax_alexnet.convert import main as convert
 from flax_alexnet.recipes import parse_config
 from flax_alexnet.train import main
 from flax_alexnet.weights import native
@@ -80,6 +83,21 @@ def test_the_net_and_its_preprocessing_are_taken_from_the_file(net, finetuned):
     assert again.label_names == ("thing a", "thing b")
     image = np.random.default_rng(0).integers(0, 256, (1, 72, 72, 3), np.uint8)
     np.testing.assert_allclose(again.preprocess(image), net.preprocess(image), rtol=1e-6)
+
+
+@pytest.mark.parametrize("spelling", ["run", "./run", "own/../run", "link"])
+def test_a_run_is_read_by_any_path(finetuned, spelling, tmp_path, monkeypatch):
+    workdir, _ = finetuned
+    monkeypatch.chdir(workdir.parent)
+    Path("link").unlink(missing_ok=True)
+    Path("link").symlink_to("run")
+    expected = load(workdir)
+    jax.tree.map(np.testing.assert_array_equal, load(spelling).params, expected.params)
+    output = tmp_path / "net.safetensors"
+    monkeypatch.chdir(workdir)
+    assert convert([".", os.path.relpath(output)]) == 0
+    jax.tree.map(np.testing.assert_array_equal, load(output).params, expected.params)
+    assert load(output).source["file"] == "run, step 4"
 
 
 def test_frozen_layers_keep_their_bits_and_have_no_optimizer_state(net, finetuned):

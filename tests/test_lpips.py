@@ -11,6 +11,7 @@ from PIL import Image
 from small_nets import make_net
 
 from flax_alexnet import lpips
+from flax_alexnet.errors import UserError
 from flax_alexnet.weights import native
 from flax_alexnet.weights.pretrained import LPIPS_HEADS, unflatten
 
@@ -65,6 +66,42 @@ def test_equal_images_have_no_distance_and_the_order_does_not_matter(trunk):
     assert (distance(params, heads, a, b) > 0.01).all()
     with pytest.raises(ValueError, match="same shape"):
         lpips(params, heads, a, b[:, :63])
+
+
+def test_images_that_are_not_in_their_range_are_refused(trunk):
+    params, heads, _ = trunk
+    rng = np.random.default_rng(0)
+    levels = rng.integers(0, 256, (1, 32, 32, 3), np.uint8)
+    good = jnp.asarray(levels / np.float32(127.5) - 1)
+    for bad in (levels, levels.astype(np.int32), levels > 127):
+        for function in (lpips, distance):  # a type is seen while tracing, too
+            with pytest.raises(ValueError, match=f"not {bad.dtype}: take images / 127.5 - 1"):
+                function(params, heads, bad, good)
+    for bad in (levels.astype(np.float32), good * 1.01):
+        with pytest.raises(ValueError, match=r"lpips takes \[-1, 1\], not .*: take images / 127.5"):
+            lpips(params, heads, good, bad)
+    with pytest.warns(UserWarning, match=r"no value is below 0: .* 2 \* images - 1 of \[0, 1\]"):
+        lpips(params, heads, (good + 1) / 2, (good + 1) / 2)
+    expected = distance(params, heads, good, -good)
+    rounded = lpips(params, heads, good * np.float32(1 + 1e-6), -good)
+    np.testing.assert_allclose(rounded, expected, rtol=1e-4)
+
+
+def test_the_least_size(trunk, full, tmp_path, capsys):
+    params, heads, _ = trunk
+    rng = np.random.default_rng(0)
+    a, b = (rng.uniform(-1, 1, (1, 31, 31, 3)).astype(np.float32) for _ in range(2))
+    assert distance(params, heads, a, b) > 0.01
+    with pytest.raises(UserError, match="an image of 31×30 does not fit"):
+        lpips(params, heads, a[:, :, :30], b[:, :, :30])
+    for name, image in (("a", a), ("b", b)):
+        pixels = ((image[0] + 1) * 127.5).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        Image.fromarray(pixels[:30]).save(tmp_path / f"{name}_small.png")
+    assert main([str(full), *(str(tmp_path / f"{name}.png") for name in "ab")]) == 0
+    assert "b.png: " in capsys.readouterr().out
+    assert main([str(full), *(str(tmp_path / f"{name}_small.png") for name in "ab")]) == 2
+    assert "an image of 30×31 does not fit" in "".join(capsys.readouterr())
 
 
 def test_a_map_says_where(trunk):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,16 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from small_nets import make_net
+from small_nets import make_net, random_pictures
 
 import flax_alexnet
+from flax_alexnet.activations import features
 from flax_alexnet.augment import center_crop
+from flax_alexnet.convert import main as convert
 from flax_alexnet.errors import UserError
-from flax_alexnet.weights import native
+from flax_alexnet.export import export
+from flax_alexnet.hub import save_folder
+from flax_alexnet.weights import native, torch_files
 from flax_alexnet.weights.pretrained import need_classifier
 from flax_alexnet.weights.reading import load
 
@@ -55,13 +60,27 @@ def test_the_same_net_gives_the_same_bytes(net, weights, tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == weights.read_bytes()
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_umask_rules(net, weights, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        native.save(net, tmp_path / "ours.safetensors")
+        torch_files.write({"a": np.zeros(1, np.float32)}, tmp_path / "their.safetensors")
+        save_folder(net, tmp_path / "folder", "user/name")
+        export(net, tmp_path / "net.stablehlo")
+        assert convert([str(weights), str(tmp_path / "ours.safetensors")]) == 0  # there already
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == 5
+    assert {oct(path.stat().st_mode & 0o777) for path in written} == {oct(mode)}
+
+
 def test_heads_and_a_mean_image_travel_too(net, tmp_path):
     mean = np.arange(72 * 72 * 3, dtype=np.float32).reshape(72, 72, 3)
     rule = dataclasses.replace(net.preprocessing, mean=mean, scale=0.5)
-    features = [layer["kernel"].shape[-1] for layer in net.params.values()][:5]
-    heads = {
-        f"lin{i}": np.full((1, 1, count, 1), i, np.float32) for i, count in enumerate(features)
-    }
+    counts = [layer["kernel"].shape[-1] for layer in net.params.values()][:5]
+    heads = {f"lin{i}": np.full((1, 1, count, 1), i, np.float32) for i, count in enumerate(counts)}
     native.save(dataclasses.replace(net, preprocessing=rule, lpips_heads=heads), tmp_path / "x")
     again = native.read(tmp_path / "x")
     np.testing.assert_array_equal(again.preprocessing.mean, mean)
@@ -89,6 +108,45 @@ def test_ten_crops_are_four_corners_and_the_centre_and_their_mirror_images(net):
         np.testing.assert_allclose(crops[:, place], expected, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(crops[:, 5 + place], crops[:, place, :, ::-1])
     np.testing.assert_array_equal(crops[:, 4], center_crop(net.preprocess(images), 64))
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (np.zeros((72, 72, 3), np.uint8), r"without a batch axis; .*: image\[None\]"),
+        (np.zeros((2, 64, 64, 3), np.uint8), r"uint8\[2, 64, 64, 3\]; expected uint8\[b, 72, 72"),
+        (np.zeros((2, 3, 72, 72), np.uint8), r"expected uint8\[b, 72, 72, 3\]"),
+        (np.zeros((2, 72, 72, 1), np.uint8), r"expected uint8\[b, 72, 72, 3\]"),
+        (np.zeros((1, 72, 72, 3), np.int32), r"int32\[.*: images.astype\(np.uint8\)"),
+        (np.full((1, 72, 72, 3), 0.5), "images are from 0 to 1; .* grey levels of 0 … 255"),
+        ("cat.jpg", r"images are a str; .* net.open\(path\)\[None\]"),
+    ],
+)
+def test_images_that_do_not_fit_are_one_line(net, images, says):
+    for function in (net.preprocess, net.ten_crops):
+        with pytest.raises(UserError, match=says) as error:
+            function(images)
+        assert "\n" not in str(error.value)
+    if isinstance(images, np.ndarray) and images.dtype != float:
+        with pytest.raises(UserError, match=says):
+            jax.jit(net.preprocess)(images)
+
+
+def test_floats_in_grey_levels_and_batches_of_none_are_images_too(net):
+    images = random_pictures(net, 2)
+    expected = net.preprocess(images)
+    for same in (images.astype(np.float32), jnp.asarray(images)):
+        np.testing.assert_array_equal(net.preprocess(same), expected)
+    assert net.preprocess(images[:0].astype(np.float32)).shape == (0, 64, 64, 3)
+
+
+def test_a_net_is_shown_in_a_line(net):
+    assert repr(net) == "<Pretrained torchvision: 4 classes, 146,550 parameters, from made.pth>"
+    trunk = {name: values for name, values in net.params.items() if name != "fc8"}
+    heads = {"lin0": np.zeros(3)}
+    said = repr(dataclasses.replace(net, params=trunk, lpips_heads=heads, source={}))
+    assert said.startswith("<Pretrained torchvision without fc8: 4 classes, ")
+    assert said.endswith(" parameters, with LPIPS heads, from unknown>")
 
 
 def test_every_tensor_that_does_not_fit_is_listed_at_once(weights, tmp_path):
@@ -148,14 +206,22 @@ def test_metadata_that_does_not_fit_is_one_line(weights, tmp_path, name, value, 
 
 
 def test_files_that_are_none(weights, tmp_path):
+    (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="no weights"):
         load(tmp_path / "nothing.safetensors")
     for part in (0, 5, 1000, -1):
         (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:part])
         with pytest.raises(UserError, match=r"cut\.safetensors"):
             load(tmp_path / "cut.safetensors")
-    with pytest.raises(UserError, match="no working directory"):
+    with pytest.raises(UserError, match=r"no working directory of a run.* expected a \.safetens"):
+        load(tmp_path / "folder")
+    with pytest.raises(UserError, match=r"no config.json; did you mean .*cut\.safetensors\?"):
         load(tmp_path)
+    (tmp_path / "run" / "checkpoints" / "2").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").touch()
+    for near in ("run/checkpoints", "run/checkpoints/2"):
+        with pytest.raises(UserError, match=r"did you mean .*run\?"):
+            load(tmp_path / near)
     with pytest.raises(UserError, match="cannot write"):
         native.save(make_net(), weights / "below" / "a" / "file")
 
@@ -169,8 +235,15 @@ def test_a_trunk_has_features_but_no_classes(net, tmp_path):
         need_classifier(again)
     some = {**trunk, "fc6": net.params["fc6"]}
     native.save(dataclasses.replace(net, params=some), tmp_path / "some.safetensors")
-    with pytest.raises(UserError, match="params/fc7/bias is missing"):
-        load(tmp_path / "some.safetensors")
+    again = load(tmp_path / "some.safetensors")
+    with pytest.raises(UserError, match=r"made.pth has no fc7, fc8"):
+        need_classifier(again)
+    images = again.preprocess(random_pictures(again, 1))
+    assert features(again.model, again.params, images, ["fc6"])["fc6"].shape == (1, 205)
+    hole = {**trunk, "fc7": net.params["fc7"]}
+    native.save(dataclasses.replace(net, params=hole), tmp_path / "hole.safetensors")
+    with pytest.raises(UserError, match=r"params/fc6/bias is missing.*params/fc8/bias is missing"):
+        load(tmp_path / "hole.safetensors")
 
 
 def test_commands_do_not_hide_the_functions_of_their_names():

@@ -85,11 +85,13 @@ def read_caffemodel(path: Path) -> CaffeNet:
         for data in net.layers:
             old = _parse("V1Layer", data)
             layers.append(old.layer if old.HasField("layer") else old)
-        tensors = {
-            f"{_text(layer.name)}.blobs[{index}]": _numbers(_parse("Blob", blob))
-            for layer in layers
-            for index, blob in enumerate(layer.blobs)
-        }
+        tensors: dict[str, np.ndarray] = {}
+        for layer in layers:
+            for index, blob in enumerate(layer.blobs):
+                name = f"{_text(layer.name)}.blobs[{index}]"
+                if name in tensors:
+                    raise ValueError(f"it has {name} twice")
+                tensors[name] = _numbers(_parse("Blob", blob))
     except (OSError, DecodeError, ValueError, MemoryError) as error:
         raise UserError(f"cannot read {path} as a caffemodel: {first_line(error)}") from None
     if not tensors:
@@ -98,19 +100,22 @@ def read_caffemodel(path: Path) -> CaffeNet:
 
 
 def read_mean(path: Path) -> np.ndarray:
-    """The mean image of a `.binaryproto`: float32[h, w, 3], RGB, or float32[3] for a mean colour.
+    """The mean image of a `.binaryproto`: float32[h, w, 3], RGB, or float32[h, w, 1], grey.
+
+    A mean colour has one pixel.
 
     Raises:
-      UserError: it is damaged, or no image of three colours.
+      UserError: it is damaged, or no image.
     """
     try:
         mean = _numbers(_parse("Blob", path.read_bytes())).astype(np.float32)
-        if mean.ndim != 3 or mean.shape[0] != 3:
+        if mean.ndim == 2:  # of one channel, an axis that is left out
+            mean = mean[None]
+        if mean.ndim != 3 or mean.shape[0] not in (1, 3):
             raise ValueError(f"it has {mean.shape} numbers; expected 3 colours, height and width")
     except (OSError, DecodeError, ValueError, MemoryError) as error:
         raise UserError(f"cannot read {path} as a mean image: {first_line(error)}") from None
-    rgb = np.ascontiguousarray(mean.transpose(1, 2, 0)[:, :, ::-1])
-    return rgb[0, 0] if rgb.shape[:2] == (1, 1) else rgb
+    return np.ascontiguousarray(mean.transpose(1, 2, 0)[:, :, ::-1])
 
 
 def _numbers(blob: Any) -> np.ndarray:

@@ -12,17 +12,25 @@ All number the groups of a convolution alike: the first is the first half of the
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
 from flax_alexnet.architectures import architecture, parameter_shapes, trace
-from flax_alexnet.errors import UserError
-from flax_alexnet.weights.pretrained import LPIPS_HEADS, Params, need_tensors, unflatten
+from flax_alexnet.errors import UserError, unknown
+from flax_alexnet.weights.pretrained import (
+    LPIPS_HEADS,
+    Params,
+    last_layers,
+    need_tensors,
+    unflatten,
+)
 
 DENSE = ("fc6", "fc7", "fc8")
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", *DENSE)
+GREY = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue, as OpenCV has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +108,95 @@ LPIPS = Layout({head: f"{head}.model.1.weight" for head in LPIPS_HEADS}, channel
 FLAX_HEADS = Layout({head: head for head in LPIPS_HEADS})
 
 
+def name_dense(
+    layout: Layout, tensors: Mapping[str, np.ndarray], file: object, head: str | None = None
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Tensors of Caffe's nets with fc6, fc7 and fc8 under these names, whatever names they bear.
+
+    Who fine-tunes in Caffe renames the last layer, and perhaps others, lest they are filled from
+    the file that is begun with. A layer of another name is known by its shape.
+
+    Args:
+      layout: with layers of the same names as ours.
+      tensors: by their names in the file.
+      file: for the messages.
+      head: the name of the last layer, where several could be it; the others are left out.
+
+    Returns:
+      The tensors, and a line that says which layers stand for which, where names differ.
+
+    Raises:
+      UserError: several layers could be one of them, or none is called `head`.
+    """
+    kernel, bias = (layout.names[f"fc8/{part}"].removeprefix("fc8") for part in ("kernel", "bias"))
+    layers = [name.removesuffix(kernel) for name in tensors if name.endswith(kernel)]
+    shapes, _ = _shapes("caffe", 1000)
+
+    def others(layer: str, *known: str | None) -> list[str]:
+        """Layers of other names that could be `layer`."""
+        result = []
+        for name in (name for name in layers if name not in (*LAYERS, *known)):
+            inputs, outputs = shapes[f"{layer}/kernel"]
+            found = [tensors[name + end].shape for end in (kernel, bias) if name + end in tensors]
+            if layer == "fc8":
+                outputs = math.prod(found[-1])  # as many classes as there are
+            if found == [layout.their_shape((inputs, outputs)), (outputs,)]:
+                result.append(name)
+        return result
+
+    named = {}  # ours by theirs
+    for layer in ("fc6", "fc7"):
+        found = others(layer, head)
+        if layer not in layers and len(found) == 1:
+            named[found[0]] = layer
+    last = [name for name in layers if name == "fc8"] + others("fc8", *named)
+    if head is None and len(last) > 1:
+        raise UserError(
+            f"{file} has several last layers, {', '.join(last)}: choose one with convert --head "
+            "NAME, or load(…, head=NAME)"
+        )
+    if head not in (None, *last):
+        raise UserError(f"{file}: {unknown('last layer', str(head), last)}")
+    named |= {name: "fc8" for name in last if head in (None, name)}
+    left_out = [name for name in last if name not in named]
+    result = {}
+    for name, value in tensors.items():
+        end = next((end for end in (kernel, bias) if name.endswith(end)), "")
+        theirs = name.removesuffix(end)
+        if theirs not in left_out:
+            result[named.get(theirs, theirs) + end] = value
+    what = {"fc6": "fc6", "fc7": "fc7", "fc8": "the last layer"}
+    said = [f"{name} is taken for {what[ours]}" for name, ours in named.items() if name != ours]
+    said += [f"{name} is left out" for name in left_out]
+    return result, [f"note: {', '.join(said)}"] if said else []
+
+
+def read_grey(
+    layout: Layout, tensors: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Tensors of a net of grey pictures as those of one that makes grey of the colours itself.
+
+    Returns:
+      The tensors, and a line that says so; nothing is changed where conv1 reads colours.
+    """
+    name = layout.names["conv1/kernel"]
+    axis = 1 if layout.channels_first else 2
+    kernel = tensors.get(name)
+    if kernel is None or kernel.ndim != 4 or kernel.shape[axis] != 1:
+        return dict(tensors), []
+    colors = GREY[::-1] if layout.bgr else GREY
+    kernel = np.concatenate([kernel * color for color in colors], axis)
+    said = "note: it reads grey pictures; conv1 makes grey of colours by R .299 G .587 B .114"
+    return {**tensors, name: kernel}, [said]
+
+
 def read_params(
     layout: Layout, tensors: Mapping[str, np.ndarray], variant: str, file: object
 ) -> tuple[Params, int]:
     """Parameters in our layout, and the number of classes, which the last layer tells.
 
-    A trunk, from which all dense layers are missing, is counted as of the published classes.
+    A trunk, from which the last dense layers are missing, or all, is counted as of the published
+    classes.
 
     Raises:
       UserError: names every tensor that is missing, surplus, misshaped, or not of floating-point
@@ -115,8 +206,8 @@ def read_params(
     published = architecture(variant)
     num_classes = last.shape[0] if last is not None and last.ndim == 1 else published.num_classes
     shapes, flattened = _shapes(variant, num_classes)
-    dense = [path for path in shapes if path.startswith(DENSE)]
-    return unflatten(_read(layout, tensors, shapes, file, dense, flattened)), num_classes
+    optional = [frozenset(layout.names[path] for path in last) for last in last_layers(shapes)]
+    return unflatten(_read(layout, tensors, shapes, file, optional, flattened)), num_classes
 
 
 def read_heads(
@@ -137,14 +228,14 @@ def _read(
     tensors: Mapping[str, np.ndarray],
     shapes: Mapping[str, Sequence[int]],
     file: object,
-    optional: Sequence[str] = (),
+    optional: Collection[frozenset[str]] = (),
     flattened: Sequence[int] = (),
 ) -> dict[str, np.ndarray]:
     need_tensors(
         {name: value.shape for name, value in tensors.items()},
         {layout.names[path]: layout.their_shape(shape) for path, shape in shapes.items()},
         file,
-        frozenset(layout.names[path] for path in optional),
+        optional,
     )
     whole = [name for name, v in tensors.items() if not jnp.issubdtype(v.dtype, jnp.floating)]
     if whole:

@@ -22,6 +22,7 @@ from flax_alexnet.weights.pretrained import (
     LPIPS_HEADS,
     Pretrained,
     expected_shapes,
+    last_layers,
     need_sane,
     need_tensors,
     unflatten,
@@ -101,12 +102,13 @@ def read(path: Path) -> Pretrained:
             f"{path} is damaged (its metadata: {first_line(error)}); convert its source once more"
         ) from None
     expected = {f"params/{name}": shape for name, shape in expected_shapes(net).items()}
-    dense = frozenset(name for name in expected if name.startswith("params/fc"))
+    last = last_layers(expected_shapes(net))
+    optional = [frozenset(f"params/{name}" for name in names) for names in last]
     if net.lpips_heads:
         features = [shape[-1] for name, shape in expected.items() if name.endswith("kernel")]
         heads = zip(LPIPS_HEADS, features, strict=False)
         expected |= {f"lpips/{name}": (1, 1, count, 1) for name, count in heads}
-    need_tensors({name: value.shape for name, value in tensors.items()}, expected, path, dense)
+    need_tensors({name: value.shape for name, value in tensors.items()}, expected, path, optional)
     whole = [name for name, v in tensors.items() if not np.issubdtype(v.dtype, np.floating)]
     if whole:
         raise UserError(f"{path} does not fit: not floating-point numbers are {', '.join(whole)}")

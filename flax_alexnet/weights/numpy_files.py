@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flax_alexnet.errors import UserError, first_line
-from flax_alexnet.weights.pickles import NONSENSE, PickleError, read_pickle
+from flax_alexnet.weights.pickles import NONSENSE, NUMPY, PickleError, Skipped, read_pickle
 
 DAMAGED = (
     *(*NONSENSE, OSError, zipfile.BadZipFile, zlib.error, PickleError),
@@ -61,7 +61,7 @@ def read_npy(path: Path) -> dict[str, np.ndarray]:
             _, _, dtype = _header(data)
             if not dtype.hasobject:
                 raise PickleError("it holds one array; expected a dictionary of layers")
-            value = read_pickle(data, {}).item()
+            value = read_pickle(data, NUMPY).item()
         return {
             f"{layer}[{index}]": _numbers(array)
             for layer, arrays in value.items()
@@ -75,6 +75,8 @@ def read_npy(path: Path) -> dict[str, np.ndarray]:
 
 
 def _numbers(array: Any) -> np.ndarray:
+    if isinstance(array, Skipped):
+        raise array.refusal()
     if not isinstance(array, np.ndarray) or array.dtype.hasobject:
         raise PickleError("a layer holds something else than arrays")
     return array

@@ -2,10 +2,12 @@
 
 A pickle is a program: Python's own `Unpickler` imports what it names and calls what it asks for.
 Here its instructions are only decoded (by `pickletools`) and carried out on a stack of plain values
-by the few lines below. A pickle can name nothing but what the reader of a format admits, each of
-which stands for a harmless function of ours, and NumPy's arrays; every other name is refused.
+by the few lines below. The reader of a format admits some names, each of which stands for a
+harmless function of ours. Every other object is not made: a `Skipped` stands in its place, whatever
+is asked of it, so that an optimizer or the arguments of a command may lie beside the weights.
 """
 
+import dataclasses
 import math
 import pickletools
 import re
@@ -31,10 +33,24 @@ class PickleError(Exception):
 
 
 class Global(NamedTuple):
-    """A name that a pickle asks for, and the function of ours that stands for it, if any."""
+    """A name that a pickle may ask for, and the function of ours that stands for it, if any."""
 
     name: str
     call: Callable[..., Any] | None
+
+
+@dataclasses.dataclass(eq=False)
+class Skipped:
+    """What stands for an object that was not made, by the name of its class or function."""
+
+    name: str
+
+    def refusal(self) -> PickleError:
+        """The error for one that is needed."""
+        return PickleError(
+            f"it asks for {_short(self.name)}, and only arrays and plain containers are read from "
+            "a pickle, since anything else could run code; save the bare weights"
+        )
 
 
 def read_pickle(
@@ -47,19 +63,24 @@ def read_pickle(
     Args:
       file: stands at the pickle's first byte, and after its last when it has been read. Reading
         more than it has must give what is left and claim no memory: an `io.BytesIO` or a `mmap`.
-      admitted: beside NumPy's names, those that may be asked for, such as
-        "collections.OrderedDict", with a function that is called in its place; None for a name
-        that is never called.
+      admitted: names that may be asked for, such as "collections.OrderedDict", with a function
+        that is called in its place; None for a name that is never called.
       persistent: from a persistent id to the value that it stands for.
 
+    Returns:
+      Plain values, and a `Skipped` for every object within that is none.
+
     Raises:
-      PickleError: in one line.
+      PickleError: in one line; it is damaged, or is an object as a whole.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # of odd escapes in text of protocol 0
-            return _run(file, {**_BASIC, **admitted}, persistent)
+            value = _run(file, admitted, persistent)
     except NONSENSE as error:
         raise PickleError(f"it is damaged ({_short(str(error) or type(error).__name__)})") from None
+    if isinstance(value, Skipped):
+        raise value.refusal()
+    return value
 
 
 def _run(file: Any, admitted: Mapping[str, Any], persistent: Any) -> Any:
@@ -90,6 +111,11 @@ def _run(file: Any, admitted: Mapping[str, Any], persistent: Any) -> Any:
                 stack.append([])
             case "EMPTY_DICT":
                 stack.append({})
+            case "EMPTY_SET":
+                stack.append(Skipped("builtins.set"))
+            case "FROZENSET":
+                stack = below.pop()
+                stack.append(Skipped("builtins.frozenset"))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 size = int(opcode.name[-1])
                 _need(len(stack) >= size)
@@ -103,7 +129,7 @@ def _run(file: Any, admitted: Mapping[str, Any], persistent: Any) -> Any:
             case "APPEND":
                 item = stack.pop()
                 _extend(stack[-1], [item])
-            case "APPENDS":
+            case "APPENDS" | "ADDITEMS":
                 items, stack = stack, below.pop()
                 _extend(stack[-1], items)
             case "SETITEM":
@@ -130,13 +156,22 @@ def _run(file: Any, admitted: Mapping[str, Any], persistent: Any) -> Any:
                 stack.append(_find(f"{module}.{name}", admitted))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
-                _need(isinstance(arguments, tuple) and isinstance(function, Global))
-                if function.call is None:
+                _need(isinstance(arguments, tuple) and isinstance(function, Global | Skipped))
+                if isinstance(function, Skipped):
+                    stack.append(Skipped(function.name))
+                elif function.call is None:
                     raise PickleError(f"it calls {_short(function.name)}")
-                stack.append(function.call(*arguments))
+                else:
+                    stack.append(function.call(*arguments))
+            case "NEWOBJ" | "NEWOBJ_EX":
+                del stack[-1 if opcode.name == "NEWOBJ" else -2 :]  # its arguments
+                _need(isinstance(stack[-1], Global | Skipped))
+                stack[-1] = Skipped(stack[-1].name)
             case "BUILD":
                 state = stack.pop()
-                if isinstance(stack[-1], np.ndarray):
+                if isinstance(stack[-1], Skipped):
+                    pass
+                elif isinstance(stack[-1], np.ndarray):
                     _fill(stack[-1], state)
                 elif isinstance(stack[-1], _DType):
                     stack[-1].order = state[1]
@@ -158,33 +193,30 @@ _LITERALS = frozenset(
 )
 
 
-def _find(name: str, admitted: Mapping[str, Any]) -> Global:
-    if name not in admitted:
-        raise PickleError(
-            f"it asks for {_short(name)}, and only arrays and plain containers are read from a "
-            "pickle, since anything else could run code; save the bare weights"
-        )
-    return Global(name, admitted[name])
+def _find(name: str, admitted: Mapping[str, Any]) -> Global | Skipped:
+    return Global(name, admitted[name]) if name in admitted else Skipped(name)
 
 
 def _extend(items: Any, more: list[Any]) -> None:
-    _need(isinstance(items, list))
-    items.extend(more)
+    _need(isinstance(items, list | Skipped))
+    if isinstance(items, list):
+        items.extend(more)
 
 
 def _set_items(items: Any, more: list[Any]) -> None:
-    _need(isinstance(items, dict))
-    items.update(dictionary(zip(more[::2], more[1::2], strict=True)))
+    _need(isinstance(items, dict | Skipped))
+    if isinstance(items, dict):
+        items.update(dictionary(zip(more[::2], more[1::2], strict=True)))
 
 
-def dictionary(items: Iterable[tuple[Any, Any]] = ()) -> dict[str | int, Any]:
-    """A dictionary of pairs, for "collections.OrderedDict" too; its keys are names or numbers."""
-    result = {}
-    for key, value in items:
-        # Other keys could be nested tuples, whose hashes take as long as their author likes.
-        _need(isinstance(key, str | int))
-        result[key] = value
-    return result
+def dictionary(items: Iterable[tuple[Any, Any]] = ()) -> dict[Any, Any]:
+    """A dictionary of pairs, for "collections.OrderedDict" too; its keys are names or numbers.
+
+    Of other keys only a `Skipped` is there: they could be nested tuples, whose hashes take as long
+    as their author likes.
+    """
+    plain = str | int | float | None | Skipped
+    return {k if isinstance(k, plain) else Skipped(type(k).__name__): v for k, v in items}
 
 
 class _DType:
@@ -239,7 +271,8 @@ def _encode(text: Any, codec: Any) -> bytes:
     return text.encode("latin-1")
 
 
-_BASIC: Mapping[str, Callable[..., Any] | None] = {
+# What a pickle of NumPy's arrays asks for.
+NUMPY: Mapping[str, Callable[..., Any] | None] = {
     "__builtin__.bytes": lambda: b"",  # how Python 3 writes these for Python 2
     "numpy.ndarray": None,
     "numpy.dtype": _DType,

@@ -1,7 +1,7 @@
 """A trained net with everything that its use takes."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -29,7 +29,7 @@ Params = dict[str, dict[str, Any]]
 LPIPS_HEADS = tuple(f"lin{stage}" for stage in range(5))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pretrained:
     """A trained net: parameters, preprocessing and label names, as `flax_alexnet.load` reads it.
 
@@ -40,8 +40,8 @@ class Pretrained:
 
     Attributes:
       config: the net; `num_classes` is set.
-      params: {"conv1": {"kernel": float32[…], "bias": float32[…]}, …}; a trunk without the dense
-        layers has features but no logits.
+      params: {"conv1": {"kernel": float32[…], "bias": float32[…]}, …}; a trunk, without the dense
+        layers or the last of them, has features but no logits.
       preprocessing: what is done to a picture first.
       label_names: of the classes in order; empty where unknown.
       source: where it comes from: "file", "format", "sha256" of that file.
@@ -68,8 +68,8 @@ class Pretrained:
 
     @property
     def is_classifier(self) -> bool:
-        """Whether the dense layers are there, and not the trunk alone."""
-        return self.params.keys() == {path.partition("/")[0] for path in expected_shapes(self)}
+        """Whether all layers are there, and not a trunk alone."""
+        return not missing_layers(self)
 
     def open(self, path: str | Path) -> np.ndarray:
         """A picture from a file, brought to this net's size: uint8[image_size, image_size, 3].
@@ -84,17 +84,53 @@ class Pretrained:
             raise UserError(f"cannot read picture {path}: {error}") from None
 
     def preprocess(self, images: jax.Array | np.ndarray) -> jax.Array:
-        """uint8[b, image_size, image_size, 3] to what the net sees: float32[b, crop, crop, 3]."""
+        """uint8[b, image_size, image_size, 3] to what the net sees: float32[b, crop, crop, 3].
+
+        Floats in grey levels, 0 … 255, are taken too.
+
+        Raises:
+          UserError: images of another shape or type, or floats from 0 to 1, which can be seen only
+            where they are not traced.
+        """
+        self._need_images(images)
         rule = self.preprocessing
         mean = jnp.asarray(rule.mean)
         return preprocess(images, mean, crop_size=rule.crop_size, scale=rule.scale)
 
     def ten_crops(self, images: jax.Array | np.ndarray) -> jax.Array:
         """As `preprocess`, but the paper's ten crops of each: float32[b, 10, crop, crop, 3]."""
+        self._need_images(images)
         rule = self.preprocessing
         centred = subtract_mean(images, jnp.asarray(rule.mean))
         crops = ten_crops(centred, rule.crop_size)
         return rescale(crops.reshape(-1, *crops.shape[2:]), rule.scale).reshape(crops.shape)
+
+    def _need_images(self, images: Any) -> None:
+        size = self.preprocessing.image_size
+        expected = f"expected uint8[b, {size}, {size}, 3]"
+        if not hasattr(images, "shape") or not hasattr(images, "dtype"):
+            raise UserError(
+                f"images are a {type(images).__name__}; {expected}, such as net.open(path)[None]"
+            )
+        found = f"{images.dtype}[{', '.join(map(str, images.shape))}]"
+        if images.ndim == 3:
+            raise UserError(f"images are {found}, without a batch axis; {expected}: image[None]")
+        if images.shape[1:] != (size, size, 3):
+            raise UserError(f"images are {found}; {expected}, such as net.open(path)[None]")
+        if jnp.issubdtype(images.dtype, jnp.floating):
+            if not isinstance(images, jax.core.Tracer) and 0 < images.max(initial=0) <= 1:
+                raise UserError(f"images are from 0 to 1; {expected}, grey levels of 0 … 255")
+        elif images.dtype != np.uint8:
+            raise UserError(f"images are {found}; {expected}: images.astype(np.uint8)")
+
+    def __repr__(self) -> str:
+        count = sum(np.size(value) for value in jax.tree.leaves(self.params))
+        missing = "".join(f" without {', '.join(missing_layers(self))}" * (not self.is_classifier))
+        heads = ", with LPIPS heads" * bool(self.lpips_heads)
+        return (
+            f"<Pretrained {self.config.variant}{missing}: {self.num_classes:,} classes, "
+            f"{count:,} parameters{heads}, from {self.source.get('file', 'unknown')}>"
+        )
 
     def name(self, label: int) -> str:
         """The name of a class, or its number where it has none."""
@@ -107,13 +143,28 @@ def expected_shapes(net: Pretrained) -> dict[str, tuple[int, ...]]:
     return parameter_shapes(layers, net.preprocessing.crop_size, net.preprocessing.crop_size)
 
 
+def last_layers(paths: Iterable[str]) -> list[frozenset[str]]:
+    """What a trunk may lack, by path: the parameters of all dense layers, or of the last ones."""
+    dense = [path for path in paths if path.startswith("fc")]
+    layers = list(dict.fromkeys(path.partition("/")[0] for path in dense))
+    return [
+        frozenset(path for path in dense if path.partition("/")[0] in layers[first:])
+        for first in range(len(layers))
+    ]
+
+
+def missing_layers(net: Pretrained) -> list[str]:
+    """The layers that a trunk lacks."""
+    return sorted({path.partition("/")[0] for path in expected_shapes(net)} - net.params.keys())
+
+
 def need_classifier(net: Pretrained) -> None:
     """Raises UserError for a trunk, which has no logits."""
     if not net.is_classifier:
-        missing = sorted({path.partition("/")[0] for path in expected_shapes(net)} - {*net.params})
+        missing = ", ".join(missing_layers(net))
         raise UserError(
-            f"{net.source.get('file', 'this net')} has no {', '.join(missing)}: it gives "
-            "features, but no classes; take a whole net"
+            f"{net.source.get('file', 'this net')} has no {missing}: it gives features, but no "
+            "classes; take a whole net"
         )
 
 
@@ -157,7 +208,7 @@ def need_tensors(
     found: Mapping[str, Sequence[int]],
     expected: Mapping[str, Sequence[int]],
     file: object,
-    optional: frozenset[str] = frozenset(),
+    optional: Collection[frozenset[str]] = (),
 ) -> None:
     """Raises UserError that lists every missing, surplus or misshaped tensor of a file at once.
 
@@ -165,10 +216,10 @@ def need_tensors(
       found: shapes by the names of the file's own format.
       expected: likewise.
       file: for the message.
-      optional: names that may be missing, but only all together.
+      optional: sets of names; those of one of them may be missing, but only all together.
     """
     missing = expected.keys() - found.keys()
-    if missing == optional:
+    if missing in optional:
         missing = set()
     problems = [f"{name} is missing, expected {_shape(expected[name])}" for name in sorted(missing)]
     problems += [

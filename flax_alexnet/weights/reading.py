@@ -1,10 +1,10 @@
 """Any trained net from a path."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
-import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from flax_alexnet.preprocessing import Preprocessing
 from flax_alexnet.weights import layouts, native
 from flax_alexnet.weights.caffe_files import read_caffemodel, read_mean
 from flax_alexnet.weights.digests import mismatch
+from flax_alexnet.weights.formats import KINDS, format_of
 from flax_alexnet.weights.labels import imagenet_labels
 from flax_alexnet.weights.numpy_files import read_npy, read_npz
 from flax_alexnet.weights.pretrained import (
@@ -27,7 +28,6 @@ from flax_alexnet.weights.pretrained import (
 )
 from flax_alexnet.weights.torch_files import read_pth, read_safetensors
 
-KINDS = ".safetensors, .pth, .caffemodel, .npy, .npz, or the --workdir of a run"
 LARGEST = 2**31  # bytes; the parameters of AlexNet are 244 million
 CAFFE_VARIANTS = ("caffe", "caffenet")
 
@@ -48,7 +48,7 @@ CAFFE = Preprocessing(
 )
 
 
-def load(path: str | Path) -> Pretrained:
+def load(path: str | Path, head: str | None = None) -> Pretrained:
     """The trained net in a file or in the working directory of a run.
 
     Nothing that a file says is run. Weights of other systems come with the preprocessing that they
@@ -64,18 +64,22 @@ def load(path: str | Path) -> Pretrained:
         - Caffe's bvlc_alexnet or bvlc_reference_caffenet, a `.caffemodel`;
         - the `bvlc_alexnet.npy` of guerzh/tf_weights;
         - an `.npz` of torchvision's layers, named as ours, perhaps with LPIPS heads.
+      head: the name of the last layer, for a net of Caffe's that has several.
 
     Raises:
       UserError: there is no such file, it is damaged, or it is none of these.
     """
-    net, notes = read(Path(path).expanduser())
+    net, notes = read(Path(path).expanduser(), head=head)
     for note in notes:
         print(note, file=sys.stderr)
     return net
 
 
 def read(
-    path: Path, variant: str | None = None, mean: Path | None = None
+    path: Path,
+    variant: str | None = None,
+    mean: Path | None = None,
+    head: str | None = None,
 ) -> tuple[Pretrained, list[str]]:
     """As `load`, but returns what is worth knowing, in lines.
 
@@ -83,28 +87,30 @@ def read(
       path: as there.
       variant: which of Caffe's two nets a file is, where it does not say so itself.
       mean: for one of these, a `.binaryproto` of the mean image; None for Caffe's mean colour.
+      head: as there.
 
     Raises:
       UserError: as `load`; or the file is of another variant, or has its mean already.
     """
-    suffix = path.suffix.lower()
-    if mean and suffix not in (".caffemodel", ".npy"):
-        raise UserError(f"--mean is for Caffe's nets; the mean of {path} is known without it")
-    notes: list[str] = []
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:  # a name that is too long
         raise UserError(f"no weights {path}: {error.strerror}") from None
-    if is_folder:
-        net, notes = _read_run(path)
-    elif not is_file:
+    if not is_folder and not is_file:
         raise UserError(f"no weights {path}: expected {KINDS}")
-    elif not 0 < path.stat().st_size <= LARGEST:
+    if is_file and not 0 < path.stat().st_size <= LARGEST:
         raise UserError(f"{path} is empty or larger than 2 GiB; expected weights of AlexNet")
-    elif suffix == ".safetensors" and native.is_native(path):
+    kind = format_of(path) if is_file else "run"
+    for flag, value in (("mean", mean), ("head", head)):
+        if value and kind not in ("caffe", "npy"):
+            raise UserError(f"--{flag} is for Caffe's nets, and {path} is none; leave it out")
+    notes: list[str] = []
+    if kind == "run":
+        net, notes = _read_run(path)
+    elif kind == "safetensors" and native.is_native(path):
         net = native.read(path)
     else:
-        net, notes = _read_foreign(path, variant, mean)
+        net, notes = _read_foreign(path, kind, variant, mean, head)
     if variant not in (None, net.config.variant):
         raise UserError(f"{path} is of the variant {net.config.variant}, not {variant}")
     if odd := _not_finite(net):
@@ -122,73 +128,86 @@ def with_heads(net: Pretrained, path: Path) -> Pretrained:
         raise UserError(f"LPIPS heads are for the variant torchvision, not {net.config.variant}")
     if not path.is_file():
         raise UserError(f"no LPIPS heads {path}: expected a .pth or .safetensors")
-    tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_pth(path)
+    read_file = read_safetensors if format_of(path) == "safetensors" else read_pth
+    tensors, _ = read_file(path, layouts.LPIPS.names.values())
     heads = layouts.read_heads(layouts.LPIPS, tensors, net.params, path)
     return dataclasses.replace(net, lpips_heads=heads)
 
 
 def _read_foreign(
-    path: Path, variant: str | None, mean: Path | None
+    path: Path, kind: str, variant: str | None, mean: Path | None, head: str | None
 ) -> tuple[Pretrained, list[str]]:
-    rule, heads = TORCHVISION, {}
-    match path.suffix.lower():
-        case ".pth" | ".pt":
-            kind, layout, tensors = "PyTorch", layouts.TORCHVISION, read_pth(path)
-            variant = "torchvision"
-        case ".safetensors":
-            kind, layout, tensors = "PyTorch", layouts.TORCHVISION, read_safetensors(path)
-            variant = "torchvision"
-        case ".npz":
-            kind, layout, tensors = "NumPy", layouts.FLAX, read_npz(path)
+    notes: list[str] = []
+    heads: dict[str, np.ndarray] = {}
+    match kind:
+        case "torch" | "safetensors":
+            system, layout = "PyTorch", layouts.TORCHVISION
+            read_file = read_pth if kind == "torch" else read_safetensors
+            known = (*layout.names.values(), *layouts.LPIPS.names.values())
+            tensors, notes = read_file(path, known)
+        case "npz":
+            system, layout, tensors = "NumPy", layouts.FLAX, read_npz(path)
             heads = {name: tensors.pop(name) for name in LPIPS_HEADS if name in tensors}
-            variant = "torchvision"
-        case ".npy":
-            kind, layout, tensors = "caffe-tensorflow", layouts.CAFFE_TENSORFLOW, read_npy(path)
-            rule, variant = _caffe_rule(mean), variant or "caffe"
-        case ".caffemodel":
-            caffe = read_caffemodel(path)
-            kind, layout, tensors = "Caffe", layouts.CAFFE, _with_fc8(caffe.tensors)
-            rule, variant = _caffe_rule(mean), caffe.variant or variant
-        case ".binaryproto":
-            raise UserError(f"{path} is a mean image; give it as --mean, with a .caffemodel")
+        case "npy":
+            system, layout, tensors = "caffe-tensorflow", layouts.CAFFE_TENSORFLOW, read_npy(path)
+            variant = variant or "caffe"
         case _:
-            raise UserError(f"{path} is not known as a weight file: expected {KINDS}")
+            caffe = read_caffemodel(path)
+            system, layout, tensors = "Caffe", layouts.CAFFE, caffe.tensors
+            variant = caffe.variant or variant
     if layouts.LPIPS.names["lin0"] in tensors:
-        raise UserError(f"{path} has LPIPS heads alone; give it as --heads, with torchvision's net")
-    if variant is None:
-        raise UserError(f"{path} does not say which net it is: give --variant caffe or caffenet")
-    if layout.bgr and variant not in CAFFE_VARIANTS:
+        raise UserError(
+            f"{path} has LPIPS heads alone; give it as --heads to convert, with torchvision's net"
+        )
+    rule = TORCHVISION
+    tensors, grey = layouts.read_grey(layout, tensors)
+    if grey and not layout.bgr:
+        raise UserError(
+            f"{path} reads grey pictures, and does not say how they were normalized; repeat the "
+            "kernels of its first layer over three channels, divided by 3, and save it again"
+        )
+    if not layout.bgr:
+        variant = "torchvision"
+    elif variant is None:
+        raise UserError(
+            f"{path} does not say which net it is: use convert with --variant caffe or caffenet"
+        )
+    elif variant not in CAFFE_VARIANTS:
         raise UserError(unknown("variant of Caffe", variant, CAFFE_VARIANTS))
+    else:
+        tensors, notes = layouts.name_dense(layout, tensors, path, head)
+        notes += grey
+        rule = _caffe_rule(mean, is_grey=bool(grey))
+        if mean is None:
+            red, green, blue = (f"{value:.3f}" for value in rule.mean)
+            notes.append(
+                f"note: no --mean, so Caffe's mean colour is taken: BGR {blue} {green} {red}"
+            )
 
     params, num_classes = layouts.read_params(layout, tensors, variant, path)
     if heads:
         heads = layouts.read_heads(layouts.FLAX_HEADS, heads, params, path)
     names = imagenet_labels() if num_classes == len(imagenet_labels()) else ()
     digits = sha256(path)
-    source = {"file": path.name, "format": kind, "sha256": digits}
+    notes += [f"warning: {line}" for line in [mismatch(path, digits)] if line]
+    source = {"file": path.name, "format": system, "sha256": digits}
     config = ModelConfig(variant=variant, num_classes=num_classes)
-    net = Pretrained(config, params, rule, names, source, heads)
-
-    notes = [f"warning: {line}" for line in [mismatch(path, digits)] if line]
-    if layout.bgr and mean is None:
-        red, green, blue = (f"{value:.3f}" for value in rule.mean)
-        notes.append(f"note: no --mean, so Caffe's mean colour is taken: BGR {blue} {green} {red}")
-    return net, notes
+    return Pretrained(config, params, rule, names, source, heads), notes
 
 
-def _caffe_rule(mean: Path | None) -> Preprocessing:
+def _caffe_rule(mean: Path | None, is_grey: bool) -> Preprocessing:
     if mean is None:
         return CAFFE
     image = read_mean(mean)
-    height, width, _ = image.shape if image.ndim == 3 else (CAFFE.image_size,) * 3
+    height, width, channels = image.shape
+    if (channels == 1) != is_grey:
+        raise UserError(f"{mean} has {channels} channels, but the net reads {1 if is_grey else 3}")
+    image = np.broadcast_to(image, (height, width, 3))
+    if (height, width) == (1, 1):
+        return dataclasses.replace(CAFFE, mean=image[0, 0])
     if height != width or height < CAFFE.crop_size:
         raise UserError(f"{mean} is {height}×{width}; expected a square of at least 227 pixels")
     return dataclasses.replace(CAFFE, mean=image, image_size=height)
-
-
-def _with_fc8(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Fine-tuned nets have a last layer of another name, such as fc8_flickr, lest it be copied."""
-    return {re.sub(r"^fc8[_-][^.]*", "fc8", name): value for name, value in tensors.items()}
 
 
 def _not_finite(net: Pretrained) -> str:
@@ -200,8 +219,23 @@ def _not_finite(net: Pretrained) -> str:
     return ", ".join(f"{count} in {name}" for name, count in counts.items() if count)
 
 
+def _near(folder: Path) -> str:
+    """What may have been meant with a folder that is no run: one above or below, or a file."""
+    above = folder.absolute().parents[:2]  # of a checkpoint
+    with contextlib.suppress(OSError):  # of a folder that cannot be listed
+        below = sorted(itertools.islice(folder.iterdir(), 1000))
+        for path in (*above, *below):
+            if (path / "config.json").is_file() or path.suffix == ".safetensors":
+                return f"did you mean {path}?"
+    return f"expected {KINDS}"
+
+
 def _read_run(workdir: Path) -> tuple[Pretrained, list[str]]:
     """The newest checkpoint of a run, with the preprocessing that its configuration says."""
+    if not (workdir / "config.json").is_file():
+        raise UserError(
+            f"{workdir} is no working directory of a run: it has no config.json; {_near(workdir)}"
+        )
     try:
         config = json.loads((workdir / "config.json").read_text())["config"]
         if problem := misfit(config):
@@ -246,7 +280,8 @@ def _read_run(workdir: Path) -> tuple[Pretrained, list[str]]:
         reason = "; ".join(notes) or "wait for the first evaluation"
         raise UserError(f"{workdir} has no checkpoint that is whole: {reason}")
     params, mean = restore_model(workdir / "checkpoints" / str(step))
-    source = {"file": f"{workdir.name}, step {step}", "format": "run", "sha256": digest(params)}
+    file = f"{workdir.resolve().name}, step {step}"
+    source = {"file": file, "format": "run", "sha256": digest(params)}
     rule = dataclasses.replace(rule, mean=mean)
     net = dataclasses.replace(net, params=params, preprocessing=rule, source=source)
     found = {

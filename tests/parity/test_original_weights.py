@@ -5,6 +5,7 @@ fed with pictures preprocessed as there. Colours have unequal ranges, so that no
 mistaken for another, and every order that could be confused is shown to matter.
 """
 
+import argparse
 import functools
 import io
 import pickle
@@ -134,6 +135,35 @@ def test_torchvision(folder, pictures, capsys):
         fc6 = model.classifier[1].weight
         fc6.copy_(fc6.reshape(-1, 6, 6, 256).permute(0, 3, 1, 2).reshape(4096, 9216).clone())
     assert relative_error(logits, run([model], x)) > NOTICEABLE
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_checkpoint_of_a_training(folder, is_new):
+    """What a program of training saves beside the net is skipped, whatever it is."""
+    with torch.device("meta"):
+        model = TorchvisionAlexNet()
+    del model.classifier
+    model = model.to_empty(device="cpu")
+    randomize([model])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model.features(torch.ones(1, 3, 64, 64)).sum().backward()
+    optimizer.step()
+    value = {
+        "model": nn.DataParallel(model).state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": torch.optim.lr_scheduler.OneCycleLR(optimizer, 1, 9).state_dict(),
+        "args": argparse.Namespace(device=torch.device("cpu"), dtype=torch.float16, output=folder),
+        "random": (torch.get_rng_state(), np.random.default_rng(0)),
+        "layers": [model.features[0]],
+        "best": np.float64(0.5),
+        "complex": torch.ones(2, dtype=torch.complex64) if is_new else None,
+    }
+    path = folder / "checkpoint.pth.tar"
+    torch.save(value, path, _use_new_zipfile_serialization=is_new)
+    net = load(path)
+    for layer, number in zip(net.params, (0, 3, 6, 8, 10), strict=True):
+        kernel = model.features[number].weight.detach().numpy().transpose(2, 3, 1, 0)
+        np.testing.assert_array_equal(net.params[layer]["kernel"], kernel)
 
 
 @functools.cache
