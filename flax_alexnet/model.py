@@ -49,7 +49,9 @@ class AlexNet(nn.Module):
     flattened in the order (h, w, c).
 
     With `mutable=["intermediates"]` every activation comes back under its name, as an array: each
-    layer after its activation function, `norm1`, `pool1`, …, and `logits`.
+    layer after its activation function, `norm1`, `pool1`, …, and `logits`. With Flax's own
+    `capture_intermediates=True` a layer with parameters has what Flax gives for it instead, its
+    output before the activation function, as `["conv1"]["__call__"][0]`.
 
     Example:
       >>> model = AlexNet(variant="paper", num_classes=1000)
@@ -116,17 +118,20 @@ class AlexNet(nn.Module):
 
         x = images.astype(self.dtype)
         for layer in layers:
+            affine = None
             match layer:
                 case Conv(name=name, window=window, groups=groups):
                     operator = functools.partial(
                         convolve, stride=layer.stride, padding=_padding(x, layer), groups=groups
                     )
                     shape = (window, window, x.shape[-1] // groups, layer.features)
-                    x = self.activation(self._affine(layer, operator, shape)(x))
+                    affine = self._affine(layer, operator, shape)
+                    x = self.activation(affine(x))
                 case Dense(name=name):
                     assert layer.features is not None, "scaled layers have their features"
                     shape = (math.prod(x.shape[1:]), layer.features)
-                    x = self._affine(layer, _flat_product, shape)(x)
+                    affine = self._affine(layer, _flat_product, shape)
+                    x = affine(x)
                     if layer is logits:
                         name = "logits"
                     if name != "logits" or self.relu_logits:
@@ -149,12 +154,15 @@ class AlexNet(nn.Module):
                 case Dropout():
                     x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
                     continue
-            # Flax's `sow` refuses a name that a submodule bears, and `conv1` is to be both.
-            if self.is_mutable_collection("intermediates") and not self.is_initializing():
+            # With `capture_intermediates` Flax has put a layer's output under its name already.
+            captured = affine and affine.has_variable("intermediates", "__call__")
+            wanted = self.is_mutable_collection("intermediates") and not self.is_initializing()
+            if wanted and not captured:
+                # Flax's `sow` refuses a name that a submodule bears, and `conv1` is to be both.
                 self.put_variable("intermediates", name, x)
         return x
 
-    def _affine(self, layer: Conv | Dense, operator: Operator, shape: tuple[int, ...]) -> nn.Module:
+    def _affine(self, layer: Conv | Dense, operator: Operator, shape: tuple[int, ...]) -> "Affine":
         kernel_init, bias_init = self._initializers(layer, fan_in=math.prod(shape[:-1]))
         operator = self.partition(layer, operator)
         return Affine(operator, shape, kernel_init, bias_init, self.dtype, name=layer.name)

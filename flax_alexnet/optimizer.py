@@ -10,6 +10,13 @@ import optax
 Schedule = Callable[[jax.Array], jax.Array]
 
 
+class OnlyFinite(optax.GradientTransformationExtraArgs):
+    """An optimizer whose whole state stays as it is, to the bit, where `finite` is False.
+
+    `finite` is an argument of its `update`, a bool[], True by default.
+    """
+
+
 def create_optimizer(
     learning_rate: float | Schedule = 0.01,
     momentum: float = 0.9,
@@ -20,7 +27,7 @@ def create_optimizer(
     layer_rates: Mapping[str, float] | None = None,
     decay_biases: bool = True,
     clip_norm: float | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> OnlyFinite:
     """SGD with momentum and additive weight decay.
 
     With g the gradient, w the weights, ε the learning rate, m the momentum and λ the decay:
@@ -129,7 +136,8 @@ def scale_by_rate(
             applied=jnp.zeros((), jnp.float32),
             factor=jnp.ones((), jnp.float32),
             backoff=jnp.ones((), jnp.float32),
-            best=jnp.full((), jnp.inf, jnp.float32),
+            # Not infinity, at which `jax.debug_infs` would stop; no error is larger.
+            best=jnp.full((), jnp.finfo(jnp.float32).max, jnp.float32),
             stale=jnp.zeros((), jnp.int32),
         )
 
@@ -233,9 +241,20 @@ def with_backoff(opt_state: optax.OptState, value: float | jax.Array) -> optax.O
     return _with_rate_state(opt_state, old._replace(backoff=jnp.asarray(value, jnp.float32)))
 
 
-def _chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """An optax chain whose whole state stays as it is where `finite` is False; see `trace`."""
-    chain = optax.with_extra_args_support(optax.chain(*parts))
+def only_finite(
+    optimizer: optax.GradientTransformation,
+    keeps_itself: Callable[[Any], bool] | None = None,
+) -> OnlyFinite:
+    """Any optax transformation as an `OnlyFinite`; one that is so already comes back as it is.
+
+    Args:
+      optimizer: of optax, or put together with it.
+      keeps_itself: whether a part of its state is left alone, since it looks at `finite` itself;
+        None: no part does.
+    """
+    if isinstance(optimizer, OnlyFinite):
+        return optimizer
+    whole = optax.with_extra_args_support(optimizer)
 
     def update(
         updates: optax.Updates,
@@ -245,14 +264,18 @@ def _chain(*parts: optax.GradientTransformation) -> optax.GradientTransformation
         finite: bool | jax.Array = True,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        updates, new = chain.update(updates, state, params, finite=finite, **extra_args)
+        updates, new = whole.update(updates, state, params, finite=finite, **extra_args)
 
         def keep(new: Any, old: Any) -> Any:
-            return new if _is_trace(new) else jnp.where(finite, new, old)
+            return new if keeps_itself and keeps_itself(new) else jnp.where(finite, new, old)
 
-        return updates, jax.tree.map(keep, new, state, is_leaf=_is_trace)
+        return updates, jax.tree.map(keep, new, state, is_leaf=keeps_itself)
 
-    return optax.GradientTransformationExtraArgs(chain.init, update)
+    return OnlyFinite(whole.init, update)
+
+
+def _chain(*parts: optax.GradientTransformation) -> OnlyFinite:
+    return only_finite(optax.chain(*parts), keeps_itself=_is_trace)
 
 
 def _is_trace(state: Any) -> bool:

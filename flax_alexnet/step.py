@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from flax_alexnet.metrics import cross_entropy, top_k_correct
+from flax_alexnet.optimizer import only_finite
 
 Totals = dict[str, jax.Array]  # sums over images, float32[]; "images" counts them
 
@@ -42,10 +43,16 @@ def create_state(
     crop_size: int,
     frozen: Collection[str] = (),
 ) -> TrainState:
-    """The state before the first step; `mean` is float32[h, w, 3] in grey levels.
+    """The state before the first step, for `train_step`.
 
-    Layers of `given`, {"conv1": {"kernel", "bias"}, …}, have those values; `frozen` ones have no
-    optimizer state.
+    Args:
+      key: for the parameters that are drawn.
+      mean: float32[h, w, 3], in grey levels, as `augment` takes it.
+      given: {"conv1": {"kernel", "bias"}, …}: layers that have these values instead of drawn ones.
+      model: the net, such as an `AlexNet`.
+      optimizer: of `flax_alexnet.create_optimizer`, or any other of optax.
+      crop_size: side in pixels of what the net sees.
+      frozen: layers that `train_step` leaves as they are; they have no optimizer state.
     """
     drawn = model.init(key, jnp.zeros((1, crop_size, crop_size, 3)))["params"]
     params = {layer: (given or {}).get(layer, values) for layer, values in drawn.items()}
@@ -64,7 +71,7 @@ def train_step(
     key: jax.Array,
     *,
     model: nn.Module,
-    optimizer: optax.GradientTransformationExtraArgs,
+    optimizer: optax.GradientTransformation,
     augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     frozen: Collection[str] = (),
 ) -> tuple[TrainState, jax.Array]:
@@ -79,10 +86,19 @@ def train_step(
       batch: "image" uint8[b, h, w, 3] and "label" int32[b], the global batch.
       key: the run's; all that is drawn derives from it and `state.step`.
       model: maps float[b, c, c, 3] to logits.
-      optimizer: as `flax_alexnet.create_optimizer` makes it.
+      optimizer: of `flax_alexnet.create_optimizer`, or any other of optax, to which the loss is
+        given as `value`.
       augment: (key, images, mean) to what the model sees.
       frozen: layers that stay as they are, to the bit.
+
+    Raises:
+      ValueError: totals that are not those of `zero_totals`.
     """
+    if state.totals.keys() != zero_totals().keys():
+        raise ValueError(
+            f"state.totals has {sorted(state.totals)}; expected those of flax_alexnet.zero_totals, "
+            "as flax_alexnet.create_state makes them"
+        )
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     images = augment(augment_key, batch["image"], state.mean)
 
@@ -98,7 +114,9 @@ def train_step(
     # Or XLA fuses them with what follows, and on a CPU the last bits of some biases change.
     gradients = jax.lax.optimization_barrier(gradients)
     finite = all_finite((loss, gradients))
-    updates, opt_state = optimizer.update(gradients, state.opt_state, trained, finite=finite)
+    updates, opt_state = only_finite(optimizer).update(
+        gradients, state.opt_state, trained, finite=finite, value=loss
+    )
     updates = apart_on_cpu(updates)
 
     def keep(new: Any, old: Any) -> Any:
