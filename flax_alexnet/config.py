@@ -2,6 +2,7 @@
 
 import builtins
 import dataclasses
+import fnmatch
 import json
 import re
 import types
@@ -100,7 +101,7 @@ class OptimizerConfig:
     decay_biases: bool = True
     """Whether biases decay; in the original code and Caffe they do not."""
     layer_rates: tuple[str, ...] = ()
-    """Multipliers of the rate of some layers, such as conv.*=0.1 fc8=10 (patterns of names)."""
+    """Multipliers of the rate of layers, such as 'conv*=0.1' fc8=10; patterns as of --freeze."""
     clip_norm: float | None = None
     """Global norm down to which gradients are scaled; none: not at all."""
     schedule: Literal["constant", "steps", "plateau"] = "constant"
@@ -151,7 +152,8 @@ class Config:
     """Start from a trained net: a weight file (see convert) or a run's --workdir. Its variant and
     preprocessing become the defaults; its last layer is replaced where the classes differ."""
     freeze: tuple[str, ...] = ()
-    """Layers that keep their values, such as conv1,conv2 or conv.* (patterns of names)."""
+    """Layers that keep their values: names or patterns (as of files, or regular expressions), such
+    as conv1,conv2 or 'conv*' or 'fc[67]'."""
     batch_size: int = 128
     """Pictures in a step, over all devices."""
     epochs: float = 90.0
@@ -340,12 +342,20 @@ def layer_rates(config: Config, names: Sequence[str]) -> dict[str, float]:
 
 
 def _matching(flag: str, pattern: str, names: Sequence[str]) -> list[str]:
+    """The names that a pattern means: a regular expression, else a pattern as of file names.
+
+    Raises:
+      UserError: it means none.
+    """
+    problem = ""
     try:
-        found = [name for name in names if re.fullmatch(pattern, name)]
+        regular = pattern.replace("[!", "[^")  # which means the same in patterns of file names
+        found = [name for name in names if re.fullmatch(regular, name)]
     except re.error as error:
-        raise UserError(f"--{flag} {pattern} is no pattern: {error}") from None
+        found, problem = [], f"{pattern} is no pattern: {error}"
+    found = found or fnmatch.filter(names, pattern)
     if not found:
-        raise UserError(f"--{flag}: {unknown('layer', pattern, names)}")
+        raise UserError(f"--{flag}: {problem or unknown('layer', pattern, names)}")
     return found
 
 
