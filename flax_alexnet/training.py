@@ -33,6 +33,7 @@ from flax_alexnet.diagnosis import (
     divergence,
     largest_activation,
     new_plateau,
+    plateau_remedies,
     plateau_warning,
 )
 from flax_alexnet.errors import STOPPED, UserError
@@ -222,7 +223,13 @@ def run(config: Config, ready: Ready, started: float) -> int:
                 evaluations.append((epoch, evaluated["eval_loss"]))
                 if new_plateau(evaluations, classes):
                     dead = dead_units(model, *inside(config, ready, state))
-                    log.say(plateau_warning(classes, dead))
+                    remedies = plateau_remedies(
+                        pretrained=config.init_from is not None,
+                        frozen=bool(ready.frozen),
+                        initialization=config.model.initialization,
+                        scale=config.augment.scale,
+                    )
+                    log.say(plateau_warning(classes, dead, remedies))
                 if due and config.optimizer.schedule == "plateau":
                     state = lower_rate(state, evaluated, config.optimizer)
                 checkpoints.save(step, state, evaluated, first=log.sync)

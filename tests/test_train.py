@@ -431,6 +431,7 @@ def test_a_plateau_is_warned_of_once(data_dir, tmp_path, capsys):
     warning = "warning: the loss has not moved from ln(10) = 2.303"
     assert [text.count(warning) for text in said] == [1, 0]
     assert re.search(r"conv1 \d+%.* fc7 \d+%", said[0])
+    assert "take --model.initialization he, or another" in said[0], "it has the small scale"
 
 
 def test_a_healthy_run_is_not_warned(finished):
