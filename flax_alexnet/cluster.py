@@ -134,7 +134,8 @@ def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
     """Turns the first SIGTERM or Ctrl-C into a question to ask after each step; the next one ends.
 
     Of several processes any may get the signal, and each is at another step, so these ask each
-    other, but only where they wait for the devices anyway.
+    other, but only where they wait for the devices anyway. Outside the main thread, where Python
+    lets nobody handle signals, these stay as they are: see `signals_reach`.
 
     Args:
       alone: whether this process asks for itself, whatever the others do.
@@ -166,6 +167,9 @@ def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
             with contextlib.suppress(OSError):  # nobody reads it
                 os.write(2, b"\nstopping after the steps under way; once more to stop at once\n")
 
+    if not signals_reach():
+        yield requested
+        return
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     # Python calls `handle` between two of its instructions, and one may wait for the device for
     # long. A thread is told of each signal at once.
@@ -183,6 +187,11 @@ def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
         os.close(writer)  # which ends the thread
         watcher.join()
         os.close(reader)
+
+
+def signals_reach() -> bool:
+    """Whether this thread may handle signals, which is the main one alone."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def is_main() -> bool:

@@ -23,7 +23,7 @@ from flax_alexnet.build import (
     use_compilation_cache,
 )
 from flax_alexnet.checkpoint import Checkpoints
-from flax_alexnet.cluster import is_main, nobody_waits, stop_requests, total
+from flax_alexnet.cluster import is_main, nobody_waits, signals_reach, stop_requests, total
 from flax_alexnet.config import Config, OptimizerConfig
 from flax_alexnet.data.ahead import ahead
 from flax_alexnet.data.examples import mean_image
@@ -262,13 +262,13 @@ def introduce(config: Config, ready: Ready, start: int, total_steps: int) -> Non
     dtype = jnp.dtype(config.model.dtype)
     print(implementations(ready.layout.layers, platform, dtype, rows=rows))
     mesh = " x ".join(f"{name} {size}" for name, size in ready.layout.mesh.shape.items())
+    stops = "Ctrl-C stops" if signals_reach() else "No signal stops it outside the main thread"
     print(
         f"{config.recipe}: {len(ready.train):,} pictures of {ready.dataset.name} in "
         f"{len(ready.dataset.label_names)} classes, {len(ready.eval):,} to test on; steps "
         f"{start:,} to {total_steps:,} with {config.batch_size} pictures each on "
         f"{jax.device_count()} {jax.default_backend()} device(s) of {jax.process_count()} "
-        f"process(es), layout {ready.layout.name} ({mesh}). Ctrl-C stops; the same command goes "
-        "on.",
+        f"process(es), layout {ready.layout.name} ({mesh}). {stops}; the same command goes on.",
         flush=True,
     )
 
