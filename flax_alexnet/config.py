@@ -145,7 +145,8 @@ class Config:
     workdir: Path = Path("runs")
     """Where all that the run writes goes; starting again in the same place resumes."""
     allow_changes: bool = False
-    """Resume even though the configuration differs from the one that the run was started with."""
+    """Resume even though the configuration differs from the one that the run was started with; with
+    another batch size it goes on after the pictures that it has seen."""
     seed: int = 0
     """Determines initial values, the order of pictures and every random draw."""
     init_from: Path | None = None
@@ -157,9 +158,10 @@ class Config:
     batch_size: int = 128
     """Pictures in a step, over all devices."""
     epochs: float = 90.0
-    """Passes over the training pictures."""
+    """Passes over the training pictures; more of them lengthen a run that is there."""
     steps: int | None = None
-    """Stop after this many steps, even if the epochs are not over."""
+    """Stop after this many steps, of whatever batch size, even if the epochs are not over; more of
+    them lengthen a run that is there."""
     eval_epochs: float = 1.0
     """Epochs between evaluations; each is followed by a checkpoint."""
     log_every: int = 50
@@ -192,10 +194,13 @@ LOCAL = frozenset(
         "parallel.process_id",
     }
 )
-# What may also differ when a run is resumed: the result is the same but for rounding.
+# What may also differ when a run is resumed: its steps are the same but for rounding.
 FREE_TO_CHANGE = LOCAL | {
     "workdir",
     "allow_changes",
+    "batch_sizes",
+    "epochs",
+    "steps",
     "on_divergence",
     "save_patience",
     "data.max_bad",
@@ -367,7 +372,8 @@ def misfit(values: Mapping[str, Any]) -> str:
     Args:
       values: flat, as JSON has them; some may be missing, as in a file of an older version.
     """
-    hints = _hints(Config) | {  # beside the flags: facts on the data, and on what is started from
+    hints = _hints(Config) | {  # beside the flags: facts on the data, the past, and the start
+        "batch_sizes": tuple[tuple[int, int], ...],
         "dataset.train": int,
         "dataset.eval": int,
         "dataset.label_names": tuple[str, ...],

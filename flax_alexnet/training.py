@@ -36,6 +36,7 @@ from flax_alexnet.diagnosis import (
     plateau_remedies,
     plateau_warning,
 )
+from flax_alexnet.epochs import Epochs
 from flax_alexnet.errors import STOPPED, UserError
 from flax_alexnet.host_memory import keep_for_reuse
 from flax_alexnet.model import implementations
@@ -79,15 +80,23 @@ def train(config: Config) -> int:
 def run(config: Config, ready: Ready, started: float) -> int:
     """Trains on what is ready, as `train` says, since `started` by the monotonic clock."""
     layout, batch_size, workdir = ready.layout, config.batch_size, config.workdir
-    steps_per_epoch = len(ready.train) / batch_size
-    total_steps = math.ceil(config.epochs * steps_per_epoch)
-    total_steps = min(total_steps, config.steps or total_steps)
     if config.compilation_cache:
         use_compilation_cache()
 
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", 60 * config.save_patience, marker=workdir / SAVED
+    )
+    start = checkpoints.latest_step() or 0
+    epochs = ready.epochs.going_on(start, batch_size)
+    steps_per_epoch = epochs.pictures / batch_size
+    total_steps = epochs.steps(config.epochs)
+    total_steps = min(total_steps, config.steps or total_steps)
+
     key = jax.random.key(config.seed)
     model = make_model(config.model, ready.num_classes)
-    optimizer = make_optimizer(config.optimizer, steps_per_epoch, ready.layer_rates)
+    optimizer = make_optimizer(
+        config.optimizer, steps_per_epoch, ready.layer_rates, epochs.first_step
+    )
     init_fn = functools.partial(
         create_state,
         model=model,
@@ -97,9 +106,6 @@ def run(config: Config, ready: Ready, started: float) -> int:
     )
     template = state_template(init_fn, config.data.image_size, layout)
     step_fn, eval_fn = compile_steps(config, model, optimizer, layout, template, ready.frozen)
-    checkpoints = Checkpoints(
-        workdir / "checkpoints", 60 * config.save_patience, marker=workdir / SAVED
-    )
 
     def newest() -> tuple[int, TrainState]:
         """The newest step and state that were saved, or those before the first step.
@@ -121,7 +127,7 @@ def run(config: Config, ready: Ready, started: float) -> int:
             ready.train,
             batch_size,
             seed=config.seed,
-            start_step=step,
+            start=epochs.seen(step),
             threads=config.data.threads,
             rows=layout.rows(batch_size),
         )
@@ -135,13 +141,15 @@ def run(config: Config, ready: Ready, started: float) -> int:
         images = float(totals["images"])
         return {f"eval_{name}": float(totals[name]) / images for name in ("loss", "top1", "top5")}
 
-    start, state = newest()
-    step = start
-    complete = start >= total_steps and ready.summarized
+    step, state = newest()
+    complete = start >= total_steps and ready.summarized == start
     if is_main():
-        record(workdir, ready.identity)
+        changed = {"batch_sizes": epochs.parts} if len(epochs.parts) > 1 else {}
+        record(workdir, ready.identity | changed)
         print(layer_table(model, config.augment.crop_size))
-        introduce(config, ready, start, total_steps)
+        introduce(config, ready, epochs, start, total_steps)
+        if start > total_steps:
+            print(f"it has made {start:,} steps already, which stay, and makes no more")
         if complete:
             print(f"this run is complete; everything is in {workdir}")
     if complete:
@@ -154,7 +162,7 @@ def run(config: Config, ready: Ready, started: float) -> int:
     losses: collections.deque[tuple[int, jax.Array]] = collections.deque()  # not yet looked at
 
     def evaluations_due(step: int) -> int:
-        return math.floor(step / (config.eval_epochs * steps_per_epoch) + 1e-9)
+        return math.floor(epochs.fraction(step) / config.eval_epochs + 1e-9)
 
     def stopped() -> int:
         saved = step if checkpoints.saved() else checkpoints.latest_step() or 0
@@ -178,7 +186,7 @@ def run(config: Config, ready: Ready, started: float) -> int:
             losses.append((step, loss))
             rate.step()
             log.advance()
-            epoch = step / steps_per_epoch
+            epoch = min(epochs.epoch(step), config.epochs)
             last = step == total_steps
             logged = step % config.log_every == 0 or last
             due = evaluations_due(step) > evaluations_due(step - 1)
@@ -249,8 +257,13 @@ def run(config: Config, ready: Ready, started: float) -> int:
     return finish(config, ready, model, state, evaluated, rate.average(), started)
 
 
-def introduce(config: Config, ready: Ready, start: int, total_steps: int) -> None:
+def introduce(config: Config, ready: Ready, epochs: Epochs, start: int, total_steps: int) -> None:
     """Prints what is about to happen."""
+    if ready.changes and start:
+        print(
+            f"from step {start:,} on, {'; '.join(ready.changes)}. {epochs.seen(start):,} pictures "
+            f"have been seen, epoch {epochs.epoch(start):.2f}: the run goes on with the next"
+        )
     if ready.start and start == 0:
         print(ready.start.said)
     if ready.frozen:

@@ -28,7 +28,7 @@ def claim(
     *,
     free_to_change: Collection[str] = (),
     allow_changes: bool = False,
-) -> None:
+) -> tuple[Mapping[str, Any], list[str]]:
     """Makes `workdir`, and makes sure that a run of this configuration may use it.
 
     Args:
@@ -36,6 +36,10 @@ def claim(
       config: flat, such as `{"data.name": "cifar10"}`, with values as JSON has them.
       free_to_change: names whose values may differ from those that the run was started with.
       allow_changes: whether any may.
+
+    Returns:
+      The configuration that the run there had last, or `config`; and what else than
+      `free_to_change` has changed.
 
     Raises:
       UserError: it holds a run of another configuration (the difference is in the message), or
@@ -70,6 +74,7 @@ def claim(
             f"{workdir} holds a run of another configuration ({'; '.join(differences)}): take "
             "another --workdir, or --allow-changes to go on with the new one"
         )
+    return (config if problem else before), differences
 
 
 @contextlib.contextmanager
@@ -116,6 +121,15 @@ def record(workdir: Path, config: Mapping[str, Any]) -> None:
         write_json(workdir / "config.json", {"config": dict(config), "versions": versions})
     except OSError as error:
         raise UserError(_cannot_write(workdir, error)) from None
+
+
+def summarized_step(workdir: Path) -> int | None:
+    """The step that `summary.json` is of; None where there is none that can be read."""
+    try:
+        step = json.loads((workdir / "summary.json").read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None
 
 
 def _cannot_write(workdir: Path, error: OSError) -> str:
