@@ -165,7 +165,7 @@ class Config:
     eval_epochs: float = 1.0
     """Epochs between evaluations; each is followed by a checkpoint."""
     log_every: int = 50
-    """Steps between lines of metrics."""
+    """Steps between lines of metrics; there is one an epoch at least."""
     on_divergence: Literal["stop", "rollback"] = "stop"
     """When the loss or a gradient is not finite: stop, or go back to the last checkpoint with half
     the rate, three times at most."""

@@ -37,7 +37,7 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
                 axis.plot(
                     *zip(*points, strict=True), label={"eval": "test"}.get(part, part), **style
                 )
-        axis.set(xlabel="epoch", ylabel=label, ylim=(0, None))
+        axis.set(xlabel="epoch", ylabel=label, xlim=(0, None), ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend()
     _save(figure, path)

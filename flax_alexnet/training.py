@@ -43,10 +43,10 @@ from flax_alexnet.model import implementations
 from flax_alexnet.optimizer import applied_rate, backoff, reduce_on_plateau, with_backoff
 from flax_alexnet.preflight import Ready, check_and_open
 from flax_alexnet.report import RETRY_SECONDS, finish, layer_table, stopped_in
-from flax_alexnet.reporting import RunLog, SilentLog, Throughput
+from flax_alexnet.reporting import Clock, RunLog, SilentLog, Throughput
 from flax_alexnet.step import Totals, TrainState, create_state
 from flax_alexnet.weights.pretrained import Params
-from flax_alexnet.workdir import SAVED, record
+from flax_alexnet.workdir import SAVED, SECONDS, record
 
 LOOK_BACK = 2  # steps between making one and looking at its loss
 LEAST_BACKOFF = 1 / 8  # of the rate: after three halvings a run that diverges ends
@@ -80,6 +80,7 @@ def train(config: Config) -> int:
 def run(config: Config, ready: Ready, started: float) -> int:
     """Trains on what is ready, as `train` says, since `started` by the monotonic clock."""
     layout, batch_size, workdir = ready.layout, config.batch_size, config.workdir
+    clock = Clock(workdir / SECONDS, started)
     if config.compilation_cache:
         use_compilation_cache()
 
@@ -155,7 +156,7 @@ def run(config: Config, ready: Ready, started: float) -> int:
     if complete:
         return 0
 
-    log = RunLog(workdir, start, total_steps) if is_main() else SilentLog()
+    log = RunLog(workdir, start, total_steps, clock) if is_main() else SilentLog()
     checkpoints.say = log.say
     rate = Throughput(batch_size)
     batches = batches_from(start)
@@ -163,6 +164,11 @@ def run(config: Config, ready: Ready, started: float) -> int:
 
     def evaluations_due(step: int) -> int:
         return math.floor(epochs.fraction(step) / config.eval_epochs + 1e-9)
+
+    def line_due(step: int) -> bool:
+        """Whether there is a line of metrics: the first shows the start, and each epoch has one."""
+        short = steps_per_epoch < config.log_every and epochs.ends(step)
+        return step % config.log_every == 0 or step in (1, total_steps) or short
 
     def stopped() -> int:
         saved = step if checkpoints.saved() else checkpoints.latest_step() or 0
@@ -188,7 +194,7 @@ def run(config: Config, ready: Ready, started: float) -> int:
             log.advance()
             epoch = min(epochs.epoch(step), config.epochs)
             last = step == total_steps
-            logged = step % config.log_every == 0 or last
+            logged = line_due(step)
             due = evaluations_due(step) > evaluations_due(step - 1)
             stop = stop_requested(logged or due) and not last
             wait = logged or due or stop
@@ -254,7 +260,7 @@ def run(config: Config, ready: Ready, started: float) -> int:
 
     if not evaluated:  # all steps had been made, but the run was killed before its report
         evaluated = evaluate(state)
-    return finish(config, ready, model, state, evaluated, rate.average(), started)
+    return finish(config, ready, model, state, evaluated, clock)
 
 
 def introduce(config: Config, ready: Ready, epochs: Epochs, start: int, total_steps: int) -> None:

@@ -5,6 +5,7 @@ import fcntl
 import importlib.metadata
 import json
 import os
+import platform
 import shutil
 import socket
 import tempfile
@@ -18,7 +19,11 @@ from flax_alexnet.outputs import replacing
 
 SAVED = "saved"  # the marker of a run that has saved a checkpoint
 FOLDERS = ("checkpoints", "damaged", "tensorboard", "report")
-FILES = ("bad_records.jsonl", "config.json", "lock", "metrics.jsonl", SAVED, "summary.json")
+SECONDS = "seconds"  # the file that counts those of all sittings of a run
+FILES = (
+    *("bad_records.jsonl", "config.json", "lock", "metrics.jsonl"),
+    *(SAVED, SECONDS, "summary.json"),
+)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -111,16 +116,21 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def record(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Writes `config.json`: the configuration, and the versions of the packages that count.
+    """Writes `config.json`: the configuration and the `versions`.
 
     Raises:
       UserError: the directory cannot be written to.
     """
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     try:
-        write_json(workdir / "config.json", {"config": dict(config), "versions": versions})
+        write_json(workdir / "config.json", {"config": dict(config), "versions": versions()})
     except OSError as error:
         raise UserError(_cannot_write(workdir, error)) from None
+
+
+def versions() -> dict[str, str]:
+    """Those of Python and of the packages that count."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **found}
 
 
 def summarized_step(workdir: Path) -> int | None:
