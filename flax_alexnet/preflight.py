@@ -10,7 +10,7 @@ import jax
 
 from flax_alexnet.architectures import Conv, Dense, Layer, architecture, trace
 from flax_alexnet.checkpoint import digest, need_steps, set_aside_damaged
-from flax_alexnet.cluster import gather, is_main
+from flax_alexnet.cluster import gather, is_main, said_if_long
 from flax_alexnet.config import (
     FREE_TO_CHANGE,
     LOCAL,
@@ -74,15 +74,19 @@ def check_and_open(config: Config, held: contextlib.ExitStack) -> Ready:
 
 def use_devices() -> int:
     """The number of devices of all processes; UserError where JAX finds none."""
+    several = jax.distributed.is_initialized()
+    waiting = said_if_long("this process waits for JAX to find the devices of all processes")
     try:
-        return jax.device_count()
+        with waiting if several else contextlib.nullcontext():
+            return jax.device_count()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"JAX finds no device ({first_line(error)}): see JAX_PLATFORMS") from None
 
 
 def agree(identity: Mapping[str, Any], error: str) -> None:
     """Raises UserError on every process where one has an error, or another configuration."""
-    said = [json.loads(text) for text in gather(json.dumps({"error": error, "run": identity}))]
+    own = json.dumps({"error": error, "run": identity})
+    said = [json.loads(text) for text in gather(own, "open their data and agree on the run")]
     several = len(said) > 1
     for process, other in enumerate(said):
         if other["error"]:
