@@ -44,7 +44,7 @@ from flax_alexnet.data.examples import Examples, Found
 from flax_alexnet.data.loader import training_batches
 from flax_alexnet.optimizer import applied_rate
 from flax_alexnet.recipes import RECIPES
-from flax_alexnet.reporting import RunLog, Throughput
+from flax_alexnet.reporting import Clock, RunLog, Throughput
 from flax_alexnet.sharding import make_layout
 from flax_alexnet.step import create_state
 from flax_alexnet.training import train_means
@@ -115,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def loop_seconds(step: Callable[..., Any], state: Any, steps: int) -> tuple[float, Any]:
         """Seconds a step of the loop as `train` runs it, with its logs."""
-        log, rate = RunLog(Path(folder), 0, steps), Throughput(batch_size)
+        clock = Clock(Path(folder) / "seconds", time.monotonic())
+        log, rate = RunLog(Path(folder), 0, steps, clock), Throughput(batch_size)
         start = time.perf_counter()
         for number, batch in zip(range(1, steps + 1), placed, strict=False):
             state, loss = step(state, batch, key)

@@ -35,15 +35,22 @@ def make_model(config: ModelConfig, num_classes: int) -> AlexNet:
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps_per_epoch: float, layer_rates: Mapping[str, float] | None = None
+    config: OptimizerConfig,
+    steps_per_epoch: float,
+    layer_rates: Mapping[str, float] | None = None,
+    first_step: float = 0.0,
 ) -> optax.GradientTransformation:
-    """The optimizer that a configuration describes, with its epochs turned into steps."""
+    """The optimizer that a configuration describes, with its epochs turned into steps.
+
+    Epoch 0 begins at `first_step`; see `create_schedule`.
+    """
     drop_epochs = config.drop_epochs if config.schedule == "steps" else ()
     schedule = create_schedule(
         config.learning_rate,
-        boundaries=[round(epoch * steps_per_epoch) for epoch in drop_epochs],
+        boundaries=[round(first_step + epoch * steps_per_epoch) for epoch in drop_epochs],
         drop_factor=config.drop_factor,
         warmup_steps=round(config.warmup_epochs * steps_per_epoch),
+        first_step=first_step,
     )
     return create_optimizer(
         schedule,

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from flax_alexnet.errors import LOST, UserError, exit_code, first_line
 
 WATCHER = "signals"  # the name of the thread that is told of them
+PATIENCE = 5.0  # seconds of waiting for others that nothing is said of
 
 
 def join(
@@ -63,13 +64,16 @@ def join(
     # It would catch SIGTERM, and only tell those who ask.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            heartbeat_timeout_seconds=heartbeat_timeout,
-            cluster_detection_method=None if missing else "deactivate",
-        )
+        who = "this process" if process_id is None else f"process {process_id} of {num_processes}"
+        where = coordinator or f"the place that {cluster} says"
+        with said_if_long(f"{who} waits for the others at {where}"):
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                heartbeat_timeout_seconds=heartbeat_timeout,
+                cluster_detection_method=None if missing else "deactivate",
+            )
     except Exception as error:  # of a dozen kinds, those of the cluster's own packages among them
         raise UserError(
             f"cannot join the other processes ({cluster or 'by flags'}): {first_line(error)}; give "
@@ -134,7 +138,8 @@ def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
     """Turns the first SIGTERM or Ctrl-C into a question to ask after each step; the next one ends.
 
     Of several processes any may get the signal, and each is at another step, so these ask each
-    other, but only where they wait for the devices anyway.
+    other, but only where they wait for the devices anyway. Outside the main thread, where Python
+    lets nobody handle signals, these stay as they are: see `signals_reach`.
 
     Args:
       alone: whether this process asks for itself, whatever the others do.
@@ -153,7 +158,7 @@ def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
     def requested(waiting: bool) -> bool:
         if alone or jax.process_count() == 1:
             return pressed
-        return waiting and bool(total(np.array([pressed], np.int32))[0])
+        return waiting and bool(total(np.array([pressed], np.int32), "log a step")[0])
 
     def watch() -> None:
         seen = 0
@@ -166,6 +171,9 @@ def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
             with contextlib.suppress(OSError):  # nobody reads it
                 os.write(2, b"\nstopping after the steps under way; once more to stop at once\n")
 
+    if not signals_reach():
+        yield requested
+        return
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     # Python calls `handle` between two of its instructions, and one may wait for the device for
     # long. A thread is told of each signal at once.
@@ -185,26 +193,55 @@ def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
         os.close(reader)
 
 
+def signals_reach() -> bool:
+    """Whether this thread may handle signals, which is the main one alone."""
+    return threading.current_thread() is threading.main_thread()
+
+
 def is_main() -> bool:
     """Whether this is the process that writes and talks for all."""
     return jax.process_index() == 0
 
 
-def gather(text: str) -> list[str]:
-    """What each process says, in the order of processes; all must call it."""
+@contextlib.contextmanager
+def said_if_long(what: str) -> Iterator[None]:
+    """Says `what` on standard error if its block is not over after `PATIENCE` seconds."""
+    timer = threading.Timer(PATIENCE, print, [what], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def gather(text: str, purpose: str = "agree") -> list[str]:
+    """What each process says, in the order of processes; all must call it.
+
+    Args:
+      text: of this process.
+      purpose: what the processes meet for, which is said of one that waits for long.
+    """
     if jax.process_count() == 1:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(len(data)))
+    lengths = _all(np.int32(len(data)), purpose)
     padded = np.pad(data, (0, int(lengths.max()) - len(data)))
-    rows = multihost_utils.process_allgather(padded)
+    rows = _all(padded, purpose)
     return [
         bytes(row[:length]).decode() for row, length in zip(rows, lengths.tolist(), strict=True)
     ]
 
 
-def total(values: np.ndarray) -> np.ndarray:
-    """The sum of an int32 array over all processes; all must call it."""
+def total(values: np.ndarray, purpose: str = "add up their sums") -> np.ndarray:
+    """The sum of an int32 array over all processes; all must call it; `purpose` as of `gather`."""
     if jax.process_count() == 1:
         return values
-    return multihost_utils.process_allgather(values).sum(axis=0)
+    return _all(values, purpose).sum(axis=0)
+
+
+def _all(values: Any, purpose: str) -> np.ndarray:
+    """An array of each process, stacked."""
+    who = f"process {jax.process_index()} of {jax.process_count()}"
+    with said_if_long(f"{who} waits for the others to {purpose}"):
+        return multihost_utils.process_allgather(values)

@@ -2,6 +2,7 @@
 
 import builtins
 import dataclasses
+import fnmatch
 import json
 import re
 import types
@@ -100,7 +101,7 @@ class OptimizerConfig:
     decay_biases: bool = True
     """Whether biases decay; in the original code and Caffe they do not."""
     layer_rates: tuple[str, ...] = ()
-    """Multipliers of the rate of some layers, such as conv.*=0.1 fc8=10 (patterns of names)."""
+    """Multipliers of the rate of layers, such as 'conv*=0.1' fc8=10; patterns as of --freeze."""
     clip_norm: float | None = None
     """Global norm down to which gradients are scaled; none: not at all."""
     schedule: Literal["constant", "steps", "plateau"] = "constant"
@@ -144,24 +145,27 @@ class Config:
     workdir: Path = Path("runs")
     """Where all that the run writes goes; starting again in the same place resumes."""
     allow_changes: bool = False
-    """Resume even though the configuration differs from the one that the run was started with."""
+    """Resume even though the configuration differs from the one that the run was started with; with
+    another batch size it goes on after the pictures that it has seen."""
     seed: int = 0
     """Determines initial values, the order of pictures and every random draw."""
     init_from: Path | None = None
     """Start from a trained net: a weight file (see convert) or a run's --workdir. Its variant and
     preprocessing become the defaults; its last layer is replaced where the classes differ."""
     freeze: tuple[str, ...] = ()
-    """Layers that keep their values, such as conv1,conv2 or conv.* (patterns of names)."""
+    """Layers that keep their values: names or patterns (as of files, or regular expressions), such
+    as conv1,conv2 or 'conv*' or 'fc[67]'."""
     batch_size: int = 128
     """Pictures in a step, over all devices."""
     epochs: float = 90.0
-    """Passes over the training pictures."""
+    """Passes over the training pictures; more of them lengthen a run that is there."""
     steps: int | None = None
-    """Stop after this many steps, even if the epochs are not over."""
+    """Stop after this many steps, of whatever batch size, even if the epochs are not over; more of
+    them lengthen a run that is there."""
     eval_epochs: float = 1.0
     """Epochs between evaluations; each is followed by a checkpoint."""
     log_every: int = 50
-    """Steps between lines of metrics."""
+    """Steps between lines of metrics; there is one an epoch at least."""
     on_divergence: Literal["stop", "rollback"] = "stop"
     """When the loss or a gradient is not finite: stop, or go back to the last checkpoint with half
     the rate, three times at most."""
@@ -190,10 +194,13 @@ LOCAL = frozenset(
         "parallel.process_id",
     }
 )
-# What may also differ when a run is resumed: the result is the same but for rounding.
+# What may also differ when a run is resumed: its steps are the same but for rounding.
 FREE_TO_CHANGE = LOCAL | {
     "workdir",
     "allow_changes",
+    "batch_sizes",
+    "epochs",
+    "steps",
     "on_divergence",
     "save_patience",
     "data.max_bad",
@@ -340,12 +347,20 @@ def layer_rates(config: Config, names: Sequence[str]) -> dict[str, float]:
 
 
 def _matching(flag: str, pattern: str, names: Sequence[str]) -> list[str]:
+    """The names that a pattern means: a regular expression, else a pattern as of file names.
+
+    Raises:
+      UserError: it means none.
+    """
+    problem = ""
     try:
-        found = [name for name in names if re.fullmatch(pattern, name)]
+        regular = pattern.replace("[!", "[^")  # which means the same in patterns of file names
+        found = [name for name in names if re.fullmatch(regular, name)]
     except re.error as error:
-        raise UserError(f"--{flag} {pattern} is no pattern: {error}") from None
+        found, problem = [], f"{pattern} is no pattern: {error}"
+    found = found or fnmatch.filter(names, pattern)
     if not found:
-        raise UserError(f"--{flag}: {unknown('layer', pattern, names)}")
+        raise UserError(f"--{flag}: {problem or unknown('layer', pattern, names)}")
     return found
 
 
@@ -357,7 +372,8 @@ def misfit(values: Mapping[str, Any]) -> str:
     Args:
       values: flat, as JSON has them; some may be missing, as in a file of an older version.
     """
-    hints = _hints(Config) | {  # beside the flags: facts on the data, and on what is started from
+    hints = _hints(Config) | {  # beside the flags: facts on the data, the past, and the start
+        "batch_sizes": tuple[tuple[int, int], ...],
         "dataset.train": int,
         "dataset.eval": int,
         "dataset.label_names": tuple[str, ...],

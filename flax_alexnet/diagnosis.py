@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_alexnet.architectures import Conv, Dense, activation_names, architecture
 from flax_alexnet.model import AlexNet
@@ -16,6 +17,7 @@ from flax_alexnet.model import AlexNet
 # own initial values it is within 0.03 % after one epoch and two, with He et al.'s 20 % below.
 PLATEAU = 0.01
 PLATEAU_EPOCHS = 5  # in which a loss that does not move is worth a warning
+LARGE_SCALE = 0.1  # of grey levels: more, and what the net sees is far from a deviation of 1
 
 
 def largest_activation(
@@ -79,14 +81,38 @@ def new_plateau(evaluations: Sequence[tuple[float, float]], classes: int) -> boo
     return bool(counting) and found == [len(counting) - 1]
 
 
-def plateau_warning(classes: int, dead: Mapping[str, float]) -> str:
-    """What to say of a loss that `on_plateau`, with what `dead_units` found."""
+def plateau_warning(classes: int, dead: Mapping[str, float], remedies: Sequence[str]) -> str:
+    """What to say of a loss that `on_plateau`, with what `dead_units` found and what may help."""
     shares = ", ".join(f"{layer} {share:.0%}" for layer, share in dead.items())
     return (
         f"warning: the loss has not moved from ln({classes}) = {math.log(classes):.3f}; "
-        f"dead units: {shares or 'not looked for'}. It may help to take --model.initialization he "
-        "with --augment.scale 0.015625, another --optimizer.learning-rate, or more epochs"
+        f"dead units: {shares or 'not looked for'}. It may help to take {', or '.join(remedies)}"
     )
+
+
+def plateau_remedies(
+    *,
+    pretrained: bool,
+    frozen: bool,
+    initialization: str,
+    scale: float | Sequence[float],
+) -> list[str]:
+    """What may bring a run off the plateau, of what it does not have yet.
+
+    Args:
+      pretrained: whether it started from a trained net, whose preprocessing is to stay.
+      frozen: whether any layers keep their values.
+      initialization: "published" or "he".
+      scale: what grey levels are multiplied with.
+    """
+    if pretrained:
+        thaw = ["fewer layers with --freeze"] if frozen else []
+        return [*thaw, "a higher --optimizer.learning-rate", "more epochs"]
+    initial = ["--model.initialization he"] if initialization != "he" else []
+    if np.max(scale) > LARGE_SCALE:
+        initial.append("--augment.scale 0.015625")
+    together = [" with ".join(initial)] if initial else []
+    return [*together, "another --optimizer.learning-rate", "more epochs"]
 
 
 def divergence(step: int, rate: float, layer: str, largest: float, saved: int | None) -> str:

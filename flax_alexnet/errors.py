@@ -1,6 +1,7 @@
 """Mistakes of the user, one line that says what was wrong, and how a process ends."""
 
 import difflib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -47,8 +48,20 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1].replace("udc", "x") for c in text)
 
 
+def escape_output() -> None:
+    r"""Lets standard output and error write what their encoding lacks as escapes, such as \u2192.
+
+    Else it would end a command where the locale, or PYTHONIOENCODING, is Latin-1 or ASCII. What
+    somebody has put in their place, as notebooks do, stays as it is.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def leave(main: Callable[[], int]) -> NoReturn:
     """Runs a command and ends the process with what it returns."""
+    escape_output()
     try:
         code = main()
         sys.stdout.flush()

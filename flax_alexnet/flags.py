@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from flax_alexnet.errors import UserError
+from flax_alexnet.errors import UserError, escape_output
 
 T = TypeVar("T")
 
@@ -54,11 +54,14 @@ def need_png(flag: str, path: Path | None) -> None:
 def parse(schema: type[T], argv: Sequence[str], default: T | None, program: str) -> T:
     """`default` with the flags of `argv` applied; None where `schema` has positional arguments.
 
+    Every command begins here, and from here on prints what the terminal cannot show as escapes.
+
     Raises:
       UserError: an unknown flag, with the nearest one, or a value that is not of its type or
         names another user's home that is not there.
       SystemExit: after `--help`.
     """
+    escape_output()
     start: Any = tyro.MISSING_NONPROP if default is None else default
     if {"-h", "--help"} & set(argv):
         return tyro.cli(schema, args=argv, default=start, prog=program)

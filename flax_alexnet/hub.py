@@ -152,7 +152,9 @@ def save_folder(
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError(f"{folder} is not empty; take another folder")
-        (folder / CARD).write_text(model_card(net, repository, license_id, accuracy))
+        (folder / CARD).write_text(
+            model_card(net, repository, license_id, accuracy), encoding="utf-8"
+        )
     except OSError as error:
         raise UserError(f"cannot write {folder}: {first_line(error)}; take another path") from None
     native.save(net, folder / WEIGHTS)

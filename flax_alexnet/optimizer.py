@@ -85,6 +85,7 @@ def create_schedule(
     boundaries: Sequence[int] = (),
     drop_factor: float = 0.1,
     warmup_steps: int = 0,
+    first_step: float = 0.0,
 ) -> Schedule:
     """A rate that rises linearly during warm-up and is multiplied by a factor at each boundary.
 
@@ -93,6 +94,7 @@ def create_schedule(
       boundaries: steps from which on the rate is multiplied by `drop_factor` once more.
       drop_factor: in (0, 1); the paper divides by 10.
       warmup_steps: steps over which the rate rises; step 0 has 1 / `warmup_steps` of it.
+      first_step: at which warm-up begins; not 0 where a run goes on with another batch size.
 
     Returns:
       A function of the step, int32[] to float32[].
@@ -104,7 +106,8 @@ def create_schedule(
         )
         rate = learning_rate * jnp.float32(drop_factor) ** drops
         if warmup_steps:
-            rate = rate * jnp.minimum(1.0, (step + 1).astype(jnp.float32) / warmup_steps)
+            made = (step + 1).astype(jnp.float32) - first_step
+            rate = rate * jnp.minimum(1.0, made / warmup_steps)
         return rate
 
     return schedule

@@ -3,7 +3,7 @@
 Functions of plain arrays, each of which writes one PNG; folders on the way to it are made.
 """
 
-import warnings
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 110
+USUAL = "DejaVu Sans"  # the font that matplotlib brings along
 
 
 def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
@@ -37,7 +38,7 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
                 axis.plot(
                     *zip(*points, strict=True), label={"eval": "test"}.get(part, part), **style
                 )
-        axis.set(xlabel="epoch", ylabel=label, ylim=(0, None))
+        axis.set(xlabel="epoch", ylabel=label, xlim=(0, None), ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend()
     _save(figure, path)
@@ -352,8 +353,12 @@ def _name(label_names: Sequence[str], label: int) -> str:
 
 
 def _short(text: str, length: int) -> str:
-    """At most `length` characters: from a longer text the middle is left out."""
+    """At most `length` characters: from a longer text the middle is left out.
+
+    A character that no font has is escaped.
+    """
     text = text.encode(errors="replace").decode()  # file names need not be Unicode
+    text = "".join(c if _font(c) else ascii(c)[1:-1] for c in text)
     if len(text) <= length:
         return text
     return f"{text[: length // 2]}…{text[len(text) - (length - 1) // 2 :]}"
@@ -372,7 +377,39 @@ def _figure(size: tuple[float, float]) -> "Figure":
 
 
 def _save(figure: "Figure", path: Path) -> None:
+    from matplotlib.text import Text  # late, as in `_figure`
+
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text), "what was asked for"
+        others = {_font(c) for c in text.get_text() if not c.isascii()} - {""}
+        text.set_fontfamily([*text.get_fontfamily(), *sorted(others)])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # names in scripts that the font does not have
-        figure.savefig(path, dpi=DPI, bbox_inches="tight")
+    figure.savefig(path, dpi=DPI, bbox_inches="tight")
+
+
+def _font(character: str) -> str:
+    """The font that has a character: `USUAL`, else the first of the system's; "" where none has."""
+    from matplotlib.font_manager import FontProperties, fontManager, weight_dict
+
+    def found(name: str) -> bool:
+        path = fontManager.findfont(FontProperties(family=[name]))
+        return ord(character) in _characters(path)
+
+    if found(USUAL):
+        return USUAL
+    upright = sorted(
+        entry.name
+        for entry in fontManager.ttflist
+        if (entry.style, entry.stretch) == ("normal", "normal")
+        and weight_dict.get(str(entry.weight), entry.weight) == weight_dict["normal"]
+        and not entry.name.startswith("Last Resort")  # has a box for every character
+    )
+    return next((name for name in upright if found(name)), "")
+
+
+@functools.cache
+def _characters(path: str) -> frozenset[int]:
+    """The characters that a font file has."""
+    from matplotlib.font_manager import get_font
+
+    return frozenset(get_font(path).get_charmap())

@@ -10,7 +10,7 @@ import jax
 
 from flax_alexnet.architectures import Conv, Dense, Layer, architecture, trace
 from flax_alexnet.checkpoint import digest, need_steps, set_aside_damaged
-from flax_alexnet.cluster import gather, is_main
+from flax_alexnet.cluster import gather, is_main, said_if_long
 from flax_alexnet.config import (
     FREE_TO_CHANGE,
     LOCAL,
@@ -22,12 +22,13 @@ from flax_alexnet.config import (
 from flax_alexnet.data.bad_records import BadRecords
 from flax_alexnet.data.examples import Examples, open_examples
 from flax_alexnet.data.sources import Dataset, Source, open_dataset
+from flax_alexnet.epochs import Epochs, Part
 from flax_alexnet.errors import UserError, first_line
 from flax_alexnet.reporting import read_metrics
 from flax_alexnet.sharding import Layout, make_layout
 from flax_alexnet.weights.finetuning import Start, start_from
 from flax_alexnet.weights.reading import load
-from flax_alexnet.workdir import SAVED, claim, locked, need_room
+from flax_alexnet.workdir import SAVED, claim, locked, need_room, summarized_step
 
 
 class Ready(NamedTuple):
@@ -44,7 +45,9 @@ class Ready(NamedTuple):
     layer_rates: dict[str, float]
     share: slice  # of the pictures: those that this process tries, and adds up for their mean
     identity: dict[str, Any]  # the configuration and the data, as JSON has them
-    summarized: bool  # whether the run has been ended before
+    changes: list[str]  # in it since the run was here last
+    epochs: Epochs  # of the steps made so far
+    summarized: int | None  # the step of the run's summary
     evaluations: list[tuple[int, float, float]]  # step, epoch and loss of those made before
 
 
@@ -71,15 +74,19 @@ def check_and_open(config: Config, held: contextlib.ExitStack) -> Ready:
 
 def use_devices() -> int:
     """The number of devices of all processes; UserError where JAX finds none."""
+    several = jax.distributed.is_initialized()
+    waiting = said_if_long("this process waits for JAX to find the devices of all processes")
     try:
-        return jax.device_count()
+        with waiting if several else contextlib.nullcontext():
+            return jax.device_count()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"JAX finds no device ({first_line(error)}): see JAX_PLATFORMS") from None
 
 
 def agree(identity: Mapping[str, Any], error: str) -> None:
     """Raises UserError on every process where one has an error, or another configuration."""
-    said = [json.loads(text) for text in gather(json.dumps({"error": error, "run": identity}))]
+    own = json.dumps({"error": error, "run": identity})
+    said = [json.loads(text) for text in gather(own, "open their data and agree on the run")]
     several = len(said) > 1
     for process, other in enumerate(said):
         if other["error"]:
@@ -131,7 +138,7 @@ def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
     }
     if config.init_from:
         identity["init_from.sha256"] = digest(net.params)
-    claim(
+    before, changes = claim(
         config.workdir,
         identity,
         free_to_change=FREE_TO_CHANGE,
@@ -156,9 +163,24 @@ def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
         rates,
         share,
         identity,
-        (config.workdir / "summary.json").exists(),
+        changes,
+        Epochs(len(dataset.train), _parts(before, config)),
+        summarized_step(config.workdir),
         _evaluations(config.workdir / "metrics.jsonl"),
     )
+
+
+def _parts(before: Mapping[str, Any], config: Config) -> tuple[Part, ...]:
+    """The batch sizes of a run's steps, as its configuration has them."""
+    recorded = before.get("batch_sizes") or [[0, before.get("batch_size", config.batch_size)]]
+    parts = tuple(Part(step, size) for step, size in recorded)
+    steps = [part.step for part in parts]
+    if steps != sorted({0, *steps}) or min(part.batch_size for part in parts) < 1:
+        raise UserError(
+            f"{config.workdir / 'config.json'} has batch_sizes {recorded}, where steps from 0 on, "
+            "each with a batch size, are expected; mend it, or take another --workdir"
+        )
+    return parts
 
 
 def _evaluations(path: Path) -> list[tuple[int, float, float]]:

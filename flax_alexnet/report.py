@@ -25,9 +25,9 @@ from flax_alexnet.model import AlexNet
 from flax_alexnet.outputs import replacing
 from flax_alexnet.plots import plot_curves, plot_kernels, plot_predictions
 from flax_alexnet.preflight import Ready
-from flax_alexnet.reporting import read_metrics
+from flax_alexnet.reporting import Clock, average_rate, read_metrics
 from flax_alexnet.step import TrainState
-from flax_alexnet.workdir import write_json
+from flax_alexnet.workdir import versions, write_json
 
 RETRY_SECONDS = 10  # between attempts to write what is left at the end
 
@@ -46,26 +46,34 @@ def finish(
     model: AlexNet,
     state: TrainState,
     evaluated: dict[str, float],
-    images_per_second: float,
-    started: float,
+    clock: Clock,
 ) -> int:
     """Draws the report, writes the summary, and prints the last line; returns an exit code."""
     params = collected(state.params, ready.layout)
     if not is_main():
         return 0
     mean = jnp.asarray(np.asarray(state.mean))
+    metrics = read_metrics(config.workdir / "metrics.jsonl")
     summary = {
         "step": int(state.step),
         **evaluated,
-        "seconds": time.monotonic() - started,
-        "images_per_second": images_per_second,
+        "seconds": clock.seconds(),
+        "images_per_second": average_rate(metrics),
         "peak_memory_bytes": peak_memory(),
         "params_sha256": digest(params),
+        "platform": jax.default_backend(),
+        "device_kind": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "layout": ready.layout.name,
+        "mesh": dict(ready.layout.mesh.shape),
+        "versions": versions(),
     }
 
     def report() -> None:
         draw_report(
-            config.workdir,
+            config.workdir / "report",
+            metrics,
             params,
             mean,
             model,
@@ -73,6 +81,7 @@ def finish(
             ready.dataset.label_names,
             config.augment,
         )
+        clock.keep()
         write_json(config.workdir / "summary.json", summary)  # last: it marks the run as complete
 
     if not keep_trying(report, config.save_patience):
@@ -86,7 +95,8 @@ def finish(
 
 
 def draw_report(
-    workdir: Path,
+    folder: Path,
+    metrics: Sequence[dict[str, Any]],
     params: Any,
     mean: jax.Array,
     model: AlexNet,
@@ -94,10 +104,9 @@ def draw_report(
     label_names: Sequence[str],
     settings: AugmentConfig,
 ) -> None:
-    """Draws `report/`: the curves, the first layer's kernels, and eight predictions."""
-    folder = workdir / "report"
+    """Draws the curves, the first layer's kernels, and eight predictions into `folder`."""
     with replacing(folder / "curves.png") as path:
-        plot_curves(read_metrics(workdir / "metrics.jsonl"), path)
+        plot_curves(metrics, path)
     with replacing(folder / "conv1.png") as path:
         plot_kernels(params["conv1"]["kernel"], path, architecture(model.variant).groups)
     order = np.random.default_rng(0).permutation(len(examples))

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,14 @@ class RunLog:
       start_step: where this part of the run starts. What an interrupted one logged beyond that
         step is removed, since those steps are made again.
       total_steps: where it ends.
+      clock: kept with each line.
 
     Raises:
       UserError: what is there is damaged, or the files cannot be written.
     """
 
-    def __init__(self, workdir: Path, start_step: int, total_steps: int):
-        self._workdir = workdir
+    def __init__(self, workdir: Path, start_step: int, total_steps: int, clock: "Clock"):
+        self._workdir, self._clock = workdir, clock
         self._failing = False
         self._files = contextlib.ExitStack()
         self.rewind(start_step)
@@ -79,6 +80,7 @@ class RunLog:
 
     def write(self, metrics: dict[str, Any]) -> None:
         """One line of metrics; it has a "step" and an "epoch"."""
+        self._clock.keep()
         self._lines.add(json.dumps(metrics))
         self._events.add(metrics)
         try:
@@ -115,10 +117,42 @@ class RunLog:
 
     def close(self) -> None:
         """Closes the files."""
+        self._clock.keep()
         self._bar.close()
         with contextlib.suppress(OSError):  # which `write` and `sync` have said
             self._flush()
         self._files.close()
+
+
+class Clock:
+    """Seconds that a run has taken over all its sittings.
+
+    They are kept in a file: what a kill takes is the time since the last line of metrics.
+
+    Args:
+      path: the file; it may not be there.
+      started: of this sitting, by the monotonic clock.
+    """
+
+    def __init__(self, path: Path, started: float):
+        self._path, self._started, self._before = path, started, 0.0
+        try:
+            self._before = float(path.read_text()) if path.exists() else 0.0
+        except (OSError, ValueError):
+            print(f"{path} has no number of seconds; they are counted from 0", flush=True)
+
+    def seconds(self) -> float:
+        """Of all sittings, this one until now."""
+        return self._before + time.monotonic() - self._started
+
+    def keep(self) -> None:
+        """Writes them over those in the file; they need no room that these did not have."""
+        with contextlib.suppress(OSError):  # a full disk, which `RunLog` says
+            file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
+            try:
+                os.pwrite(file, f"{self.seconds():.3f}\n".encode(), 0)
+            finally:
+                os.close(file)
 
 
 class Lines:
@@ -240,8 +274,7 @@ class Throughput:
 
     def __init__(self, batch_size: int):
         self._batch_size = batch_size
-        self._seconds = self._all_seconds = 0.0
-        self._steps = self._all_steps = 0
+        self._seconds, self._steps = 0.0, 0
         self._started: float | None = None  # None: paused
 
     def step(self) -> None:
@@ -258,14 +291,19 @@ class Throughput:
     def lap(self) -> dict[str, float]:
         """Images per second since the last lap."""
         rate = {"images_per_second": self._steps * self._batch_size / self._seconds}
-        self._all_seconds += self._seconds
-        self._all_steps += self._steps
         self._seconds, self._steps = 0.0, 0
         return rate
 
-    def average(self) -> float:
-        """Images per second over all laps."""
-        return self._all_steps * self._batch_size / self._all_seconds if self._all_steps else 0.0
+
+def average_rate(metrics: Iterable[Mapping[str, Any]]) -> float:
+    """Images per second over all lines of training; each has the rate of what came before it."""
+    epochs = time_taken = before = 0.0
+    for line in metrics:
+        if "images_per_second" in line:
+            epochs += line["epoch"] - before
+            time_taken += (line["epoch"] - before) / line["images_per_second"]
+            before = line["epoch"]
+    return epochs / time_taken if time_taken else 0.0
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from flax_alexnet.build import (
     use_compilation_cache,
 )
 from flax_alexnet.checkpoint import Checkpoints
-from flax_alexnet.cluster import is_main, nobody_waits, stop_requests, total
+from flax_alexnet.cluster import is_main, nobody_waits, signals_reach, stop_requests, total
 from flax_alexnet.config import Config, OptimizerConfig
 from flax_alexnet.data.ahead import ahead
 from flax_alexnet.data.examples import mean_image
@@ -33,18 +33,20 @@ from flax_alexnet.diagnosis import (
     divergence,
     largest_activation,
     new_plateau,
+    plateau_remedies,
     plateau_warning,
 )
+from flax_alexnet.epochs import Epochs
 from flax_alexnet.errors import STOPPED, UserError
 from flax_alexnet.host_memory import keep_for_reuse
 from flax_alexnet.model import implementations
 from flax_alexnet.optimizer import applied_rate, backoff, reduce_on_plateau, with_backoff
 from flax_alexnet.preflight import Ready, check_and_open
 from flax_alexnet.report import RETRY_SECONDS, finish, layer_table, stopped_in
-from flax_alexnet.reporting import RunLog, SilentLog, Throughput
+from flax_alexnet.reporting import Clock, RunLog, SilentLog, Throughput
 from flax_alexnet.step import Totals, TrainState, create_state
 from flax_alexnet.weights.pretrained import Params
-from flax_alexnet.workdir import SAVED, record
+from flax_alexnet.workdir import SAVED, SECONDS, record
 
 LOOK_BACK = 2  # steps between making one and looking at its loss
 LEAST_BACKOFF = 1 / 8  # of the rate: after three halvings a run that diverges ends
@@ -78,15 +80,24 @@ def train(config: Config) -> int:
 def run(config: Config, ready: Ready, started: float) -> int:
     """Trains on what is ready, as `train` says, since `started` by the monotonic clock."""
     layout, batch_size, workdir = ready.layout, config.batch_size, config.workdir
-    steps_per_epoch = len(ready.train) / batch_size
-    total_steps = math.ceil(config.epochs * steps_per_epoch)
-    total_steps = min(total_steps, config.steps or total_steps)
+    clock = Clock(workdir / SECONDS, started)
     if config.compilation_cache:
         use_compilation_cache()
 
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", 60 * config.save_patience, marker=workdir / SAVED
+    )
+    start = checkpoints.latest_step() or 0
+    epochs = ready.epochs.going_on(start, batch_size)
+    steps_per_epoch = epochs.pictures / batch_size
+    total_steps = epochs.steps(config.epochs)
+    total_steps = min(total_steps, config.steps or total_steps)
+
     key = jax.random.key(config.seed)
     model = make_model(config.model, ready.num_classes)
-    optimizer = make_optimizer(config.optimizer, steps_per_epoch, ready.layer_rates)
+    optimizer = make_optimizer(
+        config.optimizer, steps_per_epoch, ready.layer_rates, epochs.first_step
+    )
     init_fn = functools.partial(
         create_state,
         model=model,
@@ -96,9 +107,6 @@ def run(config: Config, ready: Ready, started: float) -> int:
     )
     template = state_template(init_fn, config.data.image_size, layout)
     step_fn, eval_fn = compile_steps(config, model, optimizer, layout, template, ready.frozen)
-    checkpoints = Checkpoints(
-        workdir / "checkpoints", 60 * config.save_patience, marker=workdir / SAVED
-    )
 
     def newest() -> tuple[int, TrainState]:
         """The newest step and state that were saved, or those before the first step.
@@ -120,7 +128,7 @@ def run(config: Config, ready: Ready, started: float) -> int:
             ready.train,
             batch_size,
             seed=config.seed,
-            start_step=step,
+            start=epochs.seen(step),
             threads=config.data.threads,
             rows=layout.rows(batch_size),
         )
@@ -134,26 +142,33 @@ def run(config: Config, ready: Ready, started: float) -> int:
         images = float(totals["images"])
         return {f"eval_{name}": float(totals[name]) / images for name in ("loss", "top1", "top5")}
 
-    start, state = newest()
-    step = start
-    complete = start >= total_steps and ready.summarized
+    step, state = newest()
+    complete = start >= total_steps and ready.summarized == start
     if is_main():
-        record(workdir, ready.identity)
+        changed = {"batch_sizes": epochs.parts} if len(epochs.parts) > 1 else {}
+        record(workdir, ready.identity | changed)
         print(layer_table(model, config.augment.crop_size))
-        introduce(config, ready, start, total_steps)
+        introduce(config, ready, epochs, start, total_steps)
+        if start > total_steps:
+            print(f"it has made {start:,} steps already, which stay, and makes no more")
         if complete:
             print(f"this run is complete; everything is in {workdir}")
     if complete:
         return 0
 
-    log = RunLog(workdir, start, total_steps) if is_main() else SilentLog()
+    log = RunLog(workdir, start, total_steps, clock) if is_main() else SilentLog()
     checkpoints.say = log.say
     rate = Throughput(batch_size)
     batches = batches_from(start)
     losses: collections.deque[tuple[int, jax.Array]] = collections.deque()  # not yet looked at
 
     def evaluations_due(step: int) -> int:
-        return math.floor(step / (config.eval_epochs * steps_per_epoch) + 1e-9)
+        return math.floor(epochs.fraction(step) / config.eval_epochs + 1e-9)
+
+    def line_due(step: int) -> bool:
+        """Whether there is a line of metrics: the first shows the start, and each epoch has one."""
+        short = steps_per_epoch < config.log_every and epochs.ends(step)
+        return step % config.log_every == 0 or step in (1, total_steps) or short
 
     def stopped() -> int:
         saved = step if checkpoints.saved() else checkpoints.latest_step() or 0
@@ -177,9 +192,9 @@ def run(config: Config, ready: Ready, started: float) -> int:
             losses.append((step, loss))
             rate.step()
             log.advance()
-            epoch = step / steps_per_epoch
+            epoch = min(epochs.epoch(step), config.epochs)
             last = step == total_steps
-            logged = step % config.log_every == 0 or last
+            logged = line_due(step)
             due = evaluations_due(step) > evaluations_due(step - 1)
             stop = stop_requested(logged or due) and not last
             wait = logged or due or stop
@@ -222,7 +237,13 @@ def run(config: Config, ready: Ready, started: float) -> int:
                 evaluations.append((epoch, evaluated["eval_loss"]))
                 if new_plateau(evaluations, classes):
                     dead = dead_units(model, *inside(config, ready, state))
-                    log.say(plateau_warning(classes, dead))
+                    remedies = plateau_remedies(
+                        pretrained=config.init_from is not None,
+                        frozen=bool(ready.frozen),
+                        initialization=config.model.initialization,
+                        scale=config.augment.scale,
+                    )
+                    log.say(plateau_warning(classes, dead, remedies))
                 if due and config.optimizer.schedule == "plateau":
                     state = lower_rate(state, evaluated, config.optimizer)
                 checkpoints.save(step, state, evaluated, first=log.sync)
@@ -239,11 +260,16 @@ def run(config: Config, ready: Ready, started: float) -> int:
 
     if not evaluated:  # all steps had been made, but the run was killed before its report
         evaluated = evaluate(state)
-    return finish(config, ready, model, state, evaluated, rate.average(), started)
+    return finish(config, ready, model, state, evaluated, clock)
 
 
-def introduce(config: Config, ready: Ready, start: int, total_steps: int) -> None:
+def introduce(config: Config, ready: Ready, epochs: Epochs, start: int, total_steps: int) -> None:
     """Prints what is about to happen."""
+    if ready.changes and start:
+        print(
+            f"from step {start:,} on, {'; '.join(ready.changes)}. {epochs.seen(start):,} pictures "
+            f"have been seen, epoch {epochs.epoch(start):.2f}: the run goes on with the next"
+        )
     if ready.start and start == 0:
         print(ready.start.said)
     if ready.frozen:
@@ -255,13 +281,13 @@ def introduce(config: Config, ready: Ready, start: int, total_steps: int) -> Non
     dtype = jnp.dtype(config.model.dtype)
     print(implementations(ready.layout.layers, platform, dtype, rows=rows))
     mesh = " x ".join(f"{name} {size}" for name, size in ready.layout.mesh.shape.items())
+    stops = "Ctrl-C stops" if signals_reach() else "No signal stops it outside the main thread"
     print(
         f"{config.recipe}: {len(ready.train):,} pictures of {ready.dataset.name} in "
         f"{len(ready.dataset.label_names)} classes, {len(ready.eval):,} to test on; steps "
         f"{start:,} to {total_steps:,} with {config.batch_size} pictures each on "
         f"{jax.device_count()} {jax.default_backend()} device(s) of {jax.process_count()} "
-        f"process(es), layout {ready.layout.name} ({mesh}). Ctrl-C stops; the same command goes "
-        "on.",
+        f"process(es), layout {ready.layout.name} ({mesh}). {stops}; the same command goes on.",
         flush=True,
     )
 

@@ -5,6 +5,7 @@ import fcntl
 import importlib.metadata
 import json
 import os
+import platform
 import shutil
 import socket
 import tempfile
@@ -18,7 +19,11 @@ from flax_alexnet.outputs import replacing
 
 SAVED = "saved"  # the marker of a run that has saved a checkpoint
 FOLDERS = ("checkpoints", "damaged", "tensorboard", "report")
-FILES = ("bad_records.jsonl", "config.json", "lock", "metrics.jsonl", SAVED, "summary.json")
+SECONDS = "seconds"  # the file that counts those of all sittings of a run
+FILES = (
+    *("bad_records.jsonl", "config.json", "lock", "metrics.jsonl"),
+    *(SAVED, SECONDS, "summary.json"),
+)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -28,7 +33,7 @@ def claim(
     *,
     free_to_change: Collection[str] = (),
     allow_changes: bool = False,
-) -> None:
+) -> tuple[Mapping[str, Any], list[str]]:
     """Makes `workdir`, and makes sure that a run of this configuration may use it.
 
     Args:
@@ -36,6 +41,10 @@ def claim(
       config: flat, such as `{"data.name": "cifar10"}`, with values as JSON has them.
       free_to_change: names whose values may differ from those that the run was started with.
       allow_changes: whether any may.
+
+    Returns:
+      The configuration that the run there had last, or `config`; and what else than
+      `free_to_change` has changed.
 
     Raises:
       UserError: it holds a run of another configuration (the difference is in the message), or
@@ -70,6 +79,7 @@ def claim(
             f"{workdir} holds a run of another configuration ({'; '.join(differences)}): take "
             "another --workdir, or --allow-changes to go on with the new one"
         )
+    return (config if problem else before), differences
 
 
 @contextlib.contextmanager
@@ -106,16 +116,30 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def record(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Writes `config.json`: the configuration, and the versions of the packages that count.
+    """Writes `config.json`: the configuration and the `versions`.
 
     Raises:
       UserError: the directory cannot be written to.
     """
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     try:
-        write_json(workdir / "config.json", {"config": dict(config), "versions": versions})
+        write_json(workdir / "config.json", {"config": dict(config), "versions": versions()})
     except OSError as error:
         raise UserError(_cannot_write(workdir, error)) from None
+
+
+def versions() -> dict[str, str]:
+    """Those of Python and of the packages that count."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **found}
+
+
+def summarized_step(workdir: Path) -> int | None:
+    """The step that `summary.json` is of; None where there is none that can be read."""
+    try:
+        step = json.loads((workdir / "summary.json").read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None
 
 
 def _cannot_write(workdir: Path, error: OSError) -> str:

@@ -81,7 +81,7 @@ class TestSkipping:
         expected = [[place.get(label, label) for label in row] for row in whole]
         for threads, step in ((4, 0), (1, 3), (4, 6)):
             examples = kind(Damaged(), 2, on_bad=ignore)
-            batches = training_batches(examples, 8, seed=1, threads=threads, start_step=step)
+            batches = training_batches(examples, 8, seed=1, threads=threads, start=8 * step)
             assert labels(batches, 8 - step) == expected[step:]
 
     def test_a_process_reads_the_same_rows(self, kind):

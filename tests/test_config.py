@@ -1,6 +1,7 @@
 """The command line: recipes, flags over them, and mistakes in one line."""
 
 import dataclasses
+import io
 
 import pytest
 
@@ -86,6 +87,19 @@ def test_help_shows_every_flag(capsys):
     assert stop.value.code == 0
     said = capsys.readouterr().out
     assert all(flag in said for flag in known_flags(Config()) if not flag.startswith("--no-"))
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+@pytest.mark.parametrize("command", [*sorted({*cli.COMMANDS} - {"hub"}), "hub push"])
+def test_help_is_printed_in_any_encoding(command, encoding, monkeypatch):
+    output = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(output, encoding=encoding))
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    print("→ 猫 \udcff", flush=True)
+    assert "usage" in output.getvalue().decode(encoding)
+    assert output.getvalue().endswith(b"\\u2192 \\u732b \\udcff\n")
 
 
 def test_the_console_script_lists_commands_and_suggests_the_nearest(capsys):

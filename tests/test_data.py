@@ -68,9 +68,15 @@ class TestOrder:
         whole = labels(training_batches(Numbers(30), 8, seed=1), 15)
         assert whole == labels(training_batches(Numbers(30), 8, seed=1, threads=7), 15)
         for step in (1, 4, 11):
-            resumed = training_batches(Numbers(30), 8, seed=1, start_step=step)
+            resumed = training_batches(Numbers(30), 8, seed=1, start=8 * step)
             assert labels(resumed, 15 - step) == whole[step:]
         assert whole != labels(training_batches(Numbers(30), 8, seed=2), 15)
+
+    def test_batches_of_another_size_go_on_with_the_next_picture(self):
+        stream = joined(labels(training_batches(Numbers(30), 8, seed=1), 15))
+        for start in (5, 40):
+            resumed = labels(training_batches(Numbers(30), 20, seed=1, start=start), 4)
+            assert joined(resumed) == stream[start : start + 80]
 
     @pytest.mark.parametrize("processes", [2, 4])
     def test_processes_read_blocks_of_the_same_batches(self, processes):

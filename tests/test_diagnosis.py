@@ -14,6 +14,7 @@ from flax_alexnet.diagnosis import (
     largest_activation,
     new_plateau,
     on_plateau,
+    plateau_remedies,
     plateau_warning,
 )
 
@@ -96,11 +97,32 @@ def test_a_plateau_is_new_once_and_early(evaluations, expected):
     assert new_plateau(evaluations, 10) is expected
 
 
+NET = {"pretrained": False, "frozen": False, "initialization": "published", "scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("run", "expected", "has_it"),
+    [
+        ({}, "--model.initialization he with --augment.scale 0.015625", "--freeze"),
+        ({"initialization": "he"}, "--augment.scale 0.015625", "initialization"),
+        ({"scale": 1 / 64}, "--model.initialization he", "--augment.scale"),
+        ({"scale": (0.017, 0.018, 0.017), "initialization": "he"}, "another", "--augment.scale"),
+        ({"pretrained": True, "frozen": True}, "fewer layers with --freeze", "initialization"),
+        ({"pretrained": True}, "a higher --optimizer.learning-rate", "--freeze"),
+    ],
+)
+def test_what_may_help_is_nothing_that_the_run_has(run, expected, has_it):
+    remedies = plateau_remedies(**{**NET, **run})
+    assert remedies[0].startswith(expected)
+    assert has_it not in " ".join(remedies)
+    assert remedies[-1] == "more epochs"
+
+
 def test_what_is_said_is_one_line_with_all_that_counts():
-    said = plateau_warning(10, {"conv1": 0.25, "fc6": 1.0})
+    said = plateau_warning(10, {"conv1": 0.25, "fc6": 1.0}, ["this", "that"])
     assert "ln(10) = 2.303" in said
     assert "conv1 25%, fc6 100%" in said
-    assert "--model.initialization he" in said
+    assert said.endswith("It may help to take this, or that")
     said = divergence(1234, 0.02, "conv2", jnp.inf, 1000)
     assert "at step 1,234, at a learning rate of 0.02" in said
     assert "inf, in conv2" in said

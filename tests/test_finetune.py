@@ -11,6 +11,7 @@ import pytest
 from small_nets import make_net
 
 from flax_alexnet.checkpoint import Checkpoints, newest_whole, restore_model
+from flax_alexnet.config import Config, OptimizerConfig, frozen_layers, layer_rates
 from flax_alexnet.convert import main as convert
 from flax_alexnet.recipes import parse_config
 from flax_alexnet.train import main
@@ -185,9 +186,35 @@ def test_flags_override_what_the_file_says(weights):
 
 
 @pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("conv*", [1, 2, 3, 4, 5]),  # as of file names
+        ("conv?", [1, 2, 3, 4, 5]),
+        ("*[12]", [1, 2]),
+        ("conv[!1]", [2, 3, 4, 5]),
+        ("*[!1-6]", [7, 8]),
+        ("conv.*", [1, 2, 3, 4, 5]),  # regular expressions
+        ("conv[^1]", [2, 3, 4, 5]),
+        ("conv[1-3]", [1, 2, 3]),
+        ("conv1|fc[67]", [1, 6, 7]),
+        ("fc.", [6, 7, 8]),
+        ("conv1,conv2", [1, 2]),
+    ],
+)
+def test_layers_are_named_by_patterns_of_either_kind(pattern, expected):
+    names = [f"conv{n}" for n in range(1, 6)] + [f"fc{n}" for n in range(6, 9)]
+    frozen = frozen_layers(Config(freeze=(pattern,)), names)
+    assert sorted(int(name[-1]) for name in frozen) == expected
+    if "," not in pattern:
+        rates = OptimizerConfig(layer_rates=(f"{pattern}=0.1",))
+        assert layer_rates(Config(optimizer=rates), names) == dict.fromkeys(frozen, 0.1)
+
+
+@pytest.mark.parametrize(
     ("more", "says"),
     [
         (["--freeze", "conv9"], "did you mean 'conv"),
+        (["--freeze", "*"], "leaves no layer to train"),
         (["--freeze", "fc8", "--model.num-classes", "9"], "and would stay random"),
         (["--freeze", "conv.*,fc.*"], "leaves no layer to train"),
         (["--freeze", "(("], "is no pattern"),

@@ -13,7 +13,7 @@ from tensorboardX.proto import event_pb2
 from flax_alexnet.config import AugmentConfig
 from flax_alexnet.errors import UserError
 from flax_alexnet.report import draw_report, keep_trying
-from flax_alexnet.reporting import RunLog
+from flax_alexnet.reporting import Clock, RunLog
 from flax_alexnet.workdir import write_json
 
 # Trains twice: undisturbed, and in a small file system of its own that is full from step 8 to 20
@@ -125,7 +125,7 @@ def test_a_run_lives_through_a_full_disk_and_a_read_only_one(data_dir, tmp_path)
     assert "Traceback" not in done.stderr
     assert "threads that wait for minutes: []" in said
     assert lines(tmp_path / "run") == lines(tmp_path / "usual"), "no line is missing or doubled"
-    assert events(tmp_path / "run") == list(range(2, 41, 2))
+    assert events(tmp_path / "run") == [1, *range(2, 41, 2)]
     both = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "usual")]
     assert both[0]["params_sha256"] == both[1]["params_sha256"]
     saved = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
@@ -174,10 +174,9 @@ def test_a_picture_that_cannot_be_written_is_named_and_the_one_before_stays(tmp_
     before.parent.mkdir()
     before.write_bytes(b"whole")
     line = {"step": 1, "epoch": 1, "eval_loss": 2, "eval_top1": 0, "train_loss": 2, "train_top1": 0}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(line))
 
     def action():
-        draw_report(tmp_path, net.params, None, net.model, [], [], AugmentConfig())
+        draw_report(before.parent, [line], net.params, None, net.model, [], [], AugmentConfig())
 
     with pytest.raises(UserError, match=rf"No space left on device: '{before}'; make room, and"):
         keep_trying(action, minutes=0)
@@ -200,7 +199,7 @@ def test_files_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(Path, "replace", watched_replace)
     write_json(tmp_path / "config.json", {})
-    RunLog(tmp_path, 0, 1).close()
+    RunLog(tmp_path, 0, 1, Clock(tmp_path / "seconds", 0.0)).close()
     partial = [Path(name).name for name in synced if "partial" in name]
     assert partial == [".config.partial.json", ".metrics.partial.jsonl"]
 

@@ -122,6 +122,15 @@ def test_schedule_warms_up_and_drops():
     assert rates == pytest.approx([0.02, 0.04, 0.08, 0.08, 0.08, 0.04, 0.04, 0.02])
 
 
+def test_a_schedule_goes_on_with_another_batch_size():
+    """Two steps with half the batches: as one of the schedule of whole ones, which drops at 10."""
+    settings = {"drop_factor": 0.5, "warmup_steps": 4}
+    whole = create_schedule(0.08, boundaries=[10], **settings)
+    later = create_schedule(0.08, boundaries=[11], **settings, first_step=1.0)
+    for step in range(2, 20):
+        assert float(later(jnp.int32(step))) == float(whole(jnp.int32(step - 1)))
+
+
 def test_plateau_divides_the_rate_three_times_and_keeps_count_in_the_state():
     optimizer = create_optimizer(0.01)
     params = {"fc6": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((2,))}}

@@ -4,6 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib.font_manager import fontManager
 from PIL import Image
 from small_nets import make_net
 
@@ -22,7 +25,8 @@ from flax_alexnet.plots import (
 from flax_alexnet.weights import native
 
 RNG = np.random.default_rng(0)
-ODD_NAME = "$a$_\\b{猫"  # no formula, and not in the font
+ODD_NAME = "$a$_\\b{\U0010fffd"  # no formula, and in no font
+DRAWN_NAME = "$a$_\\b{\\U0010fffd"
 
 
 @pytest.fixture
@@ -36,6 +40,29 @@ def figures(monkeypatch):
     return saved
 
 
+@pytest.fixture
+def cat_font(tmp_path):
+    """A font of the system that has one character more than matplotlib's own: 猫, as a square."""
+    pen = TTGlyphPen(None)
+    for place, point in enumerate([(100, 0), (100, 800), (900, 800), (900, 0)]):
+        (pen.lineTo if place else pen.moveTo)(point)
+    pen.closePath()
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "cat"])
+    builder.setupCharacterMap({ord("猫"): "cat"})
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "cat": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "cat": (1000, 100)})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "A Cat", "styleName": "Regular"})
+    builder.setupOS2(sTypoAscender=800, usWeightClass=400)
+    builder.setupPost()
+    builder.save(tmp_path / "cat.ttf")
+    before = fontManager.ttflist.copy()
+    fontManager.addfont(tmp_path / "cat.ttf")
+    yield "A Cat"
+    fontManager.ttflist[:] = before
+
+
 def titles(figure):
     return [axis.get_title() for axis in figure.axes]
 
@@ -46,6 +73,22 @@ def texts(axis):
 
 def images_of(shape):
     return RNG.integers(0, 256, (*shape, 8, 8, 3), np.uint8)
+
+
+def test_names_are_drawn_in_a_font_that_has_them(cat_font, figures, tmp_path):
+    names = ["$猫$ é", "cat", "Katze \U0010fffd"]
+    plot_confusion(np.eye(3, dtype=int), names, tmp_path / "c.png")  # warnings are errors
+    drawn = figures[0].axes[0].get_xticklabels()
+    assert [label.get_text() for label in drawn] == [*names[:2], "Katze \\U0010fffd"]
+    assert cat_font in drawn[0].get_fontfamily()
+    assert cat_font not in drawn[1].get_fontfamily() + drawn[2].get_fontfamily()
+    picture = np.asarray(Image.open(tmp_path / "c.png"))
+    fontManager.ttflist[:] = [font for font in fontManager.ttflist if font.name != cat_font]
+    if plots._font("猫") == "":
+        plot_confusion(np.eye(3, dtype=int), names, tmp_path / "c.png")
+        label = figures[1].axes[0].get_xticklabels()[0]
+        assert label.get_text() == "$\\u732b$ é"
+        assert not np.array_equal(Image.open(tmp_path / "c.png"), picture)
 
 
 def test_color_selectivity():
@@ -102,7 +145,7 @@ def test_grad_cam_lies_over_the_whole_picture(figures, tmp_path):
     maps = np.zeros((2, 2, 2))
     maps[0, 0, 1] = 3.0
     plot_grad_cam(images_of(()), maps, ["cat", ODD_NAME], tmp_path / "g.png")
-    assert titles(figures[0]) == ["", "cat", ODD_NAME]
+    assert titles(figures[0]) == ["", "cat", DRAWN_NAME]
     heat = np.asarray(figures[0].axes[1].images[1].get_array())
     assert heat.shape == (8, 8)
     assert heat[0, 7] == heat.max() == 3
@@ -138,7 +181,8 @@ def test_neighbours(figures, tmp_path):
     distances = np.array([[0.5, 1, 12345], [2, 3, 4]])
     names = [["a", "b", "c"], ["d", ODD_NAME, "x" * 30]]
     plot_neighbours(queries, neighbours, distances, ["p", "q"], names, tmp_path / "n.png")
-    assert titles(figures[0]) == ["p", *names[0], "q", *names[1][:2], "x" * 12 + "…" + "x" * 11]
+    shown = ["d", DRAWN_NAME, "x" * 12 + "…" + "x" * 11]
+    assert titles(figures[0]) == ["p", *names[0], "q", *shown]
     below = [axis.get_xlabel() for axis in figures[0].axes]
     assert below == ["query", "0.5", "1", "1.234e+04", "query", "2", "3", "4"]
     np.testing.assert_array_equal(figures[0].axes[4].images[0].get_array(), queries[1])
@@ -156,7 +200,7 @@ def test_predictions(figures, tmp_path):
         images[:1], None, probabilities, names, tmp_path / "p.png", titles=["x\udcff.jpg"]
     )
     known, unknown = figures
-    names.append("class 6")
+    names[-1:] = [DRAWN_NAME, "class 6"]
     assert titles(known)[:4] == [names[best[0, 1]], "", "a", "a"]
     assert texts(known.axes[4]) == [names[label] for label in best[0, :5]]
     colors = [[bar.get_facecolor() for bar in axis.patches] for axis in known.axes[4:6]]

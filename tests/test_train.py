@@ -57,6 +57,7 @@ def test_a_run_leaves_what_the_design_promises(finished):
         "metrics.jsonl",
         "report",
         "saved",
+        "seconds",
         "summary.json",
         "tensorboard",
     }
@@ -70,8 +71,20 @@ def test_a_run_leaves_what_the_design_promises(finished):
         "images_per_second",
         "peak_memory_bytes",
         "params_sha256",
+        "platform",
+        "device_kind",
+        "devices",
+        "processes",
+        "layout",
+        "mesh",
+        "versions",
     }
     assert summary["step"] == 12
+    where = ("platform", "device_kind", "devices", "processes", "layout", "mesh")
+    assert [summary[name] for name in where] == ["cpu", "cpu", 8, 1, "data", {"data": 8}]
+    assert {"python", "jax", "jaxlib"} < set(summary["versions"])
+    assert summary["versions"] == read(workdir, "config.json")["versions"]
+    assert summary["images_per_second"] > 0
     assert 0 <= summary["eval_top1"] <= summary["eval_top5"] <= 1
     assert len(summary["params_sha256"]) == 64
     assert {path.name for path in (workdir / "report").iterdir()} == {
@@ -91,7 +104,7 @@ def test_a_run_leaves_what_the_design_promises(finished):
 def test_metrics_are_lines_of_named_fractions(finished):
     training = [line for line in lines(finished[0]) if "train_loss" in line]
     evaluation = [line for line in lines(finished[0]) if "eval_loss" in line]
-    assert [line["step"] for line in training] == [4, 8, 12]
+    assert [line["step"] for line in training] == [1, 4, 8, 12]
     # 64 pictures in batches of 8: an evaluation each 6 steps, and at the end.
     assert [line["step"] for line in evaluation] == [6, 12]
     for line in training:
@@ -289,8 +302,7 @@ def test_plateau_state_is_in_the_checkpoint(data_dir, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(arguments(whole, data_dir, *plateau, "--steps", "24")) == 0
     assert main(arguments(parts, data_dir, *plateau, "--steps", "12")) == 0
-    more = [*plateau, "--steps", "24", "--allow-changes"]
-    assert main(arguments(parts, data_dir, *more)) == 0
+    assert main(arguments(parts, data_dir, *plateau, "--steps", "24")) == 0
     rates = [
         [line["learning_rate"] for line in lines(path) if "learning_rate" in line]
         for path in (whole, parts)
@@ -299,6 +311,81 @@ def test_plateau_state_is_in_the_checkpoint(data_dir, tmp_path):
     assert (
         read(whole, "summary.json")["params_sha256"] == read(parts, "summary.json")["params_sha256"]
     )
+
+
+def test_a_complete_run_is_lengthened_and_not_shortened(finished, data_dir, tmp_path, capsys):
+    """In a thread, as a window or a notebook's page starts it."""
+    workdir = shutil.copytree(finished[0], tmp_path / "runs")
+    codes = []
+
+    def train(steps):
+        thread = threading.Thread(
+            target=lambda: codes.append(main(arguments(workdir, data_dir, "--steps", str(steps))))
+        )
+        thread.start()
+        thread.join()
+        return capsys.readouterr().out
+
+    said = train(13)
+    assert "steps 12 to 13" in said
+    assert "No signal stops it outside the main thread" in said
+    summary = read(workdir, "summary.json")
+    assert summary["step"] == 13
+    assert summary["seconds"] > read(finished[0], "summary.json")["seconds"] + 0.1
+    assert float((workdir / "seconds").read_text()) == pytest.approx(summary["seconds"], abs=30)
+    assert summary["images_per_second"] > 0
+    said = train(5)
+    assert "it has made 13 steps already, which stay, and makes no more" in said
+    assert "this run is complete" in said
+    assert codes == [0, 0]
+    assert read(workdir, "summary.json") == summary
+
+    (workdir / "summary.json").write_text(json.dumps(summary | {"step": 12}))
+    (workdir / "seconds").write_text("1000\n")
+    assert "test accuracy" in train(13), "a summary of fewer steps is made anew"
+    summary = read(workdir, "summary.json")
+    assert (summary["step"], summary["images_per_second"] > 0) == (13, True)
+    assert 1000 < summary["seconds"] < 1600
+
+
+def test_another_batch_size_goes_on_in_pictures(data_dir, tmp_path, capsys):
+    """64 pictures in batches of 24 to the end of epoch 1 and beyond, then of 8, then of 24."""
+    flags = [
+        *("--steps", "99", "--log-every", "99", "--eval-epochs", "0.5", "--save-patience", "0"),
+        *("--optimizer.schedule", "steps", "--optimizer.drop-epochs", "1.5"),
+        *("--model.variant", "cuda_convnet_cifar10"),  # compiles sooner
+        *("--data.image-size", "16", "--augment.crop-size", "12"),
+    ]
+    said = []
+    for batch_size, epochs in (("24", "1"), ("8", "2"), ("24", "3")):
+        more = ["--batch-size", batch_size, "--epochs", epochs]
+        if said:
+            text = refused(capsys, arguments(tmp_path, data_dir, *flags, *more))
+            assert "(batch_size was" in text
+            assert "epochs" not in text, "more of them are no change"
+            more.append("--allow-changes")
+        assert main(arguments(tmp_path, data_dir, *flags, *more)) == 0
+        said.append(capsys.readouterr().out)
+    assert [re.search(r"steps (\d+ to \d+)", text)[1] for text in said] == [
+        "0 to 3",  # 72 pictures
+        "3 to 10",  # 128
+        "10 to 13",  # 200
+    ]
+    assert (
+        "from step 3 on, batch_size was 24, is now 8. 72 pictures have been seen, epoch 1.00"
+        in (said[1])
+    )
+    logged = [line for line in lines(tmp_path) if "train_loss" in line]
+    assert [(line["step"], line["epoch"]) for line in logged] == [
+        *((1, 24 / 64), (3, 1), (10, 2), (13, 3)),
+    ]
+    evaluated = [line for line in lines(tmp_path) if "eval_loss" in line]
+    assert [(line["step"], line["epoch"]) for line in evaluated] == [
+        *((2, 48 / 64), (3, 1), (6, 1.5), (10, 2), (12, 176 / 64), (13, 3)),
+    ]
+    assert [line["learning_rate"] for line in logged] == pytest.approx([0.01] * 2 + [0.001] * 2)
+    config = read(tmp_path, "config.json")["config"]
+    assert config["batch_sizes"] == [[0, 24], [3, 8], [10, 24]]
 
 
 def refused(capsys, argv):
@@ -423,7 +510,7 @@ def test_a_run_that_diverges_goes_back_with_half_the_rate_three_times(data_dir, 
 
 def test_a_plateau_is_warned_of_once(data_dir, tmp_path, capsys):
     """The notebook's own initial values on small pictures: the README says that they stall."""
-    plateau = ["--model.initialization", "published", "--allow-changes"]
+    plateau = ["--model.initialization", "published"]
     said = []
     for steps in ("18", "24"):  # not even after a restart
         assert main(arguments(tmp_path, data_dir, *plateau, "--steps", steps)) == 0
@@ -431,6 +518,7 @@ def test_a_plateau_is_warned_of_once(data_dir, tmp_path, capsys):
     warning = "warning: the loss has not moved from ln(10) = 2.303"
     assert [text.count(warning) for text in said] == [1, 0]
     assert re.search(r"conv1 \d+%.* fc7 \d+%", said[0])
+    assert "take --model.initialization he, or another" in said[0], "it has the small scale"
 
 
 def test_a_healthy_run_is_not_warned(finished):

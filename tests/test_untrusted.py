@@ -14,7 +14,7 @@ from flax_alexnet.data.sources import open_dataset
 from flax_alexnet.errors import UserError, printable
 from flax_alexnet.prepare import prepare
 from flax_alexnet.recipes import QUICKSTART, RECIPES
-from flax_alexnet.reporting import RunLog
+from flax_alexnet.reporting import Clock, RunLog
 from flax_alexnet.weights.reading import load
 from flax_alexnet.workdir import FILES, claim, locked, record
 
@@ -136,7 +136,7 @@ class TestWorkingDirectories:
         for link in (f"{stem}{end}.partial" for stem, end in names):
             (tmp_path / link).symlink_to(mine)
         record(tmp_path, CONFIG)
-        RunLog(tmp_path, 0, 1).close()
+        RunLog(tmp_path, 0, 1, Clock(tmp_path / "seconds", 0.0)).close()
         assert mine.read_text() == "mine"
         assert not (tmp_path / "config.json").is_symlink()
 

@@ -1,7 +1,7 @@
 """The order of pictures, and batches of them, with Grain.
 
-Which pictures a batch holds, and in which order, follows from (seed, step) alone: not from the
-number of processes or threads, nor from where a run was interrupted.
+Which pictures a batch holds, and in which order, follows from the seed and the number of pictures
+before it alone: not from the number of processes or threads, nor from where a run was interrupted.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +21,11 @@ def training_batches(
     batch_size: int,
     *,
     seed: int,
-    start_step: int = 0,
+    start: int = 0,
     threads: int = 2,
     rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Batches without end, each epoch a new permutation, from the one of `start_step` on.
+    """Batches without end, each epoch a new permutation, after the first `start` pictures.
 
     The stream of pictures is cut into batches of `batch_size`, which may span two epochs, so
     that every picture is seen equally often. The place of one that cannot be read is taken by the
@@ -38,7 +38,7 @@ def training_batches(
         return {"image": images, "label": labels}
 
     order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
-    return _batches(order, take, batch_size, start_step, threads, rows)
+    return _batches(order, take, batch_size, start, threads, rows)
 
 
 def evaluation_batches(
@@ -69,24 +69,28 @@ def evaluation_batches(
 
 
 class _Batches(grain.MapDataset):
-    """Some rows of each batch of an order of indices, all of which `read` reads at once."""
+    """Some rows of each batch of an order of indices, all of which `read` reads at once.
+
+    The first batch begins at place `start` of the order.
+    """
 
     def __init__(
         self,
         order: Any,
         read: Callable[[Sequence[int]], Batch],
         batch_size: int,
+        start: int,
         rows: Sequence[int],
     ):
         super().__init__(order)
-        self._read, self._batch_size = read, batch_size
+        self._read, self._batch_size, self._start = read, batch_size, start
         self._rows = [int(row) for row in rows]
 
     def __len__(self) -> int:
-        return len(self._parent) // self._batch_size
+        return (len(self._parent) - self._start) // self._batch_size
 
     def __getitem__(self, index: Any) -> Any:
-        first = index * self._batch_size
+        first = self._start + index * self._batch_size
         return self._read([int(self._parent[first + row]) for row in self._rows])
 
 
@@ -101,9 +105,7 @@ def _batches(
     if not flags.FLAGS.is_parsed():  # Grain reads a flag of absl's, and this is no absl program
         flags.FLAGS.mark_as_parsed()
     rows = range(batch_size) if rows is None else rows
-    dataset = _Batches(order, read, batch_size, rows)
+    dataset = _Batches(order, read, batch_size, start, rows)
     # Each thread makes a whole batch: two ahead of each keep the device fed without much memory.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    iterator = iter(dataset.to_iter_dataset(options))
-    grain.experimental.set_next_index(iterator, start)
-    return iterator
+    return iter(dataset.to_iter_dataset(options))
