@@ -44,10 +44,10 @@ class TestConfigurationFiles:
             ({"optimizer.momentum": "0.9"}, "optimizer.momentum '0.9', where float is expected"),
             ({"optimizer.drop_epochs": [True]}, "optimizer.drop_epochs [True], where tuple[float"),
             ({"augment.scale": [1, 2]}, "augment.scale [1, 2], where float | tuple[float, float"),
-            ({"model.dtype": "float16"}, "model.dtype 'float16', where typing.Literal['float32'"),
+            ({"model.dtype": "float16"}, "model.dtype 'float16', where Literal['float32'"),
             ({"dataset.label_names": "ab"}, "dataset.label_names 'ab', where tuple[str, ...] is"),
             ({"data.threads": "2"}, "data.threads '2', where int is expected"),  # free to change
-            ({"data.data_dir": 7}, "data.data_dir 7, where pathlib.Path | None is expected"),
+            ({"data.data_dir": 7}, "data.data_dir 7, where Path | None is expected"),
         ],
     )
     def test_a_run_refuses_keys_and_values_that_it_did_not_write(self, tmp_path, change, message):
