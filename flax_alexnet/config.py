@@ -383,7 +383,9 @@ def misfit(values: Mapping[str, Any]) -> str:
         if name not in hints:
             return f"an {unknown('key', printable(name), hints, shown=('those of --help',))}"
         if not _fits(value, hint := hints[name]):
-            expected = hint.__name__ if isinstance(hint, type) else hint
+            # Without modules: a path's is another in each version of Python.
+            whole = hint.__name__ if isinstance(hint, type) else str(hint)
+            expected = re.sub(r"(\w+\.)+(?=\w)", "", whole)
             return f"{name} {value!r}, where {expected} is expected"
     return ""
 

@@ -67,7 +67,12 @@ def check_and_open(config: Config, held: contextlib.ExitStack) -> Ready:
     assert ready is not None, "an error has ended all processes"
     # Now that the main process has set aside what is damaged, all must see the same.
     left = sorted(path.name for path in config.workdir.glob("checkpoints/*") if path.name.isdigit())
-    seen = {"checkpoints": left, "summary": ready.summarized, "evaluations": ready.evaluations}
+    seen = {
+        "checkpoints": left,
+        "batch_sizes": ready.epochs.parts,
+        "summary": ready.summarized,
+        "evaluations": ready.evaluations,
+    }
     agree(seen, error="")
     return ready
 
@@ -164,13 +169,13 @@ def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
         share,
         identity,
         changes,
-        Epochs(len(dataset.train), _parts(before, config)),
+        Epochs(len(dataset.train), recorded_parts(before, config)),
         summarized_step(config.workdir),
         _evaluations(config.workdir / "metrics.jsonl"),
     )
 
 
-def _parts(before: Mapping[str, Any], config: Config) -> tuple[Part, ...]:
+def recorded_parts(before: Mapping[str, Any], config: Config) -> tuple[Part, ...]:
     """The batch sizes of a run's steps, as its configuration has them."""
     recorded = before.get("batch_sizes") or [[0, before.get("batch_size", config.batch_size)]]
     parts = tuple(Part(step, size) for step, size in recorded)

@@ -534,5 +534,10 @@ def test_photographs_in_class_folders_train(shared_data, tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / path.name).symlink_to(path)
     argv = arguments(tmp_path / "runs", tmp_path, "--data.name", f"folder:{tmp_path / 'pictures'}")
-    assert main(argv) == 0
+    assert main([*argv, "--steps", "999", "--epochs", "2.5", "--log-every", "99"]) == 0
     assert np.isfinite(read(tmp_path / "runs", "summary.json")["eval_loss"])
+    training = [line for line in lines(tmp_path / "runs") if "train_loss" in line]
+    epochs = [line["epoch"] for line in training]
+    assert epochs[0] == 8 / 180, "the curve starts with the first step"
+    assert set(epochs) > {1, 2}, "a line an epoch, though --log-every is 99"
+    assert epochs[-1] == 2.5

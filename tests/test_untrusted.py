@@ -12,6 +12,7 @@ from PIL import Image
 from flax_alexnet.config import FREE_TO_CHANGE, flatten, misfit
 from flax_alexnet.data.sources import open_dataset
 from flax_alexnet.errors import UserError, printable
+from flax_alexnet.preflight import recorded_parts
 from flax_alexnet.prepare import prepare
 from flax_alexnet.recipes import QUICKSTART, RECIPES
 from flax_alexnet.reporting import Clock, RunLog
@@ -38,14 +39,15 @@ class TestConfigurationFiles:
             ({"seed": [0]}, "seed [0], where int is expected"),
             ({"seed": False}, "seed False, where int is expected"),
             ({"seed": 0.0}, "seed 0.0, where int is expected"),
+            ({"batch_sizes": [[0]]}, "batch_sizes [[0]], where tuple[tuple[int, int]"),
             ({"model.width": None}, "model.width None, where float is expected"),
             ({"optimizer.momentum": "0.9"}, "optimizer.momentum '0.9', where float is expected"),
             ({"optimizer.drop_epochs": [True]}, "optimizer.drop_epochs [True], where tuple[float"),
             ({"augment.scale": [1, 2]}, "augment.scale [1, 2], where float | tuple[float, float"),
-            ({"model.dtype": "float16"}, "model.dtype 'float16', where typing.Literal['float32'"),
+            ({"model.dtype": "float16"}, "model.dtype 'float16', where Literal['float32'"),
             ({"dataset.label_names": "ab"}, "dataset.label_names 'ab', where tuple[str, ...] is"),
             ({"data.threads": "2"}, "data.threads '2', where int is expected"),  # free to change
-            ({"data.data_dir": 7}, "data.data_dir 7, where pathlib.Path | None is expected"),
+            ({"data.data_dir": 7}, "data.data_dir 7, where Path | None is expected"),
         ],
     )
     def test_a_run_refuses_keys_and_values_that_it_did_not_write(self, tmp_path, change, message):
@@ -60,6 +62,14 @@ class TestConfigurationFiles:
         assert message in str(error.value)
         assert "\n" not in str(error.value)
         claim(tmp_path, CONFIG, allow_changes=True)  # the new configuration takes its place
+
+    @pytest.mark.parametrize(
+        "record",
+        [{"batch_size": 0}, *({"batch_sizes": s} for s in ([[0, 0]], [[5, 8]], [[0, 8], [0, 9]]))],
+    )
+    def test_batch_sizes_that_no_run_had_are_one_line(self, record):
+        with pytest.raises(UserError, match=r"config\.json has batch_sizes \[\["):
+            recorded_parts(record, QUICKSTART)
 
     @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
     def test_what_a_run_writes_fits(self, recipe):
