@@ -83,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: FeaturesConfig) -> None:
     """Writes and draws what `config` asks for."""
     if config.data.name:
-        source, _ = open_for_use(config.data.name, config.data.data_dir, config.data.split)
+        source, note = open_for_use(**vars(config.data))
+        if note:
+            print(note, flush=True)
     else:
         source = find_pictures(config.pictures)
     named = find_queries(source, config.queries)

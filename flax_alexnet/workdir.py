@@ -17,7 +17,7 @@ from flax_alexnet.errors import UserError
 from flax_alexnet.outputs import replacing
 
 SAVED = "saved"  # the marker of a run that has saved a checkpoint
-FOLDERS = ("checkpoints", "damaged", "tensorboard", "report")
+FOLDERS = ("checkpoints", "damaged", "evaluation", "report", "tensorboard")
 FILES = ("bad_records.jsonl", "config.json", "lock", "metrics.jsonl", SAVED, "summary.json")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -116,6 +116,15 @@ def record(workdir: Path, config: Mapping[str, Any]) -> None:
         write_json(workdir / "config.json", {"config": dict(config), "versions": versions})
     except OSError as error:
         raise UserError(_cannot_write(workdir, error)) from None
+
+
+def recorded(workdir: Path) -> dict[str, Any]:
+    """The configuration in a run's `config.json`, as `claim` takes it; {} where there is none."""
+    try:
+        config = json.loads((workdir / "config.json").read_text())["config"]
+        return {} if misfit(config) else config
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def _cannot_write(workdir: Path, error: OSError) -> str:
