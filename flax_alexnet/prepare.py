@@ -25,6 +25,7 @@ from flax_alexnet.data.sources import (
     FolderSplits,
     damaged,
     default_data_dir,
+    folder_of,
     need_known,
 )
 from flax_alexnet.errors import UserError, exit_code, first_line, leave, printable
@@ -115,8 +116,7 @@ def prepare(
 
 
 def _prepare_folder(name: str, data_dir: Path, image_size: int, as_name: str | None) -> str:
-    given = Path(os.path.expanduser(name.removeprefix(FOLDER)))
-    path = given.resolve() if given.parts else given  # so that names are the same from everywhere
+    path = folder_of(name).resolve()  # so that names are the same from everywhere
     parts = FolderSplits(path)
     as_name = as_name or name_of_folder(path.name)
     folder = data_dir / PREPARED_FOLDER / as_name / "1.0.0"

@@ -3,10 +3,12 @@
 import io
 import itertools
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from flax_alexnet.data.decode import DecodeError, decode
@@ -356,6 +358,92 @@ class TestFolders:
         make_folder(tmp_path / "test", {"cat": 1, "wolf": 2})
         with pytest.raises(UserError, match="same classes: dog, wolf"):
             open_dataset(f"folder:{tmp_path}")
+
+
+class Catalogued(tfds.core.GeneratorBasedBuilder):
+    """A dataset of TFDS in one of the forms of its catalogue, of 20 grey pictures a split."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    name = "catalogued"
+    splits: tuple[str, ...] = ("train",)
+    keys: tuple[str, ...] | None = None
+    image, label = "image", "label"
+
+    def _info(self):
+        features = {
+            self.image: tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
+            "id": tfds.features.Text(),
+            self.label: tfds.features.ClassLabel(names=["a", "b"]),
+            "coarse": tfds.features.ClassLabel(names=["x", "y", "z"]),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=self.keys
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {split: self._generate_examples() for split in self.splits}
+
+    def _generate_examples(self):
+        for index in range(20):
+            grey = np.full((8, 8, 1), index, np.uint8)
+            yield (
+                index,
+                {self.image: grey, "id": "x", self.label: index % 2, "coarse": index % 3},
+            )
+
+
+class TestCatalogue:
+    """Datasets of TFDS in the forms of its catalogue."""
+
+    @pytest.fixture
+    def make(self, tmp_path, monkeypatch):
+        def make(**values):
+            for name, value in values.items():
+                monkeypatch.setattr(Catalogued, name, value)
+            builder = Catalogued(data_dir=str(tmp_path), file_format="array_record")
+            builder.download_and_prepare()
+            return tmp_path
+
+        return make
+
+    @pytest.mark.parametrize("split", ["test", "validation"])
+    def test_one_split_is_enough_to_evaluate_on(self, make, split):
+        data_dir = make(splits=(split,), keys=("image", "label"))
+        source, note = open_for_use("catalogued", data_dir)
+        assert (len(source), note, source.label_names) == (20, "", ["a", "b"])
+        parts = f"--data.train-split '{split}[:90%]' --data.eval-split '{split}[90%:]'"
+        with pytest.raises(UserError, match=re.escape(f"no train split, only {split}: ")) as error:
+            open_dataset("catalogued", data_dir)
+        assert parts in str(error.value)
+        dataset = open_dataset("catalogued", data_dir, f"{split}[:90%]", f"{split}[90%:]")
+        assert (len(dataset.train), len(dataset.eval)) == (18, 2)
+
+    def test_train_alone_is_evaluated_on_by_name(self, make):
+        data_dir = make()
+        with pytest.raises(UserError, match=r"only train: choose with --data\.split"):
+            open_for_use("catalogued", data_dir)
+        assert len(open_for_use("catalogued", data_dir, "train[50%:]")[0]) == 10
+        with pytest.raises(UserError, match=r"only train: split one, such as --data\.train-split"):
+            open_dataset("catalogued", data_dir)
+
+    @pytest.mark.parametrize("keys", [None, ("image", "label"), ("image", "label", "coarse")])
+    def test_what_is_supervised_or_called_so_is_taken(self, make, keys):
+        source, _ = open_for_use("catalogued", make(keys=keys), "train")
+        records = [source.read(index) for index in range(20)]
+        greys = [int(decode(record.image, 8)[0, 0, 0]) for record in records]
+        assert [record.label for record in records] == [grey % 2 for grey in greys]
+        assert sorted(greys) == list(range(20))
+
+    def test_any_features_can_be_named(self, make):
+        data_dir = make(image="photo", label="kind")
+        with pytest.raises(UserError, match=r"has no image \(Image\) .* photo \(Image\)") as error:
+            open_for_use("catalogued", data_dir, "train")
+        assert "name others with --data.image-key and --data.label-key" in str(error.value)
+        source, _ = open_for_use("catalogued", data_dir, "train", "photo", "coarse")
+        assert source.label_names == ["x", "y", "z"]
+        record = source.read(0)
+        assert record.label == int(decode(record.image, 8)[0, 0, 0]) % 3
 
 
 def test_cifar10_as_tfds_prepared_it(shared_data):

@@ -120,7 +120,7 @@ class TestPrepare:
             (["--data.name", ""], "choose one of: shapes_and_textures (or folder:PATH"),
             (["--data.name", "cifar10:9.9.9"], "only: 3.0.2"),
             (["--data.name", "imagenet2012"], "You need to register on https://image-net.org"),
-            (["--data.name", "folder:"], "no folder ."),
+            (["--data.name", "folder:"], "expected folder:PATH"),
             (["--data.image-size", "0"], "expected 1 to 8192"),
             (["--name", "x"], "--name is x; expected no value: it is for folders"),
             (["--data.name", "folder:x", "--name", "a/b"], "expected letters of ASCII, digits"),

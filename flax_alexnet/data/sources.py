@@ -177,8 +177,7 @@ def open_splits(
       UserError: no such dataset, not prepared, or of a form that cannot be read.
     """
     if name.startswith(FOLDER):
-        path = Path(os.path.expanduser(name.removeprefix(FOLDER)))
-        return FolderSplits(path, label_order)
+        return FolderSplits(folder_of(name), label_order)
     data_dir = data_dir or default_data_dir()
     if name == shapes.NAME:
         try:
@@ -193,6 +192,14 @@ def open_splits(
         except (AssertionError, *UNREADABLE) as error:
             raise damaged(data_dir / name, error) from None
     return TfdsSplits(_open_builder(name, data_dir), image_key, label_key)
+
+
+def folder_of(name: str) -> Path:
+    """The folder that "folder:PATH" means; UserError where it names none."""
+    path = name.removeprefix(FOLDER)
+    if not path:
+        raise UserError("--data.name is folder: without a path; expected folder:PATH")
+    return Path(os.path.expanduser(path))
 
 
 class TfdsSplits:
@@ -330,13 +337,13 @@ class FolderSplits:
     """
 
     def __init__(self, path: Path, label_order: Sequence[str] = ()):
-        if not path.is_dir() or path == Path():
-            raise UserError(
-                f"no folder {path}: --data.name folder:PATH needs one with a folder per class"
-            )
         self.path, self._label_order = path, label_order
         self._listed: dict[Path, tuple[list[File], list[str]]] = {}
         with _reading():
+            if not path.is_dir():
+                raise UserError(
+                    f"no folder {path}: --data.name folder:PATH needs one with a folder per class"
+                )
             self._folders = {s: path / name for s, name in split_folders(path).items()}
         # A tenth is held out where nothing else is.
         self._whole = (
@@ -362,14 +369,14 @@ class FolderSplits:
             if self._whole is None:
                 return self._source(self._folders[name])
             whole = self._source(self._whole)
-        held_out = whole.files[9::10]
-        if not held_out:
+        if len(whole) < 10:
             raise UserError(
                 f"{self._whole} has {len(whole)} pictures; at least 10 are needed to test on one"
             )
-        if name == "train":
-            held_out = [file for index, file in enumerate(whole.files) if index % 10 != 9]
-        return FolderSource(held_out, whole.label_names)
+        if name == "test":
+            return FolderSource(whole.files[9::10], whole.label_names)
+        seen = [file for index, file in enumerate(whole.files) if index % 10 != 9]
+        return FolderSource(seen, whole.label_names)
 
     def _source(self, folder: Path) -> "FolderSource":
         """All pictures of a folder of class folders; it is listed once."""
