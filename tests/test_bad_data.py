@@ -1,8 +1,10 @@
 """Pictures that cannot be read, in training: skipped, counted, named, and the same every time."""
 
+import contextlib
 import io
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +20,11 @@ from flax_alexnet.data.examples import CachedExamples, DecodedExamples, open_exa
 from flax_alexnet.data.loader import evaluation_batches, training_batches
 from flax_alexnet.data.sources import NO_LABEL, Record, open_dataset
 from flax_alexnet.errors import UserError
+from flax_alexnet.preflight import check_and_open
 from flax_alexnet.prepare import prepare
+from flax_alexnet.recipes import parse_config
 from flax_alexnet.train import main as train
+from flax_alexnet.workdir import record
 
 BAD = {4: "it is on fire", 5: "", 17: "", 29: "it is on fire"}  # 5 and 17 are no pictures
 
@@ -234,16 +239,19 @@ def pets(tmp_path):
 class TestFolders:
     """A tenth of a class may be bad, be they trained on or held out."""
 
-    def flags(self, tmp_path, pets, *more):
-        return [
-            *train_flags(tmp_path / "run", tmp_path)[:-2],  # with the default of --data.max-bad
-            *("--data.name", f"folder:{pets}", "--steps", "1", *more),
-        ]
+    def open(self, tmp_path, pets, *more):
+        """What a training opens before anything is compiled."""
+        flags = train_flags(tmp_path / "run", tmp_path)[:-2]  # with the default of --data.max-bad
+        config = parse_config([*flags, "--data.name", f"folder:{pets}", *more])
+        with contextlib.ExitStack() as held:
+            return check_and_open(config, held)
 
     def test_some_are_named_and_left_out(self, tmp_path, pets, capsys):
         (pets / "cat" / "003.png").write_bytes(b"")
         (pets / "dog" / "009.png").write_bytes((pets / "dog" / "009.png").read_bytes()[:300])
-        assert train(self.flags(tmp_path, pets)) == 0
+        ready = self.open(tmp_path, pets)
+        (held_out, *_) = evaluation_batches(ready.eval, 24)
+        assert held_out["mask"].sum() == 19
         said = capsys.readouterr().out
         assert "1 of 180 train pictures cannot be read and are skipped" in said
         assert "1 of 20 eval pictures cannot be read and are skipped" in said
@@ -251,13 +259,26 @@ class TestFolders:
         assert found.keys() == {f"{pets}/cat/003.png", f"{pets}/dog/009.png"}
         assert found[f"{pets}/cat/003.png"] == "it is empty"
 
-    def test_more_than_a_tenth_of_a_class_are_refused(self, tmp_path, pets, capsys):
-        for index in range(11):
+    def test_more_than_a_tenth_of_a_class_are_refused(self, tmp_path, pets):
+        for index in range(10):
             (pets / "cat" / f"{index:03}.png").write_bytes(b"")
-        assert train(self.flags(tmp_path, pets)) == 2
-        said = capsys.readouterr().err
-        assert "11 of 100 pictures of cat are bad, more than --data.max-bad 0.1 allows" in said
-        assert train(self.flags(tmp_path, pets, "--data.max-bad", "0.2")) == 0
+        self.open(tmp_path, pets)
+        (pets / "cat" / "010.png").write_bytes(b"")
+        too_many = "11 of 100 pictures of cat are bad, more than --data.max-bad 0.1 allows"
+        with pytest.raises(UserError, match=re.escape(too_many)):
+            self.open(tmp_path, pets)
+        self.open(tmp_path, pets, "--data.max-bad", "0.2")
+
+    def test_a_run_keeps_its_order_of_classes(self, tmp_path, pets):
+        """That of text, as it was once; a resumed run must not call its classes otherwise."""
+        (pets / "cat").rename(pets / "10")
+        (pets / "dog").rename(pets / "9")
+        ready = self.open(tmp_path, pets)
+        assert ready.dataset.label_names == ["9", "10"]
+        record(tmp_path / "run", ready.identity | {"dataset.label_names": ["10", "9"]})
+        again = self.open(tmp_path, pets)
+        assert again.dataset.label_names == ["10", "9"]
+        assert [again.train[0]["label"], ready.train[0]["label"]] == [0, 1]
 
 
 def train_flags(workdir, data_dir):
@@ -333,8 +354,8 @@ class TestPrepared:
             source = dataset.train if split == "train" else dataset.eval
             (path,) = data_dir.rglob(f"*-{split}.*")
             data = path.read_bytes()
-            for record in map(source.read, indices):
-                data = data.replace(record.image, bytes(len(record.image)))
+            for picture in map(source.read, indices):
+                data = data.replace(picture.image, bytes(len(picture.image)))
             path.write_bytes(data)
         return data_dir
 

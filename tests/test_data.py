@@ -295,6 +295,11 @@ class TestFolders:
         make_folder(tmp_path / "a" / "Train", {"cat": 9, "dog": 11})
         dataset = open_dataset(f"folder:{tmp_path / 'a'}")
         assert (len(dataset.train), len(dataset.eval)) == (18, 2)
+        assert not dataset.note
+        make_folder(tmp_path / "a", {"test": 2})  # without labels
+        dataset = open_dataset(f"folder:{tmp_path / 'a'}")
+        assert (len(dataset.train), len(dataset.eval)) == (18, 2)
+        assert dataset.note == f"{tmp_path}/a/test has no class folders and is not used"
         make_folder(tmp_path / "b" / "test", {"cat": 3, "dog": 4})
         assert len(open_for_use(f"folder:{tmp_path / 'b'}")[0]) == 7
         with pytest.raises(UserError, match="has no train split, only test: add a folder for it"):

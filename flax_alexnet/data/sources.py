@@ -82,7 +82,7 @@ class Dataset(NamedTuple):
     train: Source
     eval: Source
     label_names: Sequence[str]
-    note: str = ""  # what the user should know of it, in a line
+    note: str = ""  # what the user should know of it, in lines
 
 
 class Splits(Protocol):
@@ -96,7 +96,7 @@ class Splits(Protocol):
         ...
 
     def note(self) -> str:
-        """What the user should know of what was opened, in a line, or ""."""
+        """What the user should know of what was opened, in lines, or ""."""
         ...
 
 
@@ -345,6 +345,8 @@ class FolderSplits:
                     f"no folder {path}: --data.name folder:PATH needs one with a folder per class"
                 )
             self._folders = {s: path / name for s, name in split_folders(path).items()}
+            others = [path / name for name in subfolders(path) if standard_split(name)]
+        self._unused = [p for p in others if self._folders and p not in self._folders.values()]
         # A tenth is held out where nothing else is.
         self._whole = (
             self._folders.get("train", path) if self._folders.keys() <= {"train"} else None
@@ -404,8 +406,9 @@ class FolderSplits:
         return [other for _, others in self._listed.values() for other in others]
 
     def note(self) -> str:
-        """How many these others are."""
-        return describe_others(self.others)
+        """How many these others are; and folders called as splits that have no class folders."""
+        lines = [f"{folder} has no class folders and is not used" for folder in self._unused]
+        return "\n".join([*lines, *filter(None, [describe_others(self.others)])])
 
 
 @contextlib.contextmanager
