@@ -391,7 +391,8 @@ class Catalogued(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self):
         for index in range(20):
-            grey = np.full((8, 8, 1), index, np.uint8)
+            # A file: arrays would be encoded by TensorFlow.
+            grey = io.BytesIO(encoded(np.full((8, 8), index, np.uint8)))
             yield (
                 index,
                 {self.image: grey, "id": "x", self.label: index % 2, "coarse": index % 3},
