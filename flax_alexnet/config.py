@@ -32,17 +32,22 @@ class DataConfig:
     data_dir: Path | None = None
     """Where prepared datasets lie; none: TFDS_DATA_DIR or tensorflow_datasets in the home."""
     train_split: str = "train"
-    """TFDS split to train on; slices such as train[:90%] work."""
+    """Split to train on; of TFDS slices such as train[:90%] work."""
     eval_split: str | None = None
-    """TFDS split to evaluate on; none: validation where there is one, else test."""
+    """Split to evaluate on; none: validation where there is one, else test."""
+    image_key: str | None = None
+    """TFDS feature with the pictures; none: as the dataset says, else image."""
+    label_key: str | None = None
+    """TFDS feature with the labels; none: as the dataset says, else label."""
     image_size: int = 256
     """Side in pixels to which pictures are brought before any crop."""
     resize: ResizeRule = "paper"
     """How: the paper's rule, torchvision's (bilinear), or Caffe's (warped to the square)."""
     threads: int = 2
     """Threads that decode and batch pictures."""
-    max_bad: float = 0.001
-    """Share of the pictures that may be unreadable and are skipped; more stop the run."""
+    max_bad: float | None = None
+    """Share of a class of a folder, or of a prepared split, that may be unreadable and is skipped;
+    more stop the run; none: 0.1 of a class, 0.001 of what was prepared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +240,12 @@ def validate(config: Config) -> None:
             f"1 to {LARGEST_IMAGE}",
         ),
         ("data.threads", data.threads, data.threads >= 1, "1 or more"),
-        ("data.max-bad", data.max_bad, 0 <= data.max_bad <= 1, "0 to 1"),
+        (
+            "data.max-bad",
+            data.max_bad,
+            data.max_bad is None or 0 <= data.max_bad <= 1,
+            "0 to 1",
+        ),
         (
             "model.num-classes",
             model.num_classes,

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,31 +16,41 @@ import numpy as np
 import tyro
 
 from flax_alexnet.data.pictures import Picture, open_for_use, read_pictures, summarize
-from flax_alexnet.data.sources import Source
+from flax_alexnet.data.sources import FOLDER, Source, folder_of
 from flax_alexnet.errors import UserError, exit_code, leave
-from flax_alexnet.flags import EMBEDDED_DATASET, UseDataConfig, need_batch, parse
+from flax_alexnet.flags import NO_DATASET, UseDataConfig, need_batch, parse
 from flax_alexnet.inference import infer, log_probabilities
 from flax_alexnet.outputs import need_writable, writing
 from flax_alexnet.plots import plot_confusion
 from flax_alexnet.weights.labels import match_labels
 from flax_alexnet.weights.pretrained import Pretrained, need_classifier
 from flax_alexnet.weights.reading import load
+from flax_alexnet.workdir import recorded
 
 OUTPUTS = ("evaluation.json", "classes.csv", "confusion.csv", "confusion.png")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Measures the loss and the accuracy of a trained net; of several, with their mean."""
+    """Measures the loss and the accuracy of a trained net; of several, with their mean.
+
+    A run is evaluated on its own dataset, and there on what it did not train on; --data.name takes
+    another.
+    """
 
     weights: tyro.conf.Positional[tuple[Path, ...]]
     """Weight files (see convert), or working directories of runs; several are an ensemble, whose
     probabilities are averaged."""
-    data: UseDataConfig = EMBEDDED_DATASET
+    data: UseDataConfig = NO_DATASET
+    match_by_order: bool = False
+    """Take the dataset's classes for the net's in their order, where neither names nor numbers tell
+    which is which."""
     crops: Literal[1, 10] = 1
     """1 for the central crop, 10 for the mean over the paper's ten crops."""
-    output: Path = Path("evaluation")
-    """A folder for evaluation.json, classes.csv, confusion.csv and confusion.png."""
+    output: Path | None = None
+    """A folder for evaluation.json, classes.csv, confusion.csv and confusion.png; none: evaluation
+    in the run, or FILE-evaluation beside a weight file. A number is added where it holds another
+    evaluation."""
     batch_size: int = 64
     """Pictures that a net sees at once (ten times as many with ten crops)."""
 
@@ -97,29 +108,120 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: EvaluateConfig) -> None:
     """Measures, prints and writes what `config` asks for."""
     nets = [load(path) for path in config.weights]
-    source, names = open_for_use(config.data.name, config.data.data_dir, config.data.split)
+    data, held_out = config.data, None
+    if not data.name:
+        data, held_out = _own_dataset(config.weights, data)
+    source, note = open_for_use(**vars(data))
+    if note:
+        print(note, flush=True)
+    if held_out not in (None, len(source)):
+        print(
+            f"warning: {data.name} has changed: {held_out:,} pictures were held out in training, "
+            f"and {len(source):,} are now, some of which it may have been trained on",
+            file=sys.stderr,
+        )
     for net in nets:
         need_classifier(net)
         if (net.num_classes, net.label_names) != (nets[0].num_classes, nets[0].label_names):
             raise UserError("the nets differ in their classes; evaluate them one by one")
-    labels, by_name = match_labels(names, nets[0].label_names, nets[0].num_classes)
-    if not by_name:
-        print("the dataset's names of classes are not the net's; they are matched by their order")
+    labels = _match(source.label_names, nets[0], config.match_by_order)
+    made_of = {
+        "dataset": data.name,
+        **{name: value and str(value) for name, value in vars(data).items() if name != "name"},
+        "crops": config.crops,
+        "weights": [
+            {"path": str(path.resolve()), **net.source}
+            for path, net in zip(config.weights, nets, strict=True)
+        ],
+    }
+    if data.name.startswith(FOLDER):
+        made_of["dataset"] = f"{FOLDER}{folder_of(data.name).resolve()}"
+    folder = _free_folder(config.output or default_output(config.weights[0]), made_of)
     for name in OUTPUTS:
-        need_writable(config.output / name, config.weights)
-    part = config.data.split or "what training holds out (--data.split takes other parts)"
-    print(f"{config.data.name}: {len(source):,} pictures, {part}", flush=True)
+        need_writable(folder / name, config.weights)
+    part = data.split or "what training holds out (--data.split takes other parts)"
+    print(f"{data.name}: {len(source):,} pictures, {part}", flush=True)
     evaluation = evaluate(nets, source, labels, config.crops, config.batch_size)
     print(summarize(evaluation.problems, len(source)))
     if not evaluation.confusion.any():
-        raise UserError(f"none of the pictures of {config.data.name} could be read")
+        raise UserError(f"none of the pictures of {data.name} could be read")
     summary = evaluation.summary()
     print(
-        f"{config.data.name}, {len(nets)} net(s), {config.crops} crop(s): loss "
+        f"{data.name}, {len(nets)} net(s), {config.crops} crop(s): loss "
         f"{summary['loss']:.4f}, top-1 {summary['top1']:.2%}, top-5 {summary['top5']:.2%}"
     )
-    _write(config.output, evaluation, nets, config)
-    print(f"everything is in {config.output}")
+    _write(folder, evaluation, nets[0], made_of)
+    print(f"everything is in {folder}")
+
+
+def _own_dataset(weights: Sequence[Path], given: UseDataConfig) -> tuple[UseDataConfig, int | None]:
+    """What runs were trained on, but for what is `given`, and how many pictures they held out.
+
+    The number is None where another split is asked for, or where a run does not say it.
+
+    Raises:
+      UserError: a weight file, or runs on different datasets.
+    """
+    runs = [recorded(path) for path in weights]
+    for path, run in zip(weights, runs, strict=True):
+        if not run:
+            raise UserError(
+                f"{path} does not say which pictures it was trained on: name a dataset with "
+                "--data.name"
+            )
+    fields = {field.name: f"data.{field.name}" for field in dataclasses.fields(UseDataConfig)}
+    fields["split"] = "data.eval_split"
+    own: list[dict[str, Any]] = [
+        {name: run.get(key) for name, key in fields.items()} for run in runs
+    ]
+    if any(other != own[0] for other in own):
+        raise UserError("the runs were trained on different datasets: name one with --data.name")
+    data = own[0] | {name: value for name, value in vars(given).items() if value}
+    data["data_dir"] = data["data_dir"] and Path(data["data_dir"])
+    return UseDataConfig(**data), None if given.split else runs[0].get("dataset.eval")
+
+
+def _match(names: Sequence[str], net: Pretrained, by_order: bool) -> np.ndarray:
+    """The net's class of each of the dataset's; by their order only where that is allowed."""
+    labels, matched = match_labels(names, net.label_names, net.num_classes)
+    if matched:
+        return labels
+    pairs = ", ".join(
+        f"{name} → {net.name(label)}"
+        for name, label in zip(names[:3], labels.tolist(), strict=False)
+    )
+    if not by_order:
+        raise UserError(
+            "neither names nor numbers tell which of the dataset's classes is which of the net's: "
+            f"take the dataset it was trained for, or --match-by-order ({pairs}, …)"
+        )
+    print(f"warning: the classes are matched by their order alone: {pairs}, …", file=sys.stderr)
+    return labels
+
+
+def default_output(weights: Path) -> Path:
+    """Where an evaluation goes: into the run, or beside the file."""
+    if weights.is_dir():
+        return weights / "evaluation"
+    return weights.with_name(f"{weights.stem}-evaluation")
+
+
+def _free_folder(folder: Path, made_of: Mapping[str, Any]) -> Path:
+    """`folder`, or FOLDER-2 and so on: the first that holds no evaluation of anything else."""
+    whole = folder.resolve()  # since "." has no name
+    for number in itertools.count(1):
+        path = folder if number == 1 else whole.with_name(f"{whole.name}-{number}")
+        try:
+            before = json.loads((path / OUTPUTS[0]).read_text(encoding="utf-8"))
+            if {name: before.get(name) for name in made_of} == made_of:
+                return path
+        except FileNotFoundError:
+            return path
+        except OSError as error:
+            raise UserError(f"cannot read {path / OUTPUTS[0]}: {error.strerror}") from None
+        except (ValueError, AttributeError, RecursionError):
+            pass  # whatever it is, it is not written over
+    raise AssertionError("numbers have no end")
 
 
 def evaluate(
@@ -181,10 +283,10 @@ def _stack(functions: Sequence[Callable[..., jax.Array]], images: jax.Array) -> 
 
 
 def _write(
-    folder: Path, evaluation: Evaluation, nets: Sequence[Pretrained], config: EvaluateConfig
+    folder: Path, evaluation: Evaluation, net: Pretrained, made_of: Mapping[str, Any]
 ) -> None:
     """evaluation.json, classes.csv (a line a class), confusion.csv and confusion.png."""
-    names = [nets[0].name(label) for label in range(nets[0].num_classes)]
+    names = [net.name(label) for label in range(net.num_classes)]
     counts = evaluation.confusion.sum(axis=1)
     classes: list[Mapping[str, Any]] = [
         {
@@ -197,11 +299,7 @@ def _write(
     ]
     report = {
         **evaluation.summary(),
-        "dataset": config.data.name,
-        "crops": config.crops,
-        "weights": [
-            {"path": str(p), **n.source} for p, n in zip(config.weights, nets, strict=True)
-        ],
+        **made_of,
         "problems": dict(evaluation.problems),
     }
     paths = [folder / name for name in OUTPUTS]

@@ -24,7 +24,7 @@ from flax_alexnet.data.pictures import (
     read_pictures,
     summarize,
 )
-from flax_alexnet.data.sources import FolderSource, Source
+from flax_alexnet.data.sources import NO_LABEL, FolderSource, Source
 from flax_alexnet.errors import UserError, exit_code, leave
 from flax_alexnet.feature_files import READ, SUFFIXES, UNREADABLE, FeatureFile, nearest
 from flax_alexnet.flags import NO_DATASET, UseDataConfig, need, need_batch, need_png, parse
@@ -83,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: FeaturesConfig) -> None:
     """Writes and draws what `config` asks for."""
     if config.data.name:
-        source, _ = open_for_use(config.data.name, config.data.data_dir, config.data.split)
+        source, note = open_for_use(**vars(config.data))
+        if note:
+            print(note, flush=True)
     else:
         source = find_pictures(config.pictures)
     named = find_queries(source, config.queries)
@@ -180,9 +182,14 @@ def _need_same(
     layers: Sequence[str],
     file: FeatureFile,
 ) -> None:
-    """Raises UserError unless the first picture that the file has gives what it has of it."""
-    there = np.flatnonzero(file["status"][:] == READ)[:1]
-    for row in there:
+    """Raises UserError unless labels, and what the first picture gives, are those of the file."""
+    there = np.flatnonzero(file["status"][:] == READ)
+    labels = file["label"][:]
+    if any(source.label(int(row)) not in (NO_LABEL, labels[row]) for row in there):
+        raise UserError(
+            f"{file.path} has the classes in another order; take another --output, or remove it"
+        )
+    for row in there[:1]:
         rule = net.preprocessing
         pictures = read_pictures(source, rule.image_size, rule.resize, [int(row)])
         ((_, values),) = infer(function, pictures, 1)

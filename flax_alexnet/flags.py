@@ -27,12 +27,15 @@ class UseDataConfig:
     data_dir: Path | None = None
     """Where prepared datasets lie; none: TFDS_DATA_DIR or tensorflow_datasets in the home."""
     split: str | None = None
-    """TFDS split; none: validation where there is one, else test. Of a folder: train, test or all;
-    none: test, which training holds out."""
+    """Split of TFDS, or of a folder train, validation, test or all; none: what training holds out,
+    which is validation where there is one, else test."""
+    image_key: str | None = None
+    """TFDS feature with the pictures; none: as the dataset says, else image."""
+    label_key: str | None = None
+    """TFDS feature with the labels; none: as the dataset says, else label."""
 
 
 NO_DATASET = UseDataConfig()
-EMBEDDED_DATASET = UseDataConfig(name="shapes_and_textures")
 
 
 def need(flag: str, value: object, fits: bool, expected: str) -> None:

@@ -19,7 +19,7 @@ from flax_alexnet.config import (
     frozen_layers,
     layer_rates,
 )
-from flax_alexnet.data.bad_records import BadRecords
+from flax_alexnet.data.bad_records import BadRecords, Limit, limits
 from flax_alexnet.data.examples import Examples, open_examples
 from flax_alexnet.data.sources import Dataset, Source, open_dataset
 from flax_alexnet.epochs import Epochs, Part
@@ -28,7 +28,14 @@ from flax_alexnet.reporting import read_metrics
 from flax_alexnet.sharding import Layout, make_layout
 from flax_alexnet.weights.finetuning import Start, start_from
 from flax_alexnet.weights.reading import load
-from flax_alexnet.workdir import SAVED, claim, locked, need_room, summarized_step
+from flax_alexnet.workdir import (
+    SAVED,
+    claim,
+    locked,
+    need_room,
+    recorded,
+    summarized_step,
+)
 
 
 class Ready(NamedTuple):
@@ -110,7 +117,17 @@ def agree(identity: Mapping[str, Any], error: str) -> None:
 
 def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
     data, parallel = config.data, config.parallel
-    dataset = open_dataset(data.name, data.data_dir, data.train_split, data.eval_split)
+    dataset = open_dataset(
+        data.name,
+        data.data_dir,
+        data.train_split,
+        data.eval_split,
+        data.image_key,
+        data.label_key,
+        recorded(config.workdir).get("dataset.label_names", ()),
+    )
+    if dataset.note and is_main():
+        print(dataset.note, flush=True)
     num_classes = config.model.num_classes or len(dataset.label_names)
     if num_classes < len(dataset.label_names):
         raise UserError(
@@ -155,7 +172,11 @@ def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
             print(line, flush=True)
         need_steps(config.workdir / "checkpoints", config.workdir / SAVED)
     share = slice(jax.process_index(), None, jax.process_count())
-    bad = _bad_records(config, "train", dataset.train), _bad_records(config, "eval", dataset.eval)
+    of_train, of_eval = limits(dataset, data.max_bad)
+    bad = (
+        _bad_records(config, "train", dataset.train, of_train),
+        _bad_records(config, "eval", dataset.eval, of_eval),
+    )
     return Ready(
         dataset,
         _open_examples(config, dataset.train, share, bad[0]),
@@ -199,8 +220,8 @@ def _evaluations(path: Path) -> list[tuple[int, float, float]]:
         raise UserError(f"{path} is damaged: remove it or repair it by hand") from None
 
 
-def _bad_records(config: Config, split: str, source: Source) -> BadRecords:
-    return BadRecords(config.workdir, split, len(source), config.data.max_bad, jax.process_index())
+def _bad_records(config: Config, split: str, source: Source, limit: Limit) -> BadRecords:
+    return BadRecords(config.workdir, split, len(source), limit, jax.process_index())
 
 
 def _open_examples(config: Config, source: Source, share: slice, bad: BadRecords) -> Examples:

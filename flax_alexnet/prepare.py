@@ -1,9 +1,11 @@
 """`python -m flax_alexnet.prepare --data.name NAME`: data in the form that training reads."""
 
 import dataclasses
+import hashlib
 import os
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,20 +15,21 @@ import tensorflow_datasets as tfds
 
 from flax_alexnet.config import LARGEST_IMAGE
 from flax_alexnet.data import imagenet, shapes
+from flax_alexnet.data.folders import list_left_out
 from flax_alexnet.data.pictures import summarize
 from flax_alexnet.data.prepared import OUTCOMES, Prepared, need_new, write_dataset
 from flax_alexnet.data.sources import (
     FOLDER,
     PREPARED_FOLDER,
     UNREADABLE,
+    FolderSplits,
     damaged,
     default_data_dir,
-    list_left_out,
+    folder_of,
     need_known,
-    open_folder,
 )
-from flax_alexnet.errors import UserError, exit_code, first_line, leave
-from flax_alexnet.flags import parse
+from flax_alexnet.errors import UserError, exit_code, first_line, leave, printable
+from flax_alexnet.flags import need, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,8 @@ class PrepareConfig:
     """Downloads or reads a dataset and writes it as ArrayRecord files."""
 
     data: PrepareDataConfig = PrepareDataConfig()
+    name: str | None = None
+    """What the dataset of a folder is called, prepared_folder/NAME; none: as the folder is."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,34 +58,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = sys.argv[1:] if argv is None else argv
         config = parse(PrepareConfig, arguments, PrepareConfig(), "flax_alexnet.prepare")
-        print(prepare(config.data.name, config.data.data_dir, config.data.image_size))
+        print(prepare(**vars(config.data), as_name=config.name))
         return 0
     except (UserError, KeyboardInterrupt) as error:
         return exit_code(error)
 
 
-def prepare(name: str, data_dir: Path | None = None, image_size: int = 256) -> str:
+def prepare(
+    name: str, data_dir: Path | None = None, image_size: int = 256, as_name: str | None = None
+) -> str:
     """Prepares a dataset, with a progress bar, and returns lines that say what is there now.
 
     The pictures of a folder and of "imagenet2012" are brought to `image_size` × `image_size` by
     the paper's rule (shorter side scaled, centre cut out) and stored as JPEG; those that cannot be
-    read are left out, and `outcomes.csv` in the dataset says why; of a folder it also lists what
-    is hidden or in no class folder. A folder's dataset is called "prepared_folder/NAME". What was
-    interrupted goes on when it is called again. The embedded dataset is rendered. Other TFDS names
-    are downloaded and stored as TFDS does, but as ArrayRecord; many of their builders need
-    TensorFlow for that.
+    read are left out, and `outcomes.csv` in the dataset says why; of a folder it also lists what is
+    no picture, hidden, or in no class folder. A folder's dataset has all its splits, and is called
+    "prepared_folder/NAME" by `as_name`, or as `name_of_folder` says. What was interrupted goes on
+    when it is called again. The embedded dataset is rendered. Other TFDS names are downloaded and
+    stored as TFDS does, but as ArrayRecord; many of their builders need TensorFlow for that.
 
     Raises:
       UserError: a size out of range, a folder or name that is not there, no picture that can be
         read, a place that cannot be written to, or TensorFlow is needed and not installed.
     """
+    if as_name is not None:
+        need("name", as_name, name.startswith(FOLDER), "no value: it is for folders")
+        plain = re.fullmatch(r"\w+", as_name, re.ASCII)
+        need("name", as_name, plain is not None, "letters of ASCII, digits and '_'")
     if not 1 <= image_size <= LARGEST_IMAGE:
         raise UserError(f"--data.image-size is {image_size}; expected 1 to {LARGEST_IMAGE}")
     data_dir = data_dir or default_data_dir()
     absl.logging.set_verbosity(absl.logging.ERROR)  # TFDS warns of what is meant so here
     try:
         if name.startswith(FOLDER):
-            return _prepare_folder(name, data_dir, image_size)
+            return _prepare_folder(name, data_dir, image_size, as_name)
         if name == imagenet.NAME:
             return _prepare_imagenet(data_dir, image_size)
         return _prepare_with_tfds(name, data_dir)
@@ -104,17 +115,30 @@ def prepare(name: str, data_dir: Path | None = None, image_size: int = 256) -> s
         raise UserError(f"cannot prepare {name!r} in {data_dir}: {reason}") from None
 
 
-def _prepare_folder(name: str, data_dir: Path, image_size: int) -> str:
-    given = Path(os.path.expanduser(name.removeprefix(FOLDER)))
-    path = given.resolve() if given.parts else given  # so that names are the same from everywhere
-    train, test = open_folder(path)
-    if not re.fullmatch(r"\w+", path.name, re.ASCII):
-        raise UserError(f"the folder's name, {path.name!r}, may have only letters, digits and '_'")
-    folder = data_dir / PREPARED_FOLDER / path.name / "1.0.0"
-    left_out = list_left_out(path, (train, test))
-    splits = {"train": train, "test": test}
+def _prepare_folder(name: str, data_dir: Path, image_size: int, as_name: str | None) -> str:
+    path = folder_of(name).resolve()  # so that names are the same from everywhere
+    parts = FolderSplits(path)
+    as_name = as_name or name_of_folder(path.name)
+    folder = data_dir / PREPARED_FOLDER / as_name / "1.0.0"
+    need_new(folder, "--name or --data.data-dir")
+    if as_name != path.name:
+        print(f"{printable(str(path))} is prepared as {PREPARED_FOLDER}/{as_name}", flush=True)
+    splits = {split: parts.open(split) for split in parts.names}
+    left_out = list_left_out(path, parts.pictures, parts.others)
     written = write_dataset(splits, folder, PREPARED_FOLDER, image_size, left_out=left_out)
-    return _describe(f"{PREPARED_FOLDER}/{path.name}", written, left_out)
+    return _describe(f"{PREPARED_FOLDER}/{as_name}", written, left_out)
+
+
+def name_of_folder(name: str) -> str:
+    """The name of a folder as that of a dataset, of letters of ASCII, digits and "_".
+
+    A name of another script becomes "folder_" and a number that follows from it.
+    """
+    if re.fullmatch(r"\w+", name, re.ASCII):
+        return name
+    letters = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return re.sub(r"\W+", "_", letters).strip("_") or f"folder_{digest[:8]}"
 
 
 def _prepare_imagenet(data_dir: Path, image_size: int) -> str:

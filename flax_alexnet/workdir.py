@@ -18,7 +18,7 @@ from flax_alexnet.errors import UserError
 from flax_alexnet.outputs import replacing
 
 SAVED = "saved"  # the marker of a run that has saved a checkpoint
-FOLDERS = ("checkpoints", "damaged", "tensorboard", "report")
+FOLDERS = ("checkpoints", "damaged", "evaluation", "report", "tensorboard")
 SECONDS = "seconds"  # the file that counts those of all sittings of a run
 FILES = (
     *("bad_records.jsonl", "config.json", "lock", "metrics.jsonl"),
@@ -140,6 +140,15 @@ def summarized_step(workdir: Path) -> int | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return step if type(step) is int else None
+
+
+def recorded(workdir: Path) -> dict[str, Any]:
+    """The configuration in a run's `config.json`, as `claim` takes it; {} where there is none."""
+    try:
+        config = json.loads((workdir / "config.json").read_text())["config"]
+        return {} if misfit(config) else config
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def _cannot_write(workdir: Path, error: OSError) -> str:

@@ -1,8 +1,10 @@
 """Pictures that cannot be read, in training: skipped, counted, named, and the same every time."""
 
+import contextlib
 import io
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,14 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_alexnet.data.bad_records import BadRecords
+from flax_alexnet.data.bad_records import BadRecords, Limit
 from flax_alexnet.data.examples import BAD as BAD_LABEL
 from flax_alexnet.data.examples import CachedExamples, DecodedExamples, open_examples
 from flax_alexnet.data.loader import evaluation_batches, training_batches
-from flax_alexnet.data.sources import Record, open_dataset
+from flax_alexnet.data.sources import NO_LABEL, Record, open_dataset
 from flax_alexnet.errors import UserError
+from flax_alexnet.preflight import check_and_open
 from flax_alexnet.prepare import prepare
+from flax_alexnet.recipes import parse_config
 from flax_alexnet.train import main as train
+from flax_alexnet.workdir import record
 
 BAD = {4: "it is on fire", 5: "", 17: "", 29: "it is on fire"}  # 5 and 17 are no pictures
 
@@ -39,6 +44,10 @@ class Damaged:
     def name(self, index):
         return f"picture {index}"
 
+    def label(self, index):
+        del index
+        return NO_LABEL
+
     def read(self, index):
         if self.bad.get(index):
             raise UserError(self.bad[index])
@@ -52,12 +61,13 @@ class Damaged:
         return data.getvalue()
 
 
-def ignore(name, problem):
-    del name, problem
+def ignore(name, problem, label):
+    del name, problem, label
 
 
 def ledger(tmp_path, max_bad=1.0, total=30, **options):
-    return BadRecords(tmp_path, "train", total, max_bad, **options)
+    limit = Limit({NO_LABEL: ("train pictures", total)}, max_bad)
+    return BadRecords(tmp_path, "train", total, limit, **options)
 
 
 def lines(tmp_path, file="bad_records.jsonl"):
@@ -214,6 +224,63 @@ class TestLedger:
         assert not capsys.readouterr().err
 
 
+@pytest.fixture
+def pets(tmp_path):
+    """200 pictures in two classes, of which every tenth is held out."""
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "pets" / label).mkdir(parents=True)
+        for index in range(100):
+            path = tmp_path / "pets" / label / f"{index:03}.png"
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+    return tmp_path / "pets"
+
+
+class TestFolders:
+    """A tenth of a class may be bad, be they trained on or held out."""
+
+    def open(self, tmp_path, pets, *more):
+        """What a training opens before anything is compiled."""
+        flags = train_flags(tmp_path / "run", tmp_path)[:-2]  # with the default of --data.max-bad
+        config = parse_config([*flags, "--data.name", f"folder:{pets}", *more])
+        with contextlib.ExitStack() as held:
+            return check_and_open(config, held)
+
+    def test_some_are_named_and_left_out(self, tmp_path, pets, capsys):
+        (pets / "cat" / "003.png").write_bytes(b"")
+        (pets / "dog" / "009.png").write_bytes((pets / "dog" / "009.png").read_bytes()[:300])
+        ready = self.open(tmp_path, pets)
+        (held_out, *_) = evaluation_batches(ready.eval, 24)
+        assert held_out["mask"].sum() == 19
+        said = capsys.readouterr().out
+        assert "1 of 180 train pictures cannot be read and are skipped" in said
+        assert "1 of 20 eval pictures cannot be read and are skipped" in said
+        found = {line["name"]: line["problem"] for line in lines(tmp_path / "run")}
+        assert found.keys() == {f"{pets}/cat/003.png", f"{pets}/dog/009.png"}
+        assert found[f"{pets}/cat/003.png"] == "it is empty"
+
+    def test_more_than_a_tenth_of_a_class_are_refused(self, tmp_path, pets):
+        for index in range(10):
+            (pets / "cat" / f"{index:03}.png").write_bytes(b"")
+        self.open(tmp_path, pets)
+        (pets / "cat" / "010.png").write_bytes(b"")
+        too_many = "11 of 100 pictures of cat are bad, more than --data.max-bad 0.1 allows"
+        with pytest.raises(UserError, match=re.escape(too_many)):
+            self.open(tmp_path, pets)
+        self.open(tmp_path, pets, "--data.max-bad", "0.2")
+
+    def test_a_run_keeps_its_order_of_classes(self, tmp_path, pets):
+        """That of text, as it was once; a resumed run must not call its classes otherwise."""
+        (pets / "cat").rename(pets / "10")
+        (pets / "dog").rename(pets / "9")
+        ready = self.open(tmp_path, pets)
+        assert ready.dataset.label_names == ["9", "10"]
+        record(tmp_path / "run", ready.identity | {"dataset.label_names": ["10", "9"]})
+        again = self.open(tmp_path, pets)
+        assert again.dataset.label_names == ["10", "9"]
+        assert [again.train[0]["label"], ready.train[0]["label"]] == [0, 1]
+
+
 def train_flags(workdir, data_dir):
     """A small net, evaluated after 5, 9 and 12 steps."""
     return [
@@ -267,7 +334,7 @@ class TestPrepared:
         data = bytearray(path.read_bytes())
         data[data.index(image) + len(image) // 2] ^= 1
         path.write_bytes(data)
-        bad = BadRecords(tmp_path, "train", len(source), 0.1)
+        bad = ledger(tmp_path, 0.1, len(source))
         examples = open_examples(
             open_dataset("prepared_folder/pets", data_dir).train, 16, on_bad=bad.add
         )
@@ -287,8 +354,8 @@ class TestPrepared:
             source = dataset.train if split == "train" else dataset.eval
             (path,) = data_dir.rglob(f"*-{split}.*")
             data = path.read_bytes()
-            for record in map(source.read, indices):
-                data = data.replace(record.image, bytes(len(record.image)))
+            for picture in map(source.read, indices):
+                data = data.replace(picture.image, bytes(len(picture.image)))
             path.write_bytes(data)
         return data_dir
 
@@ -325,6 +392,6 @@ class TestPrepared:
     def test_a_missing_file_ends_the_run(self, data_dir, tmp_path):
         source = open_dataset("prepared_folder/pets", data_dir).train
         next(data_dir.rglob("*-train.*")).unlink()
-        bad = BadRecords(tmp_path, "train", len(source), 0.1)
+        bad = ledger(tmp_path, 0.1, len(source))
         with pytest.raises(UserError, match=r"is damaged \(.*with it 4 of 36 train pictures"):
             open_examples(source, 16, on_bad=bad.add)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import itertools
+import json
 import pathlib
 import pickle
 import sys
@@ -23,7 +24,12 @@ from flax_alexnet.convert import main
 from flax_alexnet.errors import UserError
 from flax_alexnet.integrity import sha256
 from flax_alexnet.weights import digests, layouts, native
-from flax_alexnet.weights.labels import imagenet_labels, imagenet_synsets
+from flax_alexnet.weights.labels import (
+    imagenet_labels,
+    imagenet_synsets,
+    match_labels,
+    read_labels,
+)
 from flax_alexnet.weights.pretrained import LPIPS_HEADS
 from flax_alexnet.weights.reading import CAFFE, load, read
 
@@ -455,6 +461,48 @@ def test_flags(trunk, tmp_path, capsys):
     labels.write_text("\n".join(f"name {index}" for index in range(1000)))
     assert main([str(path), str(out), "--labels", str(labels)]) == 0
     assert load(out).name(7) == "name 7"
+
+
+NAMES = imagenet_labels()
+NUMBERED = [f"{synset} {name}" for synset, name in zip(imagenet_synsets(), NAMES, strict=True)]
+WORDS = [f"{line}, other word" for line in NUMBERED]
+
+
+LISTS = {
+    "CRLF": ("\r\n".join(NAMES) + "\r\n", NAMES),
+    "blank lines at the end": ("\ufeff" + "\n".join(NAMES) + "\n \n\n", NAMES),
+    "synset_words.txt of Caffe": ("\n".join(WORDS), WORDS),
+    "synsets": ("\n".join(imagenet_synsets()), imagenet_synsets()),
+    "JSON": (json.dumps(NAMES), NAMES),
+    "imagenet_class_index.json of Keras": (
+        json.dumps({str(i): line.split(" ", 1) for i, line in enumerate(NUMBERED)}),
+        NUMBERED,
+    ),
+    "JSON by numbers": (json.dumps(dict(sorted((str(i), n) for i, n in enumerate(NAMES)))), NAMES),
+    "Python": ("{" + ",\n ".join(f"{i}: {n!r}" for i, n in enumerate(NAMES)) + "}", NAMES),
+    "numbered lines": ("".join(f"{i}: '{n}',\n" for i, n in enumerate(NAMES)), NAMES),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), LISTS.values(), ids=LISTS)
+def test_lists_of_labels_as_people_have_them(tmp_path, text, expected):
+    """And folders of some of ImageNet's classes match all of them by WordNet's numbers."""
+    (tmp_path / "labels").write_bytes(text.encode())
+    names = read_labels(tmp_path / "labels", 1000)
+    assert names == tuple(expected)
+    labels, matched = match_labels(["n02007558", "n01440764"], names, 1000)
+    assert (labels.tolist(), matched) == ([130, 0], True)
+
+
+def test_classes_of_one_name_are_told_apart_by_their_numbers(tmp_path):
+    (tmp_path / "labels").write_text("\n".join(name.split(" (")[0] for name in NAMES))
+    names = read_labels(tmp_path / "labels", 1000)
+    assert (names[134], names[517]) == ("crane (n02012849)", "crane (n03126707)")
+    assert len(set(names)) == 1000
+    assert match_labels(["n03126707", "n01440764"], names, 1000)[0].tolist() == [517, 0]
+    (tmp_path / "labels").write_text("a\nb\na")
+    with pytest.raises(UserError, match="the name 'a' twice"):
+        read_labels(tmp_path / "labels", 3)
 
 
 def test_heads(trunk, tmp_path, capsys):

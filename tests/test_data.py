@@ -3,10 +3,12 @@
 import io
 import itertools
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from flax_alexnet.data.decode import DecodeError, decode
@@ -18,8 +20,10 @@ from flax_alexnet.data.examples import (
     mean_image,
     open_examples,
 )
+from flax_alexnet.data.folders import list_pictures, natural
 from flax_alexnet.data.loader import evaluation_batches, training_batches
-from flax_alexnet.data.sources import FolderSource, list_pictures, open_dataset
+from flax_alexnet.data.pictures import open_for_use
+from flax_alexnet.data.sources import FolderSource, open_dataset
 from flax_alexnet.errors import UserError
 
 
@@ -224,23 +228,130 @@ class TestFolders:
         with pytest.raises(UserError, match=message):
             open_examples(open_dataset(f"folder:{path}").train, 16)
 
-    def test_every_file_is_taken_whatever_it_is(self, tmp_path):
-        """In the order of the parts of their paths, hidden ones left out."""
+    def test_what_is_no_picture_by_its_first_bytes_is_set_aside(self, tmp_path):
+        """In the order of the parts of their paths; hidden files are passed over."""
         make_folder(tmp_path, {"cat": 9, "dog": 9})
-        names = ("a.jpg/b.png", "a.png", "notes.txt", "none.jpg", "pipe.jpg", b"\xff.png")
+        names = ("a.jpg/b.png", "a.png", "named wrongly.txt", "none.jpg", "pipe.jpg", "empty.png")
+        names += (os.fsdecode(b"\xff.png"),)
         (tmp_path / "cat" / "a.jpg").mkdir()
-        for name in (*names[:3], ".hidden.png"):
+        for name in (*names[:3], names[6], ".hidden.png", "@eaDir/small.png"):
+            (tmp_path / "cat" / name).parent.mkdir(exist_ok=True)
             (tmp_path / "cat" / name).write_bytes(encoded(picture(0)))
         (tmp_path / "cat" / ".hidden").mkdir()
         (tmp_path / "cat" / ".hidden" / "a.png").write_bytes(b"")
         (tmp_path / "cat" / "none.jpg").symlink_to("nowhere")
+        (tmp_path / "cat" / "empty.png").write_bytes(b"")
         os.mkfifo(tmp_path / "cat" / "pipe.jpg")
-        (tmp_path / "cat" / os.fsdecode(names[5])).write_bytes(encoded(picture(0)))
-        files, _ = zip(*list_pictures(tmp_path, ["cat", "dog"]), strict=True)
+        strays = {"Thumbs.db": b"\xd0\xcf\x11\xe0" * 9, "labels.csv": b"x", "page.jpg": b"<html>"}
+        for name, data in strays.items():
+            (tmp_path / "cat" / name).write_bytes(data)
+        pictures, others = list_pictures(tmp_path, ["cat", "dog"])
+        files, _ = zip(*pictures, strict=True)
         assert files == tuple(map(str, sorted(map(Path, files))))
-        found = {os.fsencode(os.path.relpath(file, tmp_path / "cat")) for file in files[:15]}
-        pictures = {f"{i:03}.png" for i in range(9)}
-        assert found == {os.fsencode(name) for name in (*names, *pictures)}
+        found = {os.path.relpath(file, tmp_path / "cat") for file in files[:16]}
+        assert found == {*names, *(f"{i:03}.png" for i in range(9))}
+        assert {Path(other).name for other in others} == strays.keys()
+
+    def test_held_out_pictures_are_pictures(self, tmp_path):
+        """With as many other files beside them; which ones are held out stays."""
+        folder = make_folder(tmp_path / "pets", {"cat": 20, "dog": 20})
+        names = [open_dataset(f"folder:{folder}").eval.name(index) for index in range(4)]
+        for path in list(folder.rglob("*.png")):
+            path.with_suffix(".xml").write_text("<a/>")
+        (folder / "__MACOSX" / "cat").mkdir(parents=True)
+        dataset = open_dataset(f"folder:{folder}")
+        assert [dataset.eval.name(index) for index in range(4)] == names
+        assert dataset.note.startswith("40 files in the class folders are no pictures and are set")
+        assert f"(40 .xml), such as {folder}/cat/000.xml" in dataset.note
+
+    @pytest.mark.parametrize(
+        ("train", "others"),
+        [
+            ("train", {"valid": "validation"}),
+            ("Train", {"Val": "validation"}),
+            ("TRAINING", {"Test": "test"}),
+            ("training", {"testing": "test"}),
+            ("training_set", {"test_set": "test"}),
+            ("train", {"dev": "validation", "test": "test"}),
+            ("train", {"validation": "validation", "Testing": "test"}),
+        ],
+    )
+    def test_splits_by_the_names_in_use(self, tmp_path, train, others):
+        make_folder(tmp_path / train, {"cat": 3, "dog": 4})
+        (tmp_path / train / "labels.csv").write_text("0,cat")
+        for count, name in enumerate(others, start=1):
+            make_folder(tmp_path / name, {"cat": count, "dog": 2})
+        dataset = open_dataset(f"folder:{tmp_path}")
+        assert (len(dataset.train), len(dataset.eval)) == (7, 3)
+        assert dataset.label_names == ["cat", "dog"]
+        for count, pair in enumerate(others.items(), start=1):
+            for name in pair:  # its own, and the standard one
+                source, _ = open_for_use(f"folder:{tmp_path}", split=name)
+                assert len(source) == count + 2
+                assert str(tmp_path / next(iter(others)) / "cat") in source.name(0) or count > 1
+        assert len(open_for_use(f"folder:{tmp_path}", split="train")[0]) == 7
+        everything, _ = open_for_use(f"folder:{tmp_path}", split="all")
+        assert len(everything) == 7 + sum(2 + count for count in range(1, len(others) + 1))
+        assert {everything.read(index).label for index in range(len(everything))} == {0, 1}
+        with pytest.raises(UserError, match="has no split 'train\\[:9\\]': choose train, "):
+            open_dataset(f"folder:{tmp_path}", train_split="train[:9]")
+
+    def test_one_split_alone(self, tmp_path):
+        """Of train a tenth is held out; test is enough to evaluate on, but not to train."""
+        make_folder(tmp_path / "a" / "Train", {"cat": 9, "dog": 11})
+        dataset = open_dataset(f"folder:{tmp_path / 'a'}")
+        assert (len(dataset.train), len(dataset.eval)) == (18, 2)
+        assert not dataset.note
+        make_folder(tmp_path / "a", {"test": 2})  # without labels
+        dataset = open_dataset(f"folder:{tmp_path / 'a'}")
+        assert (len(dataset.train), len(dataset.eval)) == (18, 2)
+        assert dataset.note == f"{tmp_path}/a/test has no class folders and is not used"
+        make_folder(tmp_path / "b" / "test", {"cat": 3, "dog": 4})
+        assert len(open_for_use(f"folder:{tmp_path / 'b'}")[0]) == 7
+        with pytest.raises(UserError, match="has no train split, only test: add a folder for it"):
+            open_dataset(f"folder:{tmp_path / 'b'}")
+
+    def test_a_class_may_be_called_train(self, tmp_path):
+        make_folder(tmp_path, {"bus": 9, "train": 11})
+        assert open_dataset(f"folder:{tmp_path}").label_names == ["bus", "train"]
+
+    @pytest.mark.parametrize(
+        ("folders", "message"),
+        [
+            (("my_train/cat", "my_train/dog", "my_val/cat", "my_val/dog"), "my_train holds fold"),
+            (
+                ("all/train/cat", "all/train/dog"),
+                "all holds folders and no .* or take folder:.*all",
+            ),
+            (("train/train/cat", "train/train/dog"), "train/train holds folders"),
+            (
+                ("train/cat", "train/dog", "Training/cat", "Training/dog"),
+                "both for the split train",
+            ),
+        ],
+    )
+    def test_folders_of_folders_are_no_classes(self, tmp_path, folders, message):
+        for folder in folders:
+            make_folder(tmp_path / folder, {"": 10})
+        with pytest.raises(UserError, match=message):
+            open_dataset(f"folder:{tmp_path}")
+
+    def test_numbers_in_names_are_in_their_order(self, tmp_path):
+        """Which pictures are held out does not depend on it, and a run keeps its own order."""
+        assert natural(["a10", "a9", "b", "a", "a09"]) == ["a", "a09", "a9", "a10", "b"]
+        folder = make_folder(tmp_path, {str(label): 10 for label in range(12)}, size=2)
+        dataset = open_dataset(f"folder:{folder}")
+        assert dataset.label_names == [str(label) for label in range(12)]
+        of_run = open_dataset(f"folder:{folder}", label_order=sorted(dataset.label_names))
+        assert of_run.label_names == sorted(dataset.label_names)
+        for one, other in ((dataset.train, of_run.train), (dataset.eval, of_run.eval)):
+            for index in range(len(one)):
+                record, same = one.read(index), other.read(index)
+                assert record.name == same.name
+                assert Path(record.name).parent.name == dataset.label_names[record.label]
+                assert Path(record.name).parent.name == of_run.label_names[same.label]
+        other_classes = open_dataset(f"folder:{folder}", label_order=["cat", "dog"])
+        assert other_classes.label_names == dataset.label_names
 
     @pytest.mark.parametrize(
         ("name", "why"),
@@ -258,6 +369,93 @@ class TestFolders:
         make_folder(tmp_path / "test", {"cat": 1, "wolf": 2})
         with pytest.raises(UserError, match="same classes: dog, wolf"):
             open_dataset(f"folder:{tmp_path}")
+
+
+class Catalogued(tfds.core.GeneratorBasedBuilder):
+    """A dataset of TFDS in one of the forms of its catalogue, of 20 grey pictures a split."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    name = "catalogued"
+    splits: tuple[str, ...] = ("train",)
+    keys: tuple[str, ...] | None = None
+    image, label = "image", "label"
+
+    def _info(self):
+        features = {
+            self.image: tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
+            "id": tfds.features.Text(),
+            self.label: tfds.features.ClassLabel(names=["a", "b"]),
+            "coarse": tfds.features.ClassLabel(names=["x", "y", "z"]),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=self.keys
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {split: self._generate_examples() for split in self.splits}
+
+    def _generate_examples(self):
+        for index in range(20):
+            # A file: arrays would be encoded by TensorFlow.
+            grey = io.BytesIO(encoded(np.full((8, 8), index, np.uint8)))
+            yield (
+                index,
+                {self.image: grey, "id": "x", self.label: index % 2, "coarse": index % 3},
+            )
+
+
+class TestCatalogue:
+    """Datasets of TFDS in the forms of its catalogue."""
+
+    @pytest.fixture
+    def make(self, tmp_path, monkeypatch):
+        def make(**values):
+            for name, value in values.items():
+                monkeypatch.setattr(Catalogued, name, value)
+            builder = Catalogued(data_dir=str(tmp_path), file_format="array_record")
+            builder.download_and_prepare()
+            return tmp_path
+
+        return make
+
+    @pytest.mark.parametrize("split", ["test", "validation"])
+    def test_one_split_is_enough_to_evaluate_on(self, make, split):
+        data_dir = make(splits=(split,), keys=("image", "label"))
+        source, note = open_for_use("catalogued", data_dir)
+        assert (len(source), note, source.label_names) == (20, "", ["a", "b"])
+        parts = f"--data.train-split '{split}[:90%]' --data.eval-split '{split}[90%:]'"
+        with pytest.raises(UserError, match=re.escape(f"no train split, only {split}: ")) as error:
+            open_dataset("catalogued", data_dir)
+        assert parts in str(error.value)
+        dataset = open_dataset("catalogued", data_dir, f"{split}[:90%]", f"{split}[90%:]")
+        assert (len(dataset.train), len(dataset.eval)) == (18, 2)
+
+    def test_train_alone_is_evaluated_on_by_name(self, make):
+        data_dir = make()
+        with pytest.raises(UserError, match=r"only train: choose with --data\.split"):
+            open_for_use("catalogued", data_dir)
+        assert len(open_for_use("catalogued", data_dir, "train[50%:]")[0]) == 10
+        with pytest.raises(UserError, match=r"only train: split one, such as --data\.train-split"):
+            open_dataset("catalogued", data_dir)
+
+    @pytest.mark.parametrize("keys", [None, ("image", "label"), ("image", "label", "coarse")])
+    def test_what_is_supervised_or_called_so_is_taken(self, make, keys):
+        source, _ = open_for_use("catalogued", make(keys=keys), "train")
+        records = [source.read(index) for index in range(20)]
+        greys = [int(decode(record.image, 8)[0, 0, 0]) for record in records]
+        assert [record.label for record in records] == [grey % 2 for grey in greys]
+        assert sorted(greys) == list(range(20))
+
+    def test_any_features_can_be_named(self, make):
+        data_dir = make(image="photo", label="kind")
+        with pytest.raises(UserError, match=r"has no image \(Image\) .* photo \(Image\)") as error:
+            open_for_use("catalogued", data_dir, "train")
+        assert "name others with --data.image-key and --data.label-key" in str(error.value)
+        source, _ = open_for_use("catalogued", data_dir, "train", "photo", "coarse")
+        assert source.label_names == ["x", "y", "z"]
+        record = source.read(0)
+        assert record.label == int(decode(record.image, 8)[0, 0, 0]) % 3
 
 
 def test_cifar10_as_tfds_prepared_it(shared_data):

@@ -174,6 +174,12 @@ def test_imagenets_synsets_keep_the_head(tmp_path):
     start = start_from(named, config, 1000, imagenet_synsets())
     assert not start.anew
     assert start_from(named, config, 1000, imagenet_synsets()[::-1]).anew == {"fc8"}
+    numbers = [str(number) for number in range(1000)]
+    nameless = dataclasses.replace(net, label_names=())
+    for start in (named, nameless):  # 0 … 999 are class numbers, in whatever order they come
+        assert not start_from(start, config, 1000, numbers).anew
+        assert start_from(start, config, 1000, sorted(numbers)).anew == {"fc8"}
+    assert not start_from(nameless, config, 1000, [f"x{number}" for number in numbers]).anew
 
 
 def test_flags_override_what_the_file_says(weights):

@@ -120,8 +120,10 @@ class TestPrepare:
             (["--data.name", ""], "choose one of: shapes_and_textures (or folder:PATH"),
             (["--data.name", "cifar10:9.9.9"], "only: 3.0.2"),
             (["--data.name", "imagenet2012"], "You need to register on https://image-net.org"),
-            (["--data.name", "folder:"], "no folder ."),
+            (["--data.name", "folder:"], "expected folder:PATH"),
             (["--data.image-size", "0"], "expected 1 to 8192"),
+            (["--name", "x"], "--name is x; expected no value: it is for folders"),
+            (["--data.name", "folder:x", "--name", "a/b"], "expected letters of ASCII, digits"),
         ):
             assert prepare_main([*argv, "--data.data-dir", str(tmp_path / "data")]) == 2
             said = capsys.readouterr().err
@@ -207,12 +209,14 @@ class TestOutcomes:
         pets = open_dataset("prepared_folder/pets", tmp_path / "data")
         assert len(pets.train) + len(pets.eval) == 43
         said = capsys.readouterr().out
-        assert "43 of 50 pictures read; 7 not:" in said
+        assert "43 of 49 pictures read; 6 not:" in said
+        stray = f"it is no picture in a known format, such as {folder}/cat/notes.txt"
+        assert f"\n1 other files: {stray}\n" in said
         assert f"{folder}/cat/empty.png: it is empty" in said
 
     @pytest.mark.parametrize("splits", [("",), ("train/", "val/")])
     def test_what_is_in_no_split_is_named(self, tmp_path, splits):
-        """What is hidden, beside the class folders, or in a third split."""
+        """What is hidden, or beside the class folders or the splits."""
         folder = tmp_path / "pets"
         folder.mkdir()
         for split in splits:
@@ -227,7 +231,7 @@ class TestOutcomes:
             f"{splits[-1]}loose.png": "it is in no class folder that is read",
         }
         if len(splits) > 1:
-            reasons["test/cat/000.png"] = "it is in no class folder that is read"
+            reasons["more/cat/000.png"] = "it is in no class folder that is read"
             (folder / "loop").symlink_to(".")
             reasons["loop"] = "it is in no class folder that is read"
         for name in reasons.keys() - {"loop"}:
@@ -242,6 +246,37 @@ class TestOutcomes:
         for why, count in Counter(reasons.values()).items():
             first = min(name for name, other in left_out.items() if other == why)
             assert f"\n{count} other files: {why}, such as {first}\n" in said
+
+    def test_all_splits_of_a_folder_are_kept(self, tmp_path):
+        for count, split in enumerate(("Train", "valid", "test"), start=1):
+            make_folder(tmp_path / "pets" / split, {"cat": count, "dog": 2})
+        prepare(f"folder:{tmp_path}/pets", tmp_path / "data", image_size=16)
+        for count, split in enumerate(("train", "validation", "test"), start=1):
+            pets = open_dataset("prepared_folder/pets", tmp_path / "data", split).train
+            assert len(pets) == count + 2
+        assert len(open_dataset("prepared_folder/pets", tmp_path / "data").eval) == 4
+
+    @pytest.mark.parametrize(
+        ("folder", "name"),
+        [
+            ("Bilder-2024 neu", "Bilder_2024_neu"),
+            ("chien d'été", "chien_d_ete"),
+            ("_pets", "_pets"),
+            ("猫", "folder_a810bf84"),
+        ],
+    )
+    def test_a_folder_of_any_name_is_prepared(self, tmp_path, folder, name, capsys):
+        path = make_folder(tmp_path / folder, {"it's": 12, "$x_1$ 猫": 13})
+        flags = ["--data.name", f"folder:{path}", "--data.data-dir", str(tmp_path / "data")]
+        assert prepare_main(flags) == 0
+        said = f"{path} is prepared as prepared_folder/{name}"
+        assert (said in capsys.readouterr().out) == (folder != name)
+        dataset = open_dataset(f"prepared_folder/{name}", tmp_path / "data")
+        assert dataset.label_names == ["$x_1$ 猫", "it's"]
+        assert prepare_main(flags) == 2
+        assert "take another --name or --data.data-dir" in capsys.readouterr().err
+        assert prepare_main([*flags, "--name", "mine"]) == 0
+        assert len(open_dataset("prepared_folder/mine", tmp_path / "data").train) == 23
 
     def test_a_split_without_a_picture_is_a_mistake_that_can_be_mended(self, tmp_path):
         folder = make_folder(tmp_path / "pets", {"cat": 12, "dog": 13})

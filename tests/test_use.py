@@ -16,12 +16,16 @@ import pytest
 from PIL import Image
 from small_nets import make_net
 
+from flax_alexnet.checkpoint import Checkpoints
+from flax_alexnet.config import flatten
 from flax_alexnet.data.pictures import find_pictures
 from flax_alexnet.data.sources import Record
 from flax_alexnet.errors import UserError
 from flax_alexnet.feature_files import READ, FeatureFile, nearest
+from flax_alexnet.recipes import QUICKSTART
 from flax_alexnet.weights import native
-from flax_alexnet.weights.labels import imagenet_labels, match_labels
+from flax_alexnet.weights.labels import imagenet_labels, imagenet_synsets, match_labels
+from flax_alexnet.workdir import claim, record
 
 PREDICT, EVALUATE, FEATURES = (
     importlib.import_module(f"flax_alexnet.{name}").main
@@ -135,6 +139,82 @@ def test_evaluate_counts_every_picture_once(net, weights, photographs, tmp_path,
     assert f"top-1 {report['top1']:.2%}" in capsys.readouterr().out
 
 
+@pytest.fixture
+def run(net, photographs, tmp_path):
+    """A run of the net on photographs, started in another version of the program."""
+    size = net.preprocessing.image_size
+    config = dataclasses.replace(
+        QUICKSTART,
+        model=net.config,
+        data=dataclasses.replace(
+            QUICKSTART.data, name=f"folder:{photographs}", image_size=size, eval_split="test"
+        ),
+    )
+    identity = flatten(config) | {"dataset.label_names": list(net.label_names), "dataset.eval": 1}
+    for name in ("data.image_key", "data.label_key"):
+        del identity[name]
+    claim(tmp_path / "run", identity)
+    record(tmp_path / "run", identity)
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    state = {"params": net.params, "mean": np.zeros((size, size, 3), np.float32)}
+    checkpoints.save(3, state, {"eval_top1": 0.5})
+    checkpoints.close()
+    return tmp_path / "run"
+
+
+def test_a_run_is_evaluated_on_its_own_dataset(run, weights, photographs, capsys):
+    """And nothing is written over what another evaluation has written."""
+
+    def images(folder):
+        report = json.loads((folder / "evaluation.json").read_text())
+        assert report["dataset"] == f"folder:{photographs}"
+        return report["images"], report["split"]
+
+    assert EVALUATE([str(run)]) == 0
+    assert images(run / "evaluation") == (1, "test")
+    first = {path.name: path.read_bytes() for path in (run / "evaluation").iterdir()}
+    assert EVALUATE([str(run), "--data.split", "all"]) == 0
+    assert images(run / "evaluation-2") == (12, "all")
+    assert EVALUATE([str(run), "--crops", "10"]) == 0
+    assert images(run / "evaluation-3") == (1, "test")
+    assert f"everything is in {run}/evaluation-3" in capsys.readouterr().out
+    assert EVALUATE([str(run), str(run)]) == 0
+    assert images(run / "evaluation-4") == (1, "test")
+    assert {path.name: path.read_bytes() for path in (run / "evaluation").iterdir()} == first
+    assert EVALUATE([str(run), "--output", str(run / "evaluation")]) == 0  # the same once more
+    assert not (run / "evaluation-5").exists()
+    assert not capsys.readouterr().err
+    assert EVALUATE([str(run), str(weights)]) == 2
+    assert f"{weights} does not say which pictures it was" in capsys.readouterr().err
+
+
+def test_held_out_pictures_that_are_others_now_are_said(run, capsys):
+    config = json.loads((run / "config.json").read_text())
+    config["config"]["dataset.eval"] = 2
+    (run / "config.json").write_text(json.dumps(config))
+    assert EVALUATE([str(run)]) == 0
+    said = capsys.readouterr().err
+    assert "has changed: 2 pictures were held out in training, and 1 are now" in said
+
+
+def test_classes_are_matched_by_order_only_where_that_is_wanted(
+    weights, photographs, tmp_path, capsys
+):
+    for letter, name in zip("abcd", "wxyz", strict=True):
+        (tmp_path / "others").mkdir(exist_ok=True)
+        (tmp_path / "others" / name).symlink_to(photographs / f"class {letter}")
+    copy = tmp_path / "net.safetensors"
+    copy.write_bytes(weights.read_bytes())
+    flags = [str(copy), "--data.name", f"folder:{tmp_path}/others"]
+    assert EVALUATE(flags) == 2
+    said = capsys.readouterr().err
+    assert "--match-by-order (w → class a, x → class b, y → class c, …)" in said
+    assert EVALUATE([*flags, "--match-by-order"]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("warning: the classes are matched by their order alone: w → class a, x")
+    assert (tmp_path / "net-evaluation" / "evaluation.json").exists()
+
+
 def test_several_nets_are_averaged_though_their_preprocessing_differs(
     net, weights, photographs, tmp_path
 ):
@@ -161,8 +241,23 @@ def test_labels_are_matched_by_name(net):
     assert match(["w", "x", "y", "z"], ()) == ([0, 1, 2, 3], False)
     twice = ("crane", "crane", "x", "y")
     assert match(twice, twice) == ([0, 1, 2, 3], True)
-    some = ["tench", "n01443537", "crane (machine)"]
-    assert match(some, imagenet_labels()) == ([0, 1, 517], True)
+    some = ["tench", "n01443537", "crane (machine)", "n02085620-Chihuahua"]
+    assert match(some, imagenet_labels()) == ([0, 1, 517, 151], True)
+    # WordNet's numbers in the net's own names, be it ImageNet's or not.
+    assert match(["n02000002", "x", "n02000001 b"], ("n02000001 a", "x", "y", "n02000002, z")) == (
+        [3, 1, 0],
+        True,
+    )
+    words = [f"{s} {n}, x" for s, n in zip(imagenet_synsets(), imagenet_labels(), strict=True)]
+    assert match(["n01443537", "n01440764"], words) == ([1, 0], True)
+    # Class numbers, as text sorts them: of a net without names, ImageNet's, or named by numbers.
+    assert match(["0", "1", "3", "2"], ()) == ([0, 1, 3, 2], True)
+    assert match(["00", "01", "03", "02"], ("0", "1", "2", "3")) == ([0, 1, 3, 2], True)
+    assert match(["0", "1", "3", "2"], ("0", "3", "2", "1")) == ([0, 3, 1, 2], True)
+    numbers = sorted(map(str, range(1000)))
+    assert match(numbers, imagenet_labels()) == ([int(number) for number in numbers], True)
+    assert match(["0", "1", "3", "2"]) == ([0, 1, 3, 2], False)
+    assert match(["1", "2", "3", "4"], ()) == ([0, 1, 2, 3], False)
     for names in (["class c", "x"], ["w", "x", "y"], ["class a", "x", "y", "z"]):
         with pytest.raises(UserError, match="not among the net's 4"):
             match(names)
@@ -389,6 +484,7 @@ def test_pictures_of_predictions_and_neighbours_are_drawn(weights, photographs, 
         (PREDICT, ["{weights}", "{photographs}", "--batch-size", "0"], "--batch-size is 0"),
         (PREDICT, ["{weights}", "{photographs}", "--plto", "x"], "did you mean --plot"),
         (EVALUATE, [], "no weights"),
+        (EVALUATE, ["{weights}"], "name a dataset with --data.name"),
         (EVALUATE, ["{weights}", "--data.name", "folder:nothing"], "no folder nothing"),
         (
             EVALUATE,

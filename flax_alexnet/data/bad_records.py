@@ -3,18 +3,78 @@
 import json
 import sys
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from flax_alexnet.data.sources import NO_LABEL, Dataset
 from flax_alexnet.errors import UserError, first_line
 
-# Told of each picture that cannot be read, its name and why; raises UserError to end the run.
-OnBad = Callable[[str, str], None]
+MOST_OF_CLASS = 0.1  # of a folder's: there are such pictures wherever people gather some
+MOST_OF_PREPARED = 0.001  # which was whole when it was prepared
+# Told of each picture that cannot be read, its name, why, and its label or `NO_LABEL`; raises
+# UserError to end the run.
+OnBad = Callable[[str, str, int], None]
 
 
-def refuse(name: str, problem: str) -> None:
+def refuse(name: str, problem: str, label: int = NO_LABEL) -> None:
     """Ends the run at the first picture that cannot be read."""
+    del label
     raise UserError(f"cannot read picture {name}: {problem}; remove or repair it")
+
+
+class Limit:
+    """How many pictures may be bad before a run ends: a share of each class.
+
+    Args:
+      classes: what the pictures with each label are called, and how many there are, such as
+        `{0: ("pictures of cat", 40)}`; those under `NO_LABEL` are all that have none of the others.
+      share: of a class, 0 to 1.
+    """
+
+    def __init__(self, classes: Mapping[int, tuple[str, int]], share: float):
+        self._classes, self._share = classes, share
+        self._found: Counter[int] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, label: int) -> None:
+        """Counts a bad picture."""
+        with self._lock:
+            self._found[label if label in self._classes else NO_LABEL] += 1
+
+    def exceeded(self, label: int) -> str:
+        """What is wrong where too many of the class with this label are bad, else ""."""
+        label = label if label in self._classes else NO_LABEL
+        what, total = self._classes[label]
+        found = self._found[label]
+        if found / total <= self._share:
+            return ""
+        return f"{found:,} of {total:,} {what} are bad, more than --data.max-bad {self._share:g}"
+
+
+def limits(dataset: Dataset, max_bad: float | None) -> tuple[Limit, Limit]:
+    """How many pictures of `dataset.train` and of `dataset.eval` may be bad.
+
+    Of a folder that is a share of each class, over both; of a prepared dataset, where labels are
+    not known before pictures are read, a share of each of both.
+
+    Args:
+      dataset: as it was opened.
+      max_bad: the share; None for `MOST_OF_CLASS` and `MOST_OF_PREPARED`.
+    """
+    parts = {"train": dataset.train, "eval": dataset.eval}
+    if any(source.prepared for source in parts.values()):
+        share = MOST_OF_PREPARED if max_bad is None else max_bad
+        train, held_out = (
+            Limit({NO_LABEL: (f"{split} pictures", len(source))}, share)
+            for split, source in parts.items()
+        )
+        return train, held_out
+    labels = Counter(s.label(index) for s in parts.values() for index in range(len(s)))
+    names = dataset.label_names
+    classes = {label: (f"pictures of {names[label]}", total) for label, total in labels.items()}
+    limit = Limit(classes, MOST_OF_CLASS if max_bad is None else max_bad)
+    return limit, limit
 
 
 class BadRecords:
@@ -30,13 +90,13 @@ class BadRecords:
         `bad_records.p.jsonl`.
       split: what the lines call it.
       total: its pictures.
-      max_share: of them, 0 to 1; with more bad ones the run ends.
+      limit: of how many may be bad; with more the run ends. Several splits may share it.
       process: this one.
     """
 
-    def __init__(self, workdir: Path, split: str, total: int, max_share: float, process: int = 0):
+    def __init__(self, workdir: Path, split: str, total: int, limit: Limit, process: int = 0):
         self.path = workdir / (f"bad_records.{process}.jsonl" if process else "bad_records.jsonl")
-        self._split, self._total, self._max_share = split, total, max_share
+        self._split, self._total, self._limit = split, total, limit
         self._names: set[str] = set()
         self._said = 0  # how many `news` has told of
         self._waiting: list[bytes] = []  # lines to be written
@@ -46,7 +106,7 @@ class BadRecords:
     def __len__(self) -> int:
         return len(self._names)
 
-    def add(self, name: str, problem: str) -> None:
+    def add(self, name: str, problem: str, label: int = NO_LABEL) -> None:
         """Takes down a picture; it may come again, and counts once.
 
         Raises:
@@ -55,6 +115,7 @@ class BadRecords:
         with self._lock:
             if name not in self._names:
                 self._names.add(name)
+                self._limit.add(label)
                 line = json.dumps({"split": self._split, "name": name, "problem": problem})
                 self._waiting.append(line.encode())
                 try:
@@ -63,12 +124,10 @@ class BadRecords:
                     self._written = None  # a part of a line may be there now
                     reason = error.strerror or first_line(error)
                     print(f"cannot write {self.path} ({reason}): {line}", file=sys.stderr)
-            found = len(self)
-        if found / self._total > self._max_share:
+        if too_many := self._limit.exceeded(label):
             raise UserError(
-                f"cannot read picture {name}: {problem}; with it {found:,} of {self._total:,} "
-                f"{self._split} pictures are bad, more than --data.max-bad {self._max_share:g} "
-                f"allows (see {self.path}): remove or repair them, or raise --data.max-bad"
+                f"cannot read picture {name}: {problem}; with it {too_many} allows (see "
+                f"{self.path}): remove or repair them, or raise --data.max-bad"
             )
 
     def news(self) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import stat
 import threading
@@ -105,17 +106,38 @@ def decode(
     return out
 
 
-def read_file(path: Path) -> bytes:
-    """A picture's bytes; DecodeError where there are none to be had, or too many."""
+def read_file(path: str | Path, length: int = -1) -> bytes:
+    """A picture's bytes, or so many of them.
+
+    Raises:
+      DecodeError: there are none to be had, or too many.
+    """
     try:
-        status = path.stat()
+        status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for for ever
             raise DecodeError("it is no regular file")
         if status.st_size > LARGEST_FILE:
             raise DecodeError(f"it has {status.st_size:,} bytes; at most {LARGEST_FILE:,} are read")
-        return path.read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            return file.read(length)
     except OSError as error:
         raise DecodeError(error.strerror or type(error).__name__) from None
+
+
+def is_picture(path: str | Path) -> bool | None:
+    """Whether a file begins as a picture does, in a format that `decode` reads.
+
+    None where nobody can tell, since it is empty or cannot be read: it may have been one.
+    """
+    try:
+        start = read_file(path, 16)
+    except DecodeError:
+        return None
+    if not start or start.startswith(JPEG):
+        return bool(start) or None
+    Image.init()  # once
+    padded = start.ljust(16, b"\0")  # Pillow's own functions look at a place without asking
+    return any(accept(padded) for name in FORMATS if (accept := Image.OPEN[name][1]))
 
 
 def decode_whole(encoded: bytes) -> np.ndarray:

@@ -84,7 +84,7 @@ class DecodedExamples(Examples):
         images = np.empty((len(indices), self._size, self._size, 3), np.uint8)
         pictures = _read(self._source, indices, self._size, self._resize, images)
         for picture in _bad(pictures):
-            self._on_bad(picture.name, picture.problem)
+            self._on_bad(picture.name, picture.problem, picture.label)
         return Found(images, _labels(pictures))
 
 
@@ -123,7 +123,7 @@ class CachedExamples(Examples):
     def find(self, indices: Sequence[int]) -> Found:
         rows = np.asarray(indices, int)
         for picture in self._fill(rows[self._labels[rows] == UNKNOWN].tolist()):
-            self._on_bad(picture.name, picture.problem)
+            self._on_bad(picture.name, picture.problem, picture.label)
         return Found(self._images[rows], self._labels[rows])
 
 
@@ -182,7 +182,7 @@ def _try(
     """Tells `on_bad` of the bad pictures of `share`, in order, which `function` of rows finds."""
     for bad in map_threads(function, _chunks(np.arange(len(source))[share])):
         for picture in bad:
-            on_bad(picture.name, picture.problem)
+            on_bad(picture.name, picture.problem, picture.label)
 
 
 def _chunks(indices: np.ndarray) -> list[list[int]]:

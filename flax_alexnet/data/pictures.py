@@ -11,18 +11,17 @@ import numpy as np
 
 from flax_alexnet.data.ahead import map_threads
 from flax_alexnet.data.decode import DecodeError, decode
+from flax_alexnet.data.folders import is_hidden
 from flax_alexnet.data.sources import (
-    FOLDER,
+    NO_LABEL,
     FolderSource,
-    Joined,
     Record,
     Source,
-    open_dataset,
+    held_out_split,
+    open_splits,
 )
 from flax_alexnet.errors import UserError
 from flax_alexnet.preprocessing import ResizeRule
-
-NO_LABEL = -1  # of a picture whose right class nobody said
 
 
 class Picture(NamedTuple):
@@ -58,36 +57,40 @@ def find_pictures(arguments: Sequence[str]) -> FolderSource:
 
 
 def open_for_use(
-    name: str, data_dir: Path | None = None, split: str | None = None
-) -> tuple[Source, Sequence[str]]:
-    """Labelled pictures of one split of a dataset, and the names of its classes.
+    name: str,
+    data_dir: Path | None = None,
+    split: str | None = None,
+    image_key: str | None = None,
+    label_key: str | None = None,
+) -> tuple[Source, str]:
+    """Labelled pictures of one split of a dataset, and what the user should know of them, or "".
 
     Args:
-      name: as for `open_dataset`.
+      name: as for `open_splits`.
       data_dir: likewise.
-      split: of TFDS; None is "validation" where there is one, else "test". Of a folder "train",
-        "test" or "all"; None is "test".
+      split: of TFDS, or as `FolderSplits` has it; None is "validation" where there is one, else
+        "test".
+      image_key: as for `open_splits`.
+      label_key: likewise.
 
     Raises:
       UserError: no such dataset or split.
     """
-    if not name.startswith(FOLDER):
-        dataset = open_dataset(name, data_dir, eval_split=split)
-        return dataset.eval, dataset.label_names
-    dataset = open_dataset(name)
-    if split == "all":
-        return Joined(dataset.train, dataset.eval), dataset.label_names
-    parts = {"train": dataset.train, "test": dataset.eval, None: dataset.eval}
-    if split not in parts:
-        raise UserError(f"--data.split of a folder is train, test or all, not {split!r}")
-    return parts[split], dataset.label_names
+    splits = open_splits(name, data_dir, image_key, label_key)
+    chosen = split or held_out_split(splits)
+    if chosen is None:
+        raise UserError(
+            f"dataset {name!r} has no validation or test split, only {', '.join(splits.names)}: "
+            "choose with --data.split"
+        )
+    return splits.open(chosen), splits.note()
 
 
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     below = (p.relative_to(path) for p in sorted(path.rglob("*")) if not p.is_dir())
-    return [path / p for p in below if not any(part.startswith(".") for part in p.parts)]
+    return [path / p for p in below if not any(map(is_hidden, p.parts))]
 
 
 def read_pictures(
@@ -123,7 +126,7 @@ def read_record(source: Source, index: int, *, strict: bool = False) -> Record |
         if strict:
             raise
         problem = str(error)
-    return Picture(source.name(index), NO_LABEL, None, problem)
+    return Picture(source.name(index), source.label(index), None, problem)
 
 
 def decode_record(

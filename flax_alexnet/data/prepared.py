@@ -138,12 +138,12 @@ def write_dataset(
     return Prepared(folder, counts, problems, sum(r.size for r in results.values()), rate)
 
 
-def need_new(folder: Path) -> None:
-    """Raises UserError if there is a dataset in `folder`."""
+def need_new(folder: Path, instead: str = "--data.data-dir") -> None:
+    """Raises UserError if there is a dataset in `folder`; the flags of `instead` take another."""
     if folder.exists():
         raise UserError(
             f"{folder} is there already; remove it to prepare it once more, or take another "
-            "--data.data-dir"
+            f"{instead}"
         )
 
 

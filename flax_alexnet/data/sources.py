@@ -1,11 +1,13 @@
 """Where pictures come from: the embedded dataset, TFDS names, folders of class folders.
 
-Each is a `Source`: a length, encoded pictures with their labels by index, and label names.
+Each has `Splits`; each split is a `Source`: a length, encoded pictures with their labels by index,
+and label names.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -16,9 +18,19 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from flax_alexnet.data import shapes
 from flax_alexnet.data.decode import read_file
+from flax_alexnet.data.folders import (
+    File,
+    class_folders,
+    describe_others,
+    list_pictures,
+    split_folders,
+    standard_split,
+    subfolders,
+)
 from flax_alexnet.errors import UserError, first_line, printable, unknown
 
 FOLDER = "folder:"
+NO_LABEL = -1  # of a picture whose right class nobody said
 PREPARED_FOLDER = "prepared_folder"  # what TFDS calls folders once they are prepared
 # The entries of `features.json` whose values are imported.
 CLASS_KEYS = frozenset({"pythonClassName", "python_class_name", "type"})
@@ -58,6 +70,10 @@ class Source(Pictures, Protocol):
 
     prepared: bool  # whether every picture was decoded once before, when it was prepared
 
+    def label(self, index: int, /) -> int:
+        """The picture's label, where that is known before it is read, else `NO_LABEL`."""
+        ...
+
 
 class Dataset(NamedTuple):
     """A training and an evaluation source with the same label names."""
@@ -66,6 +82,22 @@ class Dataset(NamedTuple):
     train: Source
     eval: Source
     label_names: Sequence[str]
+    note: str = ""  # what the user should know of it, in lines
+
+
+class Splits(Protocol):
+    """A dataset of which nothing is opened yet."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    def open(self, split: str, /) -> Source:
+        """A split, or what else the dataset calls so; UserError where there is none."""
+        ...
+
+    def note(self) -> str:
+        """What the user should know of what was opened, in lines, or ""."""
+        ...
 
 
 def default_data_dir() -> Path:
@@ -78,23 +110,74 @@ def open_dataset(
     data_dir: Path | None = None,
     train_split: str = "train",
     eval_split: str | None = None,
+    image_key: str | None = None,
+    label_key: str | None = None,
+    label_order: Sequence[str] = (),
 ) -> Dataset:
-    """The dataset called `name`: "shapes_and_textures", a TFDS name, or "folder:PATH".
+    """The dataset called `name`, to be trained on; see `open_splits` for the arguments.
+
+    Args:
+      name: "shapes_and_textures", a TFDS name, or "folder:PATH".
+      data_dir: where prepared datasets lie.
+      train_split: of TFDS, slices such as "train[:90%]" included; of a folder as `FolderSplits`.
+      eval_split: likewise; None is "validation" where there is one, else "test".
+      image_key: of the pictures.
+      label_key: of the labels.
+      label_order: of a folder.
+
+    Raises:
+      UserError: no such dataset or split, not prepared, of a form that cannot be read, or without
+        labels.
+    """
+    splits = open_splits(name, data_dir, image_key, label_key, label_order)
+    held_out = eval_split or held_out_split(splits)
+    no_train = train_split == "train" and "train" not in splits.names
+    if no_train or held_out is None:
+        first = (splits.names or ["train"])[0]
+        raise UserError(
+            f"dataset {name!r} has no {'train' if no_train else 'validation or test'} split, only "
+            f"{', '.join(splits.names)}: "
+            + (
+                "add a folder for it"
+                if name.startswith(FOLDER)
+                else f"split one, such as --data.train-split '{first}[:90%]' --data.eval-split "
+                f"'{first}[90%:]'"
+            )
+        )
+    train, held_out_source = splits.open(train_split), splits.open(held_out)
+    return Dataset(name, train, held_out_source, train.label_names, splits.note())
+
+
+def held_out_split(splits: Splits) -> str | None:
+    """The split that a training does not see, and evaluates on; None where there is none."""
+    return next((split for split in ("validation", "test") if split in splits.names), None)
+
+
+def open_splits(
+    name: str,
+    data_dir: Path | None = None,
+    image_key: str | None = None,
+    label_key: str | None = None,
+    label_order: Sequence[str] = (),
+) -> Splits:
+    """What splits the dataset called `name` has; only those that are asked for are opened.
 
     The embedded dataset is prepared here if it is not yet; others must have been.
 
     Args:
-      name: a TFDS name may carry a configuration and a version, such as "cifar10:3.0.2".
+      name: "shapes_and_textures", a TFDS name, or "folder:PATH"; a TFDS name may carry a
+        configuration and a version, such as "cifar10:3.0.2".
       data_dir: where prepared datasets lie; None for `default_data_dir()`.
-      train_split: of TFDS, slices such as "train[:90%]" included; a folder has its own rule.
-      eval_split: likewise; None is "validation" where there is one, else "test".
+      image_key: the feature of TFDS with the pictures; None for the first of its supervised keys,
+        or "image" where it has none.
+      label_key: that with the labels; None for the second, or "label".
+      label_order: the classes of a folder in the order that a run has them in.
 
     Raises:
-      UserError: no such dataset, not prepared, of a form that cannot be read, or without labels.
+      UserError: no such dataset, not prepared, or of a form that cannot be read.
     """
     if name.startswith(FOLDER):
-        train_files, test_files = open_folder(Path(os.path.expanduser(name.removeprefix(FOLDER))))
-        return Dataset(name, train_files, test_files, train_files.label_names)
+        return FolderSplits(folder_of(name), label_order)
     data_dir = data_dir or default_data_dir()
     if name == shapes.NAME:
         try:
@@ -108,17 +191,47 @@ def open_dataset(
                 ) from None
         except (AssertionError, *UNREADABLE) as error:
             raise damaged(data_dir / name, error) from None
-    builder = _open_builder(name, data_dir)
-    splits = builder.info.splits
-    if eval_split is None:
-        eval_split = next((split for split in ("validation", "test") if split in splits), None)
-    if eval_split is None:
-        raise UserError(
-            f"dataset {name!r} has no validation or test split, only {', '.join(splits)}: "
-            "split one, such as --data.train-split 'train[:90%]' --data.eval-split 'train[90%:]'"
-        )
-    train, held_out = TfdsSource(builder, train_split), TfdsSource(builder, eval_split)
-    return Dataset(name, train, held_out, train.label_names)
+    return TfdsSplits(_open_builder(name, data_dir), image_key, label_key)
+
+
+def folder_of(name: str) -> Path:
+    """The folder that "folder:PATH" means; UserError where it names none."""
+    path = name.removeprefix(FOLDER)
+    if not path:
+        raise UserError("--data.name is folder: without a path; expected folder:PATH")
+    return Path(os.path.expanduser(path))
+
+
+class TfdsSplits:
+    """The splits of a prepared TFDS dataset of labelled pictures."""
+
+    def __init__(
+        self, builder: tfds.core.DatasetBuilder, image_key: str | None, label_key: str | None
+    ):
+        self._builder = builder
+        self.names = list(builder.info.splits)
+        # With two there are a picture and its label; with three, a weight as well.
+        keys: Sequence[str] = builder.info.supervised_keys or ()
+        named = len(keys) in (2, 3) and all(isinstance(key, str) for key in keys)
+        image, label = keys[:2] if named else ("image", "label")
+        self._keys = image_key or image, label_key or label
+        features = builder.info.features
+        is_dict = isinstance(features, tfds.features.FeaturesDict)
+        kinds = {key: type(features[key]).__name__ for key in features} if is_dict else {}
+        if [kinds.get(key) for key in self._keys] != ["Image", "ClassLabel"]:
+            has = ", ".join(f"{key} ({kind})" for key, kind in kinds.items())
+            raise UserError(
+                f"dataset {builder.name!r} has no {self._keys[0]} (Image) with a {self._keys[1]} "
+                f"(ClassLabel), but {has}; name others with --data.image-key and --data.label-key"
+            )
+
+    def open(self, split: str) -> "TfdsSource":
+        """A split of TFDS, such as "train[:90%]"."""
+        return TfdsSource(self._builder, split, *self._keys)
+
+    def note(self) -> str:
+        """Nothing."""
+        return ""
 
 
 class TfdsSource:
@@ -126,15 +239,13 @@ class TfdsSource:
 
     prepared = True
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+    def __init__(
+        self, builder: tfds.core.DatasetBuilder, split: str, image_key: str, label_key: str
+    ):
         name, info = builder.name, builder.info
-        keys = info.supervised_keys
-        features = [info.features[key] for key in keys] if keys and len(keys) == 2 else []
-        if [type(feature).__name__ for feature in features] != ["Image", "ClassLabel"]:
-            raise UserError(f"dataset {name!r} does not consist of pictures with one label each")
-        self._image, self._label = keys
+        self._image, self._label = image_key, label_key
         self._split, self._folder = split, Path(builder.data_path)
-        self.label_names: Sequence[str] = features[1].names
+        self.label_names: Sequence[str] = info.features[label_key].names
         try:
             length = info.splits[split].num_examples
         except (ValueError, KeyError) as error:
@@ -160,6 +271,11 @@ class TfdsSource:
         """What messages call the picture."""
         return f"{self._split}[{index}]"
 
+    def label(self, index: int) -> int:
+        """Not known before the record is read."""
+        del index
+        return NO_LABEL
+
     def read(self, index: int) -> Record:
         """The record at `index`; UserError where its file is missing, cut off, or damaged."""
         try:
@@ -179,46 +295,160 @@ class FolderSource:
     prepared = False
 
     def __init__(self, files: Sequence[tuple[str | Path, int]], label_names: Sequence[str]):
-        self._files = files
+        self.files = files
         self.label_names = label_names
 
     @property
     def paths(self) -> list[Path]:
         """The files."""
-        return [Path(path) for path, _ in self._files]
+        return [Path(path) for path, _ in self.files]
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def name(self, index: int) -> str:
         """The picture's path, printable."""
-        return printable(str(self._files[index][0]))
+        return printable(str(self.files[index][0]))
+
+    def label(self, index: int) -> int:
+        """That of its folder."""
+        return self.files[index][1]
 
     def read(self, index: int) -> Record:
         """The record at `index`; DecodeError says why its file cannot be read."""
-        path, label = self._files[index]
+        path, label = self.files[index]
         return Record(read_file(Path(path)), label, self.name(index))
 
 
-class Joined:
-    """The pictures of two sources with the same label names, one after the other."""
+class FolderSplits:
+    """The pictures of a folder of class folders, or of folders that hold such.
 
-    def __init__(self, first: Source, second: Source):
-        self._parts = first, second
-        self.label_names = first.label_names
-        self.prepared = first.prepared and second.prepared
+    These are PATH/train, PATH/validation and PATH/test, by any of the names in `SPLITS`. Or they
+    are PATH, or PATH/train alone, with a tenth held out as "test": every tenth picture in the order
+    of classes and names, so that each class gives its share and the same picture is held out every
+    time.
+
+    Args:
+      path: the folder.
+      label_order: of the classes; their natural order where these are not the classes.
+
+    Raises:
+      UserError: no folder, or one that cannot be read.
+    """
+
+    def __init__(self, path: Path, label_order: Sequence[str] = ()):
+        self.path, self._label_order = path, label_order
+        self._listed: dict[Path, tuple[list[File], list[str]]] = {}
+        with _reading():
+            if not path.is_dir():
+                raise UserError(
+                    f"no folder {path}: --data.name folder:PATH needs one with a folder per class"
+                )
+            self._folders = {s: path / name for s, name in split_folders(path).items()}
+            others = [path / name for name in subfolders(path) if standard_split(name)]
+        self._unused = [p for p in others if self._folders and p not in self._folders.values()]
+        # A tenth is held out where nothing else is.
+        self._whole = (
+            self._folders.get("train", path) if self._folders.keys() <= {"train"} else None
+        )
+        self.names = ["train", "test"] if self._whole else list(self._folders)
+
+    def open(self, split: str) -> "FolderSource | Joined":
+        """The split of a standard name, or of one of its `SPLITS`; "all" is all of them.
+
+        Raises:
+          UserError: none of that name, one that cannot be read, too few classes or pictures, or
+            classes that are not those of the other splits.
+        """
+        if split == "all":
+            return Joined([self.open(name) for name in self.names])
+        name = standard_split(split)
+        if name not in self.names:
+            raise UserError(
+                f"{self.path} has no split {split!r}: choose {', '.join(self.names)} or all"
+            )
+        with _reading():
+            if self._whole is None:
+                return self._source(self._folders[name])
+            whole = self._source(self._whole)
+        if len(whole) < 10:
+            raise UserError(
+                f"{self._whole} has {len(whole)} pictures; at least 10 are needed to test on one"
+            )
+        if name == "test":
+            return FolderSource(whole.files[9::10], whole.label_names)
+        seen = [file for index, file in enumerate(whole.files) if index % 10 != 9]
+        return FolderSource(seen, whole.label_names)
+
+    def _source(self, folder: Path) -> "FolderSource":
+        """All pictures of a folder of class folders; it is listed once."""
+        first = next(iter(self._folders.values()), folder)
+        if differ := sorted(set(subfolders(first)) ^ set(subfolders(folder))):
+            raise UserError(
+                f"{first} and {folder} must hold the same classes: {', '.join(differ)}; add "
+                "folders for them, or move one of both elsewhere"
+            )
+        names = class_folders(folder)
+        if sorted(names) == sorted(self._label_order):
+            names = list(self._label_order)
+        if folder not in self._listed:
+            self._listed[folder] = list_pictures(folder, names)
+        return FolderSource(self._listed[folder][0], names)
+
+    @property
+    def pictures(self) -> list[str]:
+        """All pictures in the class folders of what was opened."""
+        return [path for pictures, _ in self._listed.values() for path, _ in pictures]
+
+    @property
+    def others(self) -> list[str]:
+        """Files there that are none."""
+        return [other for _, others in self._listed.values() for other in others]
+
+    def note(self) -> str:
+        """How many these others are; and folders called as splits that have no class folders."""
+        lines = [f"{folder} has no class folders and is not used" for folder in self._unused]
+        return "\n".join([*lines, *filter(None, [describe_others(self.others)])])
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Says in a line which folder cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot read {printable(str(error.filename))}: {error.strerror}; take another folder"
+        ) from None
+
+
+class Joined:
+    """The pictures of sources with the same label names, one after the other."""
+
+    def __init__(self, parts: Sequence[Source]):
+        self._parts = parts
+        self.label_names = parts[0].label_names
+        self.prepared = all(part.prepared for part in parts)
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))
 
     def _find(self, index: int) -> tuple[Source, int]:
-        first, second = self._parts
-        return (first, index) if index < len(first) else (second, index - len(first))
+        for part in self._parts[:-1]:
+            if index < len(part):
+                return part, index
+            index -= len(part)
+        return self._parts[-1], index
 
     def name(self, index: int) -> str:
         """What its part calls the picture."""
         source, index = self._find(index)
         return source.name(index)
+
+    def label(self, index: int) -> int:
+        """What its part says."""
+        source, index = self._find(index)
+        return source.label(index)
 
     def read(self, index: int) -> Record:
         """The record at `index`, as its part gives it."""
@@ -251,125 +481,6 @@ def damaged(folder: Path, error: Exception) -> UserError:
         f"the dataset in {folder} is damaged ({first_line(error)}): remove that folder and "
         "prepare it once more"
     )
-
-
-def class_folders(path: Path) -> list[str]:
-    """Names of the folders in `path`, hidden ones left out, in sorted order."""
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def list_pictures(path: Path, label_names: Sequence[str]) -> list[tuple[str, int]]:
-    """All files below the class folders of `path`, with labels, sorted by class and name.
-
-    What is inside counts, not what a file's name says: whatever is no folder and not hidden is
-    taken, so that it has an outcome where it turns out to be no picture. Links to folders are not
-    followed.
-
-    Raises:
-      UserError: a class folder without a file.
-      OSError: a folder that cannot be read.
-    """
-    result = []
-    for label, name in enumerate(label_names):
-        files = _files_below(os.path.join(path, name))
-        if not files:
-            raise UserError(f"class folder {path / name} has no pictures: add some or remove it")
-        result += [(file, label) for file in files]
-    return result
-
-
-def _files_below(folder: str) -> list[str]:
-    """Paths as text: they take a third of the memory of `Path`s, which counts with a million."""
-    files: list[str] = []
-    folders = [folder]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if not entry.name.startswith("."):
-                    is_folder = entry.is_dir(follow_symlinks=False)
-                    (folders if is_folder else files).append(entry.path)
-    return sorted(files, key=lambda path: path.split(os.sep))
-
-
-def list_left_out(path: Path, taken: Sequence[FolderSource]) -> list[tuple[str, str]]:
-    """(name, why) of all files below `path` that `taken` do not have, sorted by name."""
-    pictures = {str(picture) for source in taken for picture in source.paths}
-    parents = (Path(folder, "_").parents for folder in set(map(os.path.dirname, pictures)))
-    inside = {str(parent) for several in parents for parent in several}
-    result, folders = [], [str(path)]
-    while folders:
-        folder = folders.pop()
-        try:
-            entries = list(os.scandir(folder))
-        except OSError as error:  # of somebody else's, say
-            result.append((printable(folder), error.strerror or first_line(error)))
-            continue
-        for entry in entries:
-            # A class folder may be a link; no other link is followed, as it may lead back.
-            if entry.is_dir(follow_symlinks=entry.path in inside):
-                folders.append(entry.path)
-            elif entry.path not in pictures:
-                hidden = "/." in entry.path.removeprefix(str(path))
-                why = "it is hidden" if hidden else "it is in no class folder that is read"
-                result.append((printable(entry.path), why))
-    return sorted(result)
-
-
-def open_folder(path: Path) -> tuple[FolderSource, FolderSource]:
-    """Pictures to train on and to test on, in class folders.
-
-    These are PATH/train and PATH/validation (or val, test), or PATH with a tenth of it held out:
-    every tenth picture in the order of classes and names, so that each class gives its share and
-    the same picture is held out every time.
-
-    Raises:
-      UserError: no folder, one that cannot be read, too few classes or pictures.
-    """
-    try:
-        return _split_folder(path)
-    except OSError as error:
-        raise UserError(
-            f"cannot read {printable(str(error.filename))}: {error.strerror}; take another folder"
-        ) from None
-
-
-def _split_folder(path: Path) -> tuple[FolderSource, FolderSource]:
-    if not path.is_dir() or path == Path():
-        raise UserError(
-            f"no folder {path}: --data.name folder:PATH needs one with a folder per class"
-        )
-    names = class_folders(path)
-    eval_name = next((name for name in ("validation", "val", "test") if name in names), None)
-    if "train" in names and eval_name:
-        label_names = class_folders(path / "train")
-        others = class_folders(path / eval_name)
-        if others != label_names:
-            differ = ", ".join(sorted(set(others) ^ set(label_names)))
-            raise UserError(
-                f"{path}/train and {path}/{eval_name} must hold the same classes: {differ}"
-            )
-        _need_classes(path / "train", label_names)
-        train_files = list_pictures(path / "train", label_names)
-        held_out = list_pictures(path / eval_name, label_names)
-    else:
-        label_names = names
-        _need_classes(path, label_names)
-        files = list_pictures(path, label_names)
-        held_out = files[9::10]
-        train_files = [file for index, file in enumerate(files) if index % 10 != 9]
-        if not held_out:
-            raise UserError(
-                f"{path} has {len(files)} pictures; at least 10 are needed to test on one"
-            )
-    return FolderSource(train_files, label_names), FolderSource(held_out, label_names)
-
-
-def _need_classes(path: Path, label_names: Sequence[str]) -> None:
-    if len(label_names) < 2:
-        raise UserError(
-            f"{path} has {len(label_names)} class folders; expected two or more, each with the "
-            "pictures of one class"
-        )
 
 
 def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:

@@ -65,9 +65,7 @@ def start_from(
             f"--data.image-size is {size}, but the mean image in {config.init_from} has "
             f"{mean.shape[0]} pixels; leave that flag out"
         )
-    same_classes = num_classes == net.num_classes and (
-        not net.label_names or _same(label_names, net)
-    )
+    same_classes = num_classes == net.num_classes and _same(label_names, net)
     rule = dataclasses.replace(net.preprocessing, crop_size=config.augment.crop_size)
     model = dataclasses.replace(config.model, num_classes=num_classes)
     shapes = expected_shapes(dataclasses.replace(net, config=model, preprocessing=rule))
@@ -88,8 +86,10 @@ def start_from(
 
 
 def _same(label_names: Sequence[str], net: Pretrained) -> bool:
+    """Whether the classes are the net's in its order; true where it has no names that say it."""
     try:
-        order, by_name = match_labels(label_names, net.label_names, net.num_classes)
+        order, matched = match_labels(label_names, net.label_names, net.num_classes)
     except UserError:
-        return False
-    return by_name and np.array_equal(order, np.arange(net.num_classes))
+        return not net.label_names
+    in_order = np.array_equal(order, np.arange(net.num_classes))
+    return in_order and (matched or not net.label_names)

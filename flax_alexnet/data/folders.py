@@ -1,0 +1,205 @@
+"""Which files below a folder are pictures, of which class and of which split; none is decoded."""
+
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+from flax_alexnet.data.ahead import map_threads
+from flax_alexnet.data.decode import is_picture
+from flax_alexnet.errors import UserError, first_line, printable
+
+# What the folders of a split are called, whatever their case; "_set" may follow.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
+# Folders that systems leave beside pictures, some with small copies of them.
+OF_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+CHUNK = 64  # files that a thread is given at once
+READERS = 16  # threads, which mostly wait for a disk or a network
+
+File = tuple[str, int]  # a path as text, which takes a third of a Path's memory, and a label
+
+
+def standard_split(name: str) -> str | None:
+    """The split that a folder of this name holds by custom: train, validation or test."""
+    plain = re.sub(r"[ _-]?set$", "", name.lower())
+    return next((split for split, names in SPLITS.items() if plain in names), None)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is passed over."""
+    return name.startswith(".") or name in OF_SYSTEMS
+
+
+def natural(names: Iterable[str]) -> list[str]:
+    """Sorted, with the numbers in them by their value: class_2 comes before class_10."""
+
+    def key(name: str) -> tuple[list[str | int], str]:
+        parts = re.split(r"([0-9]+)", name)
+        return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+    return sorted(names, key=key)
+
+
+def subfolders(path: str | Path) -> list[str]:
+    """Names of the folders in `path`, or links to some, hidden ones left out, in natural order."""
+    with os.scandir(path) as entries:
+        return natural(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
+
+
+def split_folders(path: Path) -> dict[str, str]:
+    """The folders in `path` that hold splits, {"train": "Training"}; empty where there are none.
+
+    Such a folder has class folders, so that a class of pictures may be called "train" as well.
+
+    Raises:
+      UserError: two folders for the same split.
+      OSError: a folder that cannot be read.
+    """
+    found: dict[str, str] = {}
+    for name in subfolders(path):
+        split = standard_split(name)
+        if split is None or not _count(path / name)[0]:
+            continue
+        if split in found:
+            raise UserError(
+                f"{path} has {found[split]} and {name}, both for the split {split}; leave one"
+            )
+        found[split] = name
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def class_folders(path: Path) -> list[str]:
+    """Names of the classes in `path`: of its folders, in natural order.
+
+    One folder beside files that are no pictures may be all that a class has, as in Tiny ImageNet
+    (`n01443537/images` beside `n01443537_boxes.txt`).
+
+    Raises:
+      UserError: fewer than two, or one that holds no pictures but folders.
+      OSError: a folder that cannot be read.
+    """
+    names = subfolders(path)
+    for name in names:
+        folders, files = _count(path / name)
+        if folders > bool(files):
+            raise UserError(
+                f"{path / name} holds folders and no pictures, so it is no class: expected a "
+                "folder for each class with its pictures, or train, validation and test with such "
+                f"folders; rename or move it, or take folder:{path / name} if the classes are there"
+            )
+    if len(names) < 2:
+        raise UserError(
+            f"{path} has {len(names)} class folders; expected two or more, each with the "
+            "pictures of one class"
+        )
+    return names
+
+
+def _count(path: Path) -> tuple[int, int]:
+    """How many folders and other files a folder holds; none, where a picture is among the files."""
+    folders, files = 0, []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if not is_hidden(entry.name):
+                if entry.is_dir():
+                    folders += 1
+                else:
+                    files.append(entry.path)
+    pictures = folders and any(map(is_picture, files))
+    return (0, 0) if pictures else (folders, len(files))
+
+
+def list_pictures(path: Path, label_names: Sequence[str]) -> tuple[list[File], list[str]]:
+    """The pictures below the class folders of `path`, with labels, sorted by class and name.
+
+    By the text of the names, so that which picture is held out does not depend on `label_names`.
+    The first bytes of a file say whether it is a picture, and not its name. A file that is empty or
+    that cannot be read is listed too: it may have been a picture, and has an outcome. Hidden files
+    and links to folders are passed over.
+
+    Returns:
+      Pictures, and paths of files that are none.
+
+    Raises:
+      UserError: a class folder without a picture.
+      OSError: a folder that cannot be read.
+    """
+    pictures: list[File] = []
+    others: list[str] = []
+    for label, name in sorted(enumerate(label_names), key=lambda pair: pair[1]):
+        files = _files_below(os.path.join(path, name))
+        chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
+        tried = map_threads(lambda chunk: [is_picture(file) for file in chunk], chunks, READERS)
+        before = len(pictures)
+        for file, found in zip(files, itertools.chain.from_iterable(tried), strict=True):
+            others.append(file) if found is False else pictures.append((file, label))
+        if len(pictures) == before:
+            raise UserError(f"class folder {path / name} has no pictures: add some or remove it")
+    return pictures, others
+
+
+def _files_below(folder: str) -> list[str]:
+    files: list[str] = []
+    folders = [folder]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if not is_hidden(entry.name):
+                    is_folder = entry.is_dir(follow_symlinks=False)
+                    (folders if is_folder else files).append(entry.path)
+    return sorted(files, key=lambda path: path.split(os.sep))
+
+
+def describe_others(others: Sequence[str]) -> str:
+    """A line that counts files which are no pictures, by their endings; "" where there are none."""
+    if not others:
+        return ""
+    kinds = Counter(os.path.splitext(path)[1].lower() or "without an ending" for path in others)
+    counts = ", ".join(f"{count:,} {printable(kind)}" for kind, count in kinds.most_common(5))
+    return (
+        f"{len(others):,} files in the class folders are no pictures and are set aside ({counts}), "
+        f"such as {printable(others[0])}"
+    )
+
+
+def list_left_out(
+    path: Path, pictures: Collection[str], others: Collection[str]
+) -> list[tuple[str, str]]:
+    """(name, why) of all files below `path` but the `pictures`, sorted by name.
+
+    Args:
+      path: the whole folder.
+      pictures: paths of those that are taken.
+      others: paths of files in class folders that are none.
+    """
+    taken, set_aside = set(pictures), set(others)
+    parents = (Path(folder, "_").parents for folder in set(map(os.path.dirname, taken)))
+    inside = {str(parent) for several in parents for parent in several}
+    result, folders = [], [str(path)]
+    while folders:
+        folder = folders.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:  # of somebody else's, say
+            result.append((printable(folder), error.strerror or first_line(error)))
+            continue
+        for entry in entries:
+            # A class folder may be a link; no other link is followed, as it may lead back.
+            if entry.is_dir(follow_symlinks=entry.path in inside):
+                folders.append(entry.path)
+            elif entry.path not in taken:
+                parts = entry.path.removeprefix(str(path)).split(os.sep)
+                if entry.path in set_aside:
+                    why = "it is no picture in a known format"
+                elif any(map(is_hidden, parts)):
+                    why = "it is hidden"
+                else:
+                    why = "it is in no class folder that is read"
+                result.append((printable(entry.path), why))
+    return sorted(result)
