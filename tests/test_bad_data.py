@@ -359,6 +359,7 @@ class TestPrepared:
             path.write_bytes(data)
         return data_dir
 
+    @pytest.mark.slow
     def test_a_run_that_is_killed_ends_with_the_same_bits(
         self, damaged, tmp_path, monkeypatch, capsys
     ):

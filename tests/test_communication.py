@@ -27,7 +27,13 @@ def collectives(name, variant):
     return layout, SCRIPT["collectives"](text)
 
 
-@pytest.mark.parametrize(("name", "variant"), CASES)
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        pytest.param(*case, marks=() if case == ("hybrid", "torchvision") else pytest.mark.slow)
+        for case in CASES
+    ],
+)
 def test_bytes_are_those_of_theory(name, variant):
     layout, found = collectives(name, variant)
     expected = SCRIPT["theory"](layout, variant, BATCH)

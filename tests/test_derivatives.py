@@ -139,6 +139,7 @@ def test_forward_mode_outside_of_programs():
 @pytest.mark.parametrize(
     "name", ["convolution, None", "dense", "normalization, shifted_sums", "max-pooling, slices"]
 )
+@pytest.mark.slow
 def test_an_operator_maps_over_any_of_its_arrays(name):
     """As do an ensemble, whose kernels differ, and a gradient for each image."""
     operator, shapes = OPERATORS[name]

@@ -66,6 +66,7 @@ def test_the_quick_form_draws_nothing_from_a_part(load, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["communication_quick.csv"]
 
 
+@pytest.mark.slow
 def test_figure1(shared_data, load, tmp_path):
     script = load("figure1_relu_vs_tanh")
     data_dir = str(shared_data / "tfds")
@@ -93,17 +94,20 @@ def test_figure1_reads_a_curve(load):
     assert "stopped" not in said
 
 
+@pytest.mark.slow
 def test_jit_and_pmap_agree(load, tmp_path):
     flags = ["--output", str(tmp_path), "--batch-size", "16", "--rounds", "1"]
     assert load("jit_vs_pmap")["main"](flags) == 0
     assert (tmp_path / "jit_vs_pmap.csv").read_text().count("\n") == 2
 
 
+@pytest.mark.slow
 def test_the_loop_is_timed(load, tmp_path):
     assert load("bench_loop")["main"](["--quick"]) == 0
     assert (tmp_path / "results" / "bench_loop_quick.csv").read_text().count("\n") == 3
 
 
+@pytest.mark.slow
 def test_the_real_trunk(shared_data, load, tmp_path):
     trunk = shared_data / "alexnet_owt"
     flags = ["--weights", str(trunk / "features_and_lpips.npz"), "--examples", str(trunk)]
@@ -124,12 +128,14 @@ def test_prepare_is_timed(shared_data, load, tmp_path):
     assert (tmp_path / "bench_prepare_quick.csv").read_text().count("\n") == 3
 
 
+@pytest.mark.slow
 def test_stops_and_checks_are_timed(load, tmp_path):
     script = load("stop_and_check")
     assert script["main"](["--quick", "--output", str(tmp_path)]) == 0
     assert (tmp_path / "stop_and_check_quick.csv").read_text().count("\n") == 7
 
 
+@pytest.mark.slow
 def test_ours_is_timed_beside_others(tmp_path):
     command = [sys.executable, str(EXPERIMENTS / "bench.py"), "--quick", "--output", str(tmp_path)]
     subprocess.run(command, check=True)
@@ -139,6 +145,7 @@ def test_ours_is_timed_beside_others(tmp_path):
     assert all(found["from"] <= found["to"] for found in row["against"].values())
 
 
+@pytest.mark.slow
 def test_growth_is_drawn(tmp_path):
     command = [sys.executable, str(EXPERIMENTS / "bench_growth.py"), "--quick"]
     subprocess.run([*command, "--output", str(tmp_path)], check=True)
@@ -159,6 +166,7 @@ def test_layers_are_set_against_the_roof(tmp_path):
     assert layers == ["conv1", "pool1", "conv2", "conv3", "fc10"]
 
 
+@pytest.mark.slow
 def test_a_profile_has_every_layer(load, tmp_path):
     assert load("profile_step")["main"](["--quick", "--output", str(tmp_path)]) == 0
     lines = (tmp_path / "profile_quick.md").read_text().splitlines()

@@ -136,6 +136,7 @@ def test_with_the_same_classes_the_first_loss_is_the_nets_own(
     np.testing.assert_allclose(summary["eval_loss"], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_trunk_will_do(net, photographs, tmp_path, capsys):
     trunk = {name: values for name, values in net.params.items() if name.startswith("conv")}
     native.save(dataclasses.replace(net, params=trunk), tmp_path / "trunk.safetensors")
@@ -148,6 +149,7 @@ def test_a_trunk_will_do(net, photographs, tmp_path, capsys):
         assert params[layer]["kernel"].tobytes() == net.params[layer]["kernel"].tobytes()
 
 
+@pytest.mark.slow
 def test_the_head_is_replaced_and_a_stopped_run_ends_in_the_same_bits(finetuned, tmp_path, capsys):
     workdir, arguments = finetuned
     _, params, _ = saved(workdir)

@@ -107,6 +107,7 @@ def events(workdir):
     return steps
 
 
+@pytest.mark.slow
 def test_a_run_lives_through_a_full_disk_and_a_read_only_one(data_dir, tmp_path):
     flags = ["--data.data-dir", str(data_dir), *FLAGS]
     command = [sys.executable, "-c", DRIVER, str(tmp_path), *flags]

@@ -39,6 +39,7 @@ def test_it_is_written_down_on_one_device_alone(monkeypatch):
     assert "conditional(" not in compiled()
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_to_the_bit_and_can_be_differentiated(monkeypatch):
     def loss(x):
         x = local_response_normalization(jax.nn.relu(x), 2, 2.0, 1e-2, 0.75, groups=2)

@@ -26,6 +26,7 @@ print(kept, statistics.median_low(faults() for _ in range(15)))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is for glibc")
+@pytest.mark.slow
 def test_what_was_freed_is_used_again():
     kept, faults = run("keep")
     _, faults_else = run("leave")

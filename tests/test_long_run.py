@@ -27,6 +27,7 @@ def examples(monkeypatch):
 
 
 @pytest.mark.usefixtures("examples")
+@pytest.mark.slow
 def test_ten_thousand_steps_leave_nothing_behind(script, tmp_path):
     code = script["main"](["--output", str(tmp_path)])
     result = json.loads((tmp_path / "long_run.json").read_text())

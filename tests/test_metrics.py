@@ -42,6 +42,7 @@ def test_logits_that_are_not_numbers_are_never_right():
 # The notebook's faults: each test shows the fault, then the repair.
 
 
+@pytest.mark.slow
 def test_fault_relu_on_the_logits():
     """Negative logits get no gradient; a net whose logits all die is dead for good."""
     params_of = lambda model: model.init(jax.random.key(0), images)["params"]  # noqa: E731
@@ -69,6 +70,7 @@ def test_fault_argmax_over_the_batch():
     np.testing.assert_array_equal(predict(logits), [1, 0])
 
 
+@pytest.mark.slow
 def test_fault_dropout_outside_training():
     model = AlexNet("torchvision", 10, width=0.1)
     images = jax.random.normal(jax.random.key(1), (2, 63, 63, 3))

@@ -92,7 +92,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "variant", "shape"), CASES)
+QUICK = [("data", "paper"), ("hybrid", "torchvision"), ("towers", "paper")]
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "shape"),
+    [pytest.param(*case, marks=() if case[:2] in QUICK else pytest.mark.slow) for case in CASES],
+)
 def test_a_layout_trains_as_one_device_does(name, variant, shape):
     (one, alone), (several, state) = run("data", variant, devices=1), run(name, variant, shape)
     np.testing.assert_allclose(several, one, rtol=1e-5)
@@ -106,6 +112,7 @@ def test_a_layout_trains_as_one_device_does(name, variant, shape):
 
 
 @pytest.mark.parametrize(("name", "shape"), [("zero", ()), ("hybrid", (1, 8)), ("towers", (4, 2))])
+@pytest.mark.slow
 def test_frozen_layers_stay_in_every_layout(name, shape):
     frozen = ("conv1", "conv2", "fc6")
     losses, state = run(name, "paper", shape, frozen=frozen)
@@ -122,6 +129,7 @@ def test_frozen_layers_stay_in_every_layout(name, shape):
 
 
 @pytest.mark.parametrize(("name", "shape"), [("hybrid", (1, 8)), ("towers", (4, 2))])
+@pytest.mark.slow
 def test_classes_that_do_not_divide_are_left_whole(name, shape):
     """The last layer is computed for each device's own pictures instead."""
     losses, state = run(name, "paper", shape, classes=15)

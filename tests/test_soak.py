@@ -27,6 +27,7 @@ def examples(monkeypatch):
 
 
 @pytest.mark.usefixtures("examples")
+@pytest.mark.slow
 def test_a_run_that_is_killed_ends_with_the_same_bits(soak, tmp_path):
     # With this seed phases are ended within a tenth of the time that they usually take.
     assert soak["main"](["--quick", "--seed", "25", "--output", str(tmp_path)]) == 0

@@ -137,6 +137,7 @@ def signal_at(step, argv, number, again=False):
     return process.returncode, "".join(said)
 
 
+@pytest.mark.slow
 def test_a_run_that_signals_stop_goes_on_to_the_same_bits(data_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -296,6 +297,7 @@ def test_a_finished_run_is_not_made_again(finished, data_dir, capsys):
     assert "steps 12 to 12" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_plateau_state_is_in_the_checkpoint(data_dir, tmp_path):
     """Evaluations at 6 and 12: a run that stops between them knows what the first one gave."""
     plateau = ["--optimizer.schedule", "plateau", "--optimizer.patience", "1"]
@@ -489,6 +491,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_explained(data_dir, tmp_
     assert not list((tmp_path / "checkpoints").iterdir()), "nothing that is not finite is saved"
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_goes_back_with_half_the_rate_three_times(data_dir, tmp_path, capsys):
     """A rate that rises until no halving helps; the first steps are fine, and saved."""
     rising = ["--optimizer.learning-rate", "60", "--optimizer.warmup-epochs", "100"]
@@ -508,6 +511,7 @@ def test_a_run_that_diverges_goes_back_with_half_the_rate_three_times(data_dir, 
     assert steps == list(range(1, len(steps) + 1)), "steps that were made again are logged once"
 
 
+@pytest.mark.slow
 def test_a_plateau_is_warned_of_once(data_dir, tmp_path, capsys):
     """The notebook's own initial values on small pictures: the README says that they stall."""
     plateau = ["--model.initialization", "published"]
@@ -527,6 +531,7 @@ def test_a_healthy_run_is_not_warned(finished):
     assert "warning" not in finished[1]
 
 
+@pytest.mark.slow
 def test_photographs_in_class_folders_train(shared_data, tmp_path):
     """Two hundred ImageNet photographs of many sizes, ten a class."""
     for index, path in enumerate(sorted((shared_data / "imagenet_samples").glob("*.JPEG"))):
