@@ -310,7 +310,9 @@ def test_image_too_small_names_the_layer(variant, size, layer):
     abstract_params(AlexNet(variant), jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
 
 
-@pytest.mark.parametrize("variant", ["caffe", "cuda_convnet_cifar10"])
+@pytest.mark.parametrize(
+    "variant", [pytest.param("caffe", marks=pytest.mark.slow), "cuda_convnet_cifar10"]
+)
 def test_no_images_have_no_logits_and_no_gradient(variant):
     model, size = AlexNet(variant, num_classes=7, width=1 / 16), architecture(variant).image_size
     params = model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]

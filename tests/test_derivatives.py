@@ -160,7 +160,7 @@ def test_an_operator_maps_over_any_of_its_arrays(name):
 @pytest.mark.parametrize(
     "variant",
     [
-        pytest.param(variant, marks=() if variant == "paper" else pytest.mark.slow)
+        pytest.param(variant, marks=() if variant == "cuda_convnet_cifar10" else pytest.mark.slow)
         for variant in ARCHITECTURES
     ],
 )
@@ -182,7 +182,9 @@ def test_a_net_has_derivatives_in_both_modes(variant):
         assert_close(found[kind], expected[kind], 1e-3 if "back" in kind else 1e-4)
 
 
-@pytest.mark.parametrize("variant", ["notebook", "cuda_convnet_cifar10"])
+@pytest.mark.parametrize(
+    "variant", [pytest.param("notebook", marks=pytest.mark.slow), "cuda_convnet_cifar10"]
+)
 def test_a_net_can_be_stepped_through(variant):
     """`jax.disable_jit`, as a debugger wants it, through every operator."""
     size = 18 if variant == "cuda_convnet_cifar10" else 51

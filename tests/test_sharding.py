@@ -92,7 +92,7 @@ CASES = [
 ]
 
 
-QUICK = [("data", "paper"), ("hybrid", "torchvision"), ("towers", "paper")]
+QUICK = [("data", "cuda_convnet_cifar10"), ("hybrid", "torchvision"), ("towers", "paper")]
 
 
 @pytest.mark.parametrize(

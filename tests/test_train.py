@@ -218,6 +218,7 @@ def no_save(monkeypatch):
     return attempts
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_attempts_to_save_at_the_end(data_dir, tmp_path, capsys, no_save):
     def stop_when_done():
         if [line["step"] for line in lines(tmp_path)][-1:] == [12]:
@@ -315,6 +316,7 @@ def test_plateau_state_is_in_the_checkpoint(data_dir, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_lengthened_and_not_shortened(finished, data_dir, tmp_path, capsys):
     """In a thread, as a window or a notebook's page starts it."""
     workdir = shutil.copytree(finished[0], tmp_path / "runs")
