@@ -27,7 +27,7 @@ from flax_alexnet.data import shapes
 from flax_alexnet.data.prepared import write_dataset
 from flax_alexnet.data.sources import FolderSource
 from flax_alexnet.weights import layouts, native
-from flax_alexnet.weights.labels import imagenet_synsets
+from flax_alexnet.weights.labels import imagenet_labels, imagenet_synsets
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
@@ -116,10 +116,9 @@ def made(tmp_path_factory):
 
 
 def net(width, seed=0, variant="torchvision"):
-    """A net of ImageNet's classes, without their names, as other systems have it."""
-    return dataclasses.replace(
-        make_net(variant, 1000, 224, 256, seed=seed, width=width), label_names=()
-    )
+    """A net of ImageNet's classes."""
+    made = make_net(variant, 1000, 224, 256, seed=seed, width=width)
+    return dataclasses.replace(made, label_names=imagenet_labels())
 
 
 def write_nets(folder, width):
@@ -154,7 +153,7 @@ def reader(made, tmp_path, monkeypatch):
             batch_size=8,
             steps=2,
             compilation_cache=False,
-            model=dataclasses.replace(recipe.model, width=0.05),
+            model=dataclasses.replace(recipe.model, width=1 / 16),  # eight devices divide it
         )
         for name, recipe in recipes.RECIPES.items()
     }
@@ -234,7 +233,7 @@ def test_every_reason_is_needed():
 @pytest.mark.parametrize("page", sorted({*PAGES} - {"docs/pretrained.md"}))
 @pytest.mark.filterwarnings("ignore::UserWarning:flax_alexnet.perceptual")
 def test_a_page_runs_from_top_to_bottom(page, reader, monkeypatch, capfd):
-    write_nets(reader, 0.02)
+    write_nets(reader, 1 / 16)
     namespace = run_page(page, monkeypatch, capfd)
     if page == "README.md":  # the loop of one's own has learnt what it was given
         assert namespace["totals"]["top1"] > 0.5 * namespace["totals"]["images"]
