@@ -34,6 +34,24 @@ def test_features_are_the_activations_of_the_whole_net(small):
         np.testing.assert_array_equal(found[name], state["intermediates"][name])
 
 
+def test_flax_captures_what_it_captures_of_any_module(small):
+    model, params, images = small
+    expected = features(model, params, images, ("conv1", "pool1", "logits"))
+
+    def captured(which):
+        options = {"capture_intermediates": which, "mutable": ["intermediates"]}
+        return model.apply({"params": params}, images, **options)[1]["intermediates"]
+
+    found = captured(True)
+    before = found["conv1"]["__call__"][0]  # a layer's own output, as of any linen module
+    np.testing.assert_array_equal(jax.nn.relu(before), expected["conv1"])
+    np.testing.assert_array_equal(found["__call__"][0], expected["logits"])
+    np.testing.assert_array_equal(found["pool1"], expected["pool1"])
+    only = captured(lambda module, _: module.name == "conv1")
+    np.testing.assert_array_equal(only["conv1"]["__call__"][0], before)
+    assert only["conv2"].shape == found["conv2"]["__call__"][0].shape
+
+
 def test_features_need_no_later_parameters(small):
     model, params, images = small
     trunk = {name: value for name, value in params.items() if name.startswith("conv")}

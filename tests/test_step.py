@@ -5,16 +5,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from flax_alexnet.architectures import architecture
-from flax_alexnet.augment import preprocess
+from flax_alexnet.augment import augment, preprocess
 from flax_alexnet.build import compile_steps, initialize, state_template
 from flax_alexnet.config import AugmentConfig, Config
 from flax_alexnet.model import AlexNet
 from flax_alexnet.optimizer import create_optimizer
 from flax_alexnet.sharding import make_layout
-from flax_alexnet.step import create_state, eval_step, zero_totals
+from flax_alexnet.step import create_state, eval_step, train_step, zero_totals
 
 CROP = 64
 MEAN = np.full((70, 70, 3), 127, np.float32)
@@ -183,3 +184,56 @@ def test_evaluation_counts_each_image_once():
     assert float(masked["images"]) == 11
     for name in masked:
         assert float(masked[name]) == pytest.approx(float(alone[name]), rel=1e-5)
+
+
+@pytest.fixture
+def as_optax_has_it():
+    """About types and ranks optax is less strict than these tests are."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.usefixtures("as_optax_has_it")
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adam(1e-3),
+        optax.chain(optax.clip_by_global_norm(1.0), create_optimizer(0.01)),
+        optax.MultiSteps(optax.sgd(0.1, momentum=0.9), 2),
+        optax.chain(optax.sgd(0.01), optax.contrib.reduce_on_plateau(patience=2)),
+    ],
+    ids=["adam", "clipped", "accumulated", "on the plateau of the loss"],
+)
+def test_any_optimizer_of_optax_trains(optimizer):
+    """And its state stays, to the bit, where a loss is not finite."""
+    model = AlexNet("cuda_convnet_cifar10", 3, initialization="he")
+    settings = {"model": model, "optimizer": optimizer}
+    mean = jnp.full((18, 18, 3), 127.0)
+    state = create_state(jax.random.key(0), mean, crop_size=16, **settings)
+    step = jax.jit(
+        functools.partial(
+            train_step, augment=functools.partial(augment, crop_size=16, scale=1 / 64), **settings
+        )
+    )
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (8, 18, 18, 3), np.uint8),
+        "label": rng.integers(0, 3, 8).astype(np.int32),
+    }
+    losses = []
+    for _ in range(20):
+        state, loss = step(state, batch, jax.random.key(1))
+        losses.append(float(loss))
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    after, loss = step(state, batch | {"label": np.full(8, 99, np.int32)}, jax.random.key(1))
+    assert np.isnan(loss)
+    assert_same_bits(after, state)
+
+
+def test_totals_of_another_kind_are_named():
+    model, optimizer = AlexNet("cuda_convnet_cifar10", 3), optax.sgd(0.1)
+    settings = {"model": model, "optimizer": optimizer}
+    mean = jnp.zeros((18, 18, 3))
+    state = create_state(jax.random.key(0), mean, crop_size=16, **settings).replace(totals={})
+    with pytest.raises(ValueError, match="expected those of flax_alexnet"):
+        train_step(state, {}, jax.random.key(1), augment=augment, **settings)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 
+import jax
 import numpy as np
 import pytest
 
@@ -478,6 +479,19 @@ class TestMistakes:
         usage = type("usage", (), {"free": 10_000})
         monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
         assert "GB free" in refused(capsys, arguments(tmp_path, data_dir))
+
+
+@pytest.mark.parametrize("switch", ["debug_infs", "debug_nans", "transfer_guard"])
+def test_switches_of_jax_do_not_end_a_run(switch, data_dir, tmp_path):
+    value = "disallow" if switch == "transfer_guard" else True
+    with getattr(jax, switch)(value):
+        assert main(arguments(tmp_path / "run", data_dir, "--steps", "2")) == 0
+
+
+@pytest.mark.slow
+def test_a_run_can_be_stepped_through(data_dir, tmp_path):
+    with jax.disable_jit():
+        assert main(arguments(tmp_path / "run", data_dir, "--steps", "2")) == 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_explained(data_dir, tmp_path, capsys):

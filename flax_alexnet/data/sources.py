@@ -28,6 +28,7 @@ from flax_alexnet.data.folders import (
     subfolders,
 )
 from flax_alexnet.errors import UserError, first_line, printable, unknown
+from flax_alexnet.user_folders import home
 
 FOLDER = "folder:"
 NO_LABEL = -1  # of a picture whose right class nobody said
@@ -101,8 +102,19 @@ class Splits(Protocol):
 
 
 def default_data_dir() -> Path:
-    """Where TFDS keeps its datasets: `TFDS_DATA_DIR`, or `tensorflow_datasets` in the home."""
-    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    """Where TFDS keeps its datasets: `TFDS_DATA_DIR`, or `tensorflow_datasets` in the home.
+
+    Raises:
+      UserError: neither is there, as in a container whose user the system does not know.
+    """
+    if given := os.environ.get("TFDS_DATA_DIR"):
+        return Path(os.path.expanduser(given))
+    at_home = home()
+    if at_home is None:
+        raise UserError(
+            "this user has no home for datasets: name a folder by --data.data-dir or TFDS_DATA_DIR"
+        )
+    return at_home / "tensorflow_datasets"
 
 
 def open_dataset(
