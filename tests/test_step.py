@@ -72,6 +72,7 @@ def test_the_state_counts_steps_and_images():
     assert float(state.totals["loss"]) / 160 == pytest.approx(np.mean(run()[0]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     losses, state = run("bfloat16")
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))

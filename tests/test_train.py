@@ -353,6 +353,7 @@ def test_a_complete_run_is_lengthened_and_not_shortened(finished, data_dir, tmp_
     assert 1000 < summary["seconds"] < 1600
 
 
+@pytest.mark.slow
 def test_another_batch_size_goes_on_in_pictures(data_dir, tmp_path, capsys):
     """64 pictures in batches of 24 to the end of epoch 1 and beyond, then of 8, then of 24."""
     flags = [
