@@ -44,6 +44,7 @@ NORMS = ((64, 56, 56, 96), (64, 28, 28, 256))  # of the notebook, batch 64
 SIZE, PICTURES, BATCH = 256, 4096, 64  # of the rows about input
 SIDE = 4096  # of the matrices whose product is the limit of a CPU
 LIMITS = ("limit", "copy")
+OTHER = "the other Python"
 GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # each process takes what it needs
 
 
@@ -59,6 +60,9 @@ class Arguments:
     """How often each is timed; some short work three times as often."""
     rows: tuple[str, ...] = ("",)
     """How the names of the rows begin that are measured."""
+    other_python: Path | None = None
+    """The Python of another environment, such as with another JAX: in rows of training on a CPU
+    ours there is one of the others."""
     quick: bool = False
     """A round of one tiny row: shows that it works."""
 
@@ -89,7 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         rows: Iterator[Row] = (
-            gpu_rows() if gpu else cpu_rows(arguments.rows, photographs, Path(folder))
+            gpu_rows()
+            if gpu
+            else cpu_rows(arguments.rows, photographs, Path(folder), arguments.other_python)
         )
         if arguments.quick:
             model: dict[str, Any] = {"variant": "cuda_convnet_cifar10", "batch": 8, "size": 32}
@@ -153,7 +159,12 @@ def macs_of_training(variant: str, size: int) -> float:
     return 3 * sum(info.macs for info in infos) - infos[0].macs
 
 
-def cpu_rows(begin: tuple[str, ...], photographs: Sequence[Path], folder: Path) -> Iterator[Row]:
+def cpu_rows(
+    begin: tuple[str, ...],
+    photographs: Sequence[Path],
+    folder: Path,
+    other_python: Path | None = None,
+) -> Iterator[Row]:
     """The rows for a CPU."""
     for variant, batch, goals in (
         ("notebook", 64, {"tensorflow": 1.1, "torch": 1.5, "limit": 0.8}),
@@ -165,6 +176,11 @@ def cpu_rows(begin: tuple[str, ...], photographs: Sequence[Path], folder: Path) 
         others = peers("train", model) | {"limit": Work("product", {"side": SIDE})}
         images = SIDE**3 / macs_of_training(variant, 224)  # that one product could be spent on
         ours = Work("ours_train", model)
+        if other_python:
+            goals, others = (
+                goals | {OTHER: 1},
+                others | {OTHER: dataclasses.replace(ours, python=str(other_python))},
+            )
         yield Row(f"train/{variant}/{batch}", goals, ours, others, batch, limit=images)
     for variant in VARIANTS:
         size = architecture(variant).image_size
@@ -263,7 +279,10 @@ def measure(row: Row, rounds: int) -> dict[str, Any]:
                 print(f"{row.name}: {name} cannot: {error}", flush=True)
                 continue
             held.callback(workers[name].close)
-            result["said"] |= workers[name].said
+            said = workers[name].said
+            result["said"] |= (
+                {f"{k} of {name}": v for k, v in said.items()} if name == OTHER else said
+            )
         for _ in range(rounds):
             for name, worker in workers.items():
                 if row.settle:

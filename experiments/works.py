@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -33,6 +34,7 @@ class Work:
     name: str
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    python: str = sys.executable
 
 
 class Worker:
@@ -44,8 +46,10 @@ class Worker:
 
     def __init__(self, work: Work):
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [sys.executable, __file__, json.dumps([work.name, work.arguments])]
-        env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [work.python, __file__, json.dumps([work.name, work.arguments])]
+        # Another Python has packages of its own, and of ours only what is in this repository.
+        here = sys.path if work.python == sys.executable else [str(Path(__file__).parents[1])]
+        env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": os.pathsep.join(here)}
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -99,6 +103,7 @@ def describe() -> dict[str, str]:
     """The device and the versions of what has been imported."""
     names = ("jax", "jaxlib", "flax", "optax", "tensorflow", "torch", "simplejpeg")
     result = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
+    result["python"] = platform.python_version()
     if "jax" in sys.modules:
         import jax
 
