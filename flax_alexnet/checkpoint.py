@@ -58,7 +58,7 @@ class Checkpoints:
         say: Callable[[str], None] = print,
         marker: Path | None = None,
     ) -> None:
-        self._folder, self._patience, self.say = folder.absolute(), patience, say
+        self._folder, self._patience, self.say = _in_utf8(folder.absolute()), patience, say
         self._marker = marker
         self._started: int | None = (
             None  # the step whose save has begun and is not known to be done
@@ -328,8 +328,8 @@ def restore_model(folder: Path) -> tuple[Any, np.ndarray]:
     Raises:
       UserError: it is no checkpoint of a run.
     """
+    path = _in_utf8(folder.absolute()) / "default"  # Orbax takes no relative path
     with _reading(folder) as reader:
-        path = folder.absolute() / "default"  # Orbax takes no relative path
         saved = reader.metadata(path).tree
         if not (isinstance(saved, dict) and {"params", "mean"} <= saved.keys()):
             raise ValueError("it has no parameters, or no mean image")
@@ -341,6 +341,18 @@ def restore_model(folder: Path) -> tuple[Any, np.ndarray]:
         )
         tree = reader.restore(path, args=restore)
     return tree["params"], tree["mean"]
+
+
+def _in_utf8(folder: Path) -> Path:
+    """The folder; UserError where TensorStore, which takes paths in UTF-8 alone, cannot read it."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"checkpoints need a path in UTF-8, and {folder} is none in this locale: set "
+            "PYTHONUTF8=1, or take another --workdir"
+        ) from None
+    return folder
 
 
 def _top1(metrics: dict[str, float]) -> float:

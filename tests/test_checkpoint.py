@@ -396,3 +396,12 @@ def test_the_digest_is_of_bytes_in_the_order_of_paths():
     assert digest(a) == digest(b)
     b["fc6"]["kernel"] = b["fc6"]["kernel"].at[0].set(-0.0)
     assert digest(a) != digest(b)
+
+
+def test_a_path_that_is_not_utf8_is_refused_before_the_training(tmp_path):
+    """As names of other scripts are read under LC_ALL=C without UTF-8."""
+    folder = tmp_path / "l\udcc3ufe"
+    with pytest.raises(UserError, match="set PYTHONUTF8=1, or take another --workdir"):
+        Checkpoints(folder)
+    with pytest.raises(UserError, match="set PYTHONUTF8=1, or take another --workdir"):
+        restore_model(folder / "2")

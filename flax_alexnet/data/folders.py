@@ -87,7 +87,7 @@ def class_folders(path: Path) -> list[str]:
     names = subfolders(path)
     for name in names:
         folders, files = _count(path / name)
-        if folders > bool(files):
+        if folders > (1 if files else 0):
             raise UserError(
                 f"{path / name} holds folders and no pictures, so it is no class: expected a "
                 "folder for each class with its pictures, or train, validation and test with such "
