@@ -276,6 +276,7 @@ class Throughput:
         self._batch_size = batch_size
         self._seconds, self._steps = 0.0, 0
         self._started: float | None = None  # None: paused
+        self._first = True  # whether there was no lap yet
 
     def step(self) -> None:
         """One step was dispatched; the first is timed from here on, without its compilation."""
@@ -289,10 +290,11 @@ class Throughput:
         self._started = None
 
     def lap(self) -> dict[str, float]:
-        """Images per second since the last lap."""
+        """Images per second since the last lap; nothing of a first step alone, which compiles."""
+        compiled = self._first and self._steps == 1
         rate = {"images_per_second": self._steps * self._batch_size / self._seconds}
-        self._seconds, self._steps = 0.0, 0
-        return rate
+        self._seconds, self._steps, self._first = 0.0, 0, False
+        return {} if compiled else rate
 
 
 def average_rate(metrics: Iterable[Mapping[str, Any]]) -> float:
