@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 from jax import lax
-from jax._src import compilation_cache  # there is no public way: see `_keep_out_of_the_cache`
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -49,7 +48,8 @@ def _passed() -> bool:
 
     The answer is remembered in the user's cache folder, where there is one.
     """
-    if not (sys.platform == "linux" and platform.machine() == "x86_64" and sys.executable):
+    here = sys.platform == "linux" and platform.machine() == "x86_64"
+    if not (here and _KEPT_OUT and sys.executable):
         return False
     folder = cache_folder()
     if folder is None:
@@ -120,20 +120,28 @@ def check() -> None:
         raise RuntimeError(f"the compilation cache holds {written}")
 
 
-def _keep_out_of_the_cache() -> None:
-    """Keeps programs with oneDNN out of JAX's compilation cache, and others in.
+def _keep_out_of_the_cache() -> bool:
+    """Keeps programs with oneDNN out of JAX's compilation cache, and others in; whether it can.
 
     XLA cannot write such a program to a file, and what it does when JAX's cache asks for that is
     undefined. JAX has no public way to leave one program out.
     """
-    put = compilation_cache.put_executable_and_time
+    try:
+        from jax._src import compilation_cache
+
+        put = compilation_cache.put_executable_and_time
+    except (ImportError, AttributeError):  # a JAX that keeps its cache elsewhere
+        return False
 
     @functools.wraps(put)
-    def put_others(key: Any, name: Any, executable: Any, *rest: Any) -> None:
-        if not any(TARGETS in module.to_string() for module in executable.hlo_modules()):
-            put(key, name, executable, *rest)
+    def put_others(*args: Any, **kwargs: Any) -> None:
+        programs = [value for value in (*args, *kwargs.values()) if hasattr(value, "hlo_modules")]
+        modules = [module for program in programs for module in program.hlo_modules()]
+        if not any(TARGETS in module.to_string() for module in modules):
+            put(*args, **kwargs)
 
-    compilation_cache.put_executable_and_time = put_others  # type: ignore[assignment]
+    compilation_cache.put_executable_and_time = put_others
+    return True
 
 
 def convolution(
@@ -270,4 +278,4 @@ _primitive.def_impl(_outside_of_programs)
 batching.primitive_batchers[_primitive] = _batched
 mlir.register_lowering(_primitive, _lowered_by_xla)
 mlir.register_lowering(_primitive, _lowered, platform="cpu")
-_keep_out_of_the_cache()
+_KEPT_OUT = _keep_out_of_the_cache()
