@@ -159,7 +159,7 @@ def use_compilation_cache() -> None:
     if folder is None:
         print(
             "this user has no home for a cache of compiled programs, so that each start compiles "
-            "anew; XDG_CACHE_HOME names a place"
+            "anew; XDG_CACHE_HOME can name a folder for it"
         )
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -15,9 +15,15 @@ def home() -> Path | None:
 def cache_folder() -> Path | None:
     """Where this package keeps what it can make again, or None where there is no place for it.
 
-    It is `flax_alexnet` in XDG_CACHE_HOME, else in `.cache` of the home.
+    It is `flax_alexnet` in XDG_CACHE_HOME, else in `.cache` of the home, and is made here.
     """
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        return Path(given) / "flax_alexnet"
     at_home = home()
-    return at_home / ".cache" / "flax_alexnet" if at_home else None
+    given = os.environ.get("XDG_CACHE_HOME") or (at_home and at_home / ".cache")
+    if not given:
+        return None
+    folder = Path(os.path.expanduser(given)) / "flax_alexnet"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that is not there, or not the user's
+        return None
+    return folder

@@ -131,12 +131,14 @@ def test_where_it_is_not_used(monkeypatch):
     assert chosen(jnp.float32) == "xla"
 
 
-def test_the_probe_is_made_once_for_a_machine(monkeypatch, tmp_path):
+def test_the_probe_is_made_once_for_a_machine(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    answers = iter([False, True])
+    answers = iter([None, False, True])
     monkeypatch.setattr(onednn, "probe", lambda: next(answers))
     ask = onednn._passed.__wrapped__
     assert not ask()
+    assert "could not be tried" in capsys.readouterr().err
+    assert not ask()  # which is asked again, since it was no answer
     assert not ask()  # remembered
     (known,) = (tmp_path / "flax_alexnet").iterdir()
     known.write_text("{")  # damaged, as a full disk may leave it
@@ -154,9 +156,14 @@ def test_without_a_place_to_remember_the_probe_is_made(monkeypatch):
 
 
 @here
-def test_a_probe_that_crashes_or_computes_wrongly_has_failed(monkeypatch):
+def test_a_probe_says_what_a_process_of_its_own_found(monkeypatch):
     assert onednn.probe()
-    monkeypatch.setenv("PYTHONPATH", "")
-    for fault in ("os.abort()", "raise ArithmeticError"):
-        monkeypatch.setattr(onednn, "CHECK", f"import os; {fault}")
-        assert not onednn.probe()
+    for code, expected in (
+        ("import os; os.abort()", False),
+        ("print(False)", False),
+        ("raise MemoryError", None),
+    ):
+        monkeypatch.setattr(onednn, "CHECK", code)
+        assert onednn.probe() is expected
+    monkeypatch.setattr(onednn.sys, "executable", "/nowhere/python")
+    assert onednn.probe() is None

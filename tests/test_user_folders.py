@@ -48,5 +48,9 @@ def test_the_folders_of_a_user(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     assert cache_folder() == tmp_path / ".cache" / "flax_alexnet"
     assert default_data_dir() == tmp_path / "tensorflow_datasets"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert cache_folder() == tmp_path / "cache" / "flax_alexnet"
+    for given in (str(tmp_path / "cache"), "~/cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+        assert cache_folder() == tmp_path / "cache" / "flax_alexnet"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cache_folder() is None  # as in a home that is not there
