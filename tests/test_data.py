@@ -231,26 +231,30 @@ class TestFolders:
     def test_what_is_no_picture_by_its_first_bytes_is_set_aside(self, tmp_path):
         """In the order of the parts of their paths; hidden files are passed over."""
         make_folder(tmp_path, {"cat": 9, "dog": 9})
-        names = ("a.jpg/b.png", "a.png", "named wrongly.txt", "none.jpg", "pipe.jpg", "empty.png")
+        names = ("a.jpg/b.png", "a.png", "named wrongly.txt", "none.jpg", "empty.png")
         names += (os.fsdecode(b"\xff.png"),)
         (tmp_path / "cat" / "a.jpg").mkdir()
-        for name in (*names[:3], names[6], ".hidden.png", "@eaDir/small.png"):
+        for name in (*names[:3], names[5], ".hidden.png", "@eaDir/small.png"):
             (tmp_path / "cat" / name).parent.mkdir(exist_ok=True)
             (tmp_path / "cat" / name).write_bytes(encoded(picture(0)))
         (tmp_path / "cat" / ".hidden").mkdir()
         (tmp_path / "cat" / ".hidden" / "a.png").write_bytes(b"")
         (tmp_path / "cat" / "none.jpg").symlink_to("nowhere")
+        (tmp_path / "cat" / "back").symlink_to(tmp_path)  # a link to a folder is passed over
+        with (tmp_path / "cat" / "film.mp4").open("wb") as film:
+            film.truncate(300_000_000)  # a hole in the file, which takes no room
         (tmp_path / "cat" / "empty.png").write_bytes(b"")
         os.mkfifo(tmp_path / "cat" / "pipe.jpg")
         strays = {"Thumbs.db": b"\xd0\xcf\x11\xe0" * 9, "labels.csv": b"x", "page.jpg": b"<html>"}
+        strays |= {"car.txt": b"BMW of a sort, and blue", "snake.txt": b"Python, a snake"}
         for name, data in strays.items():
             (tmp_path / "cat" / name).write_bytes(data)
         pictures, others = list_pictures(tmp_path, ["cat", "dog"])
         files, _ = zip(*pictures, strict=True)
         assert files == tuple(map(str, sorted(map(Path, files))))
-        found = {os.path.relpath(file, tmp_path / "cat") for file in files[:16]}
+        found = {os.path.relpath(file, tmp_path / "cat") for file in files[:15]}
         assert found == {*names, *(f"{i:03}.png" for i in range(9))}
-        assert {Path(other).name for other in others} == strays.keys()
+        assert {Path(other).name for other in others} == {*strays, "pipe.jpg", "film.mp4"}
 
     def test_held_out_pictures_are_pictures(self, tmp_path):
         """With as many other files beside them; which ones are held out stays."""

@@ -33,6 +33,7 @@ LARGEST_SLOW = 2**18  # pixels, and bytes
 LARGEST_FILE = 200_000_000  # bytes
 # Of what Pillow reads; some others start programs, or read what is no picture of pixels.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # bytes
 EXIF_ORIENTATION = 0x0112
 TILE_WIDTH, TILE_LENGTH = 322, 323  # of a TIFF
 MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # of a JPEG, with a segment
@@ -106,12 +107,8 @@ def decode(
     return out
 
 
-def read_file(path: str | Path, length: int = -1) -> bytes:
-    """A picture's bytes, or so many of them.
-
-    Raises:
-      DecodeError: there are none to be had, or too many.
-    """
+def read_file(path: str | Path) -> bytes:
+    """A picture's bytes; DecodeError where there are none to be had, or too many."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for for ever
@@ -119,7 +116,7 @@ def read_file(path: str | Path, length: int = -1) -> bytes:
         if status.st_size > LARGEST_FILE:
             raise DecodeError(f"it has {status.st_size:,} bytes; at most {LARGEST_FILE:,} are read")
         with open(path, "rb", buffering=0) as file:
-            return file.read(length)
+            return file.read()
     except OSError as error:
         raise DecodeError(error.strerror or type(error).__name__) from None
 
@@ -130,13 +127,22 @@ def is_picture(path: str | Path) -> bool | None:
     None where nobody can tell, since it is empty or cannot be read: it may have been one.
     """
     try:
-        start = read_file(path, 16)
-    except DecodeError:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return False
+        with open(path, "rb", buffering=0) as file:
+            start = file.read(18)
+    except OSError:
         return None
-    if not start or start.startswith(JPEG):
-        return bool(start) or None
+    if not start:
+        return None
+    if start.startswith(JPEG):
+        return True
+    if start.startswith(b"BM"):  # as a text may begin, too; the size of its second header follows
+        return int.from_bytes(start[14:18], "little") in BMP_HEADERS
+    if start.startswith(b"P") and not start[2:3].isspace():  # likewise
+        return False
     Image.init()  # once
-    padded = start.ljust(16, b"\0")  # Pillow's own functions look at a place without asking
+    padded = start.ljust(18, b"\0")  # Pillow's own functions look at a place without asking
     return any(accept(padded) for name in FORMATS if (accept := Image.OPEN[name][1]))
 
 

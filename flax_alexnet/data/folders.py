@@ -150,9 +150,12 @@ def _files_below(folder: str) -> list[str]:
     while folders:
         with os.scandir(folders.pop()) as entries:
             for entry in entries:
-                if not is_hidden(entry.name):
-                    is_folder = entry.is_dir(follow_symlinks=False)
-                    (folders if is_folder else files).append(entry.path)
+                if is_hidden(entry.name):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif not entry.is_dir():  # a link to a folder may lead back
+                    files.append(entry.path)
     return sorted(files, key=lambda path: path.split(os.sep))
 
 
