@@ -194,6 +194,7 @@ LOCAL = frozenset(
         "keep_memory",
         "data.data_dir",
         "data.threads",
+        "dataset.folder",
         "parallel.coordinator",  # only process 0 needs to know itself by another name
         "parallel.num_processes",
         "parallel.process_id",
@@ -386,6 +387,7 @@ def misfit(values: Mapping[str, Any]) -> str:
         "batch_sizes": tuple[tuple[int, int], ...],
         "dataset.train": int,
         "dataset.eval": int,
+        "dataset.folder": str,
         "dataset.label_names": tuple[str, ...],
         "init_from.sha256": str,
     }

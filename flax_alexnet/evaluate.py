@@ -174,6 +174,15 @@ def _own_dataset(weights: Sequence[Path], given: UseDataConfig) -> tuple[UseData
     own: list[dict[str, Any]] = [
         {name: run.get(key) for name, key in fields.items()} for run in runs
     ]
+    for data, run in zip(own, runs, strict=True):
+        # A relative path was one from where the training was started.
+        place = run.get("dataset.folder", "")
+        if place and Path(place).is_dir():
+            data |= (
+                {"name": f"{FOLDER}{place}"}
+                if data["name"].startswith(FOLDER)
+                else {"data_dir": place}
+            )
     if any(other != own[0] for other in own):
         raise UserError("the runs were trained on different datasets: name one with --data.name")
     data = own[0] | {name: value for name, value in vars(given).items() if value}

@@ -21,7 +21,7 @@ from flax_alexnet.config import (
 )
 from flax_alexnet.data.bad_records import BadRecords, Limit, limits
 from flax_alexnet.data.examples import Examples, open_examples
-from flax_alexnet.data.sources import Dataset, Source, open_dataset
+from flax_alexnet.data.sources import Dataset, Source, open_dataset, place_of
 from flax_alexnet.epochs import Epochs, Part
 from flax_alexnet.errors import UserError, first_line
 from flax_alexnet.reporting import read_metrics
@@ -156,6 +156,7 @@ def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
     identity = flatten(config) | {  # with other data it would be another run
         "dataset.train": len(dataset.train),
         "dataset.eval": len(dataset.eval),
+        "dataset.folder": str(place_of(data.name, data.data_dir)),
         "dataset.label_names": list(dataset.label_names),
     }
     if config.init_from:

@@ -23,6 +23,7 @@ from flax_alexnet.data.sources import Record
 from flax_alexnet.errors import UserError
 from flax_alexnet.feature_files import READ, FeatureFile, nearest
 from flax_alexnet.recipes import QUICKSTART
+from flax_alexnet.train import main as train
 from flax_alexnet.weights import native
 from flax_alexnet.weights.labels import imagenet_labels, imagenet_synsets, match_labels
 from flax_alexnet.workdir import claim, record
@@ -186,6 +187,22 @@ def test_a_run_is_evaluated_on_its_own_dataset(run, weights, photographs, capsys
     assert not capsys.readouterr().err
     assert EVALUATE([str(run), str(weights)]) == 2
     assert f"{weights} does not say which pictures it was" in capsys.readouterr().err
+
+
+def test_a_run_on_a_relative_folder_is_evaluated_from_everywhere(
+    photographs, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "pictures").symlink_to(photographs)
+    monkeypatch.chdir(tmp_path / "home")
+    flags = ["--model.width", "0.05", "--batch-size", "8", "--steps", "1"]
+    flags += ["--no-compilation-cache", "--workdir", "runs/mine", "--data.name", "folder:pictures"]
+    assert train(flags) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert EVALUATE(["../home/runs/mine"]) == 0
+    assert (tmp_path / "home" / "runs" / "mine" / "evaluation" / "evaluation.json").exists()
+    assert not capsys.readouterr().err
 
 
 def test_held_out_pictures_that_are_others_now_are_said(run, capsys):

@@ -206,6 +206,12 @@ def open_splits(
     return TfdsSplits(_open_builder(name, data_dir), image_key, label_key)
 
 
+def place_of(name: str, data_dir: Path | None = None) -> Path:
+    """The folder, from everywhere, that a dataset called `name` lies in or is prepared in."""
+    folder = folder_of(name) if name.startswith(FOLDER) else data_dir or default_data_dir()
+    return folder.resolve()
+
+
 def folder_of(name: str) -> Path:
     """The folder that "folder:PATH" means; UserError where it names none."""
     path = name.removeprefix(FOLDER)
