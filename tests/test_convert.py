@@ -500,6 +500,31 @@ def test_classes_of_one_name_are_told_apart_by_their_numbers(tmp_path):
     assert (names[134], names[517]) == ("crane (n02012849)", "crane (n03126707)")
     assert len(set(names)) == 1000
     assert match_labels(["n03126707", "n01440764"], names, 1000)[0].tolist() == [517, 0]
+
+
+def test_imagenets_classes_in_another_order_are_known_by_their_own_numbers():
+    numbered = [f"{s} {n}" for s, n in zip(imagenet_synsets(), imagenet_labels(), strict=True)]
+    names = numbered[:700] + numbered[:699:-1]  # most of them in their places
+    labels, matched = match_labels(imagenet_synsets(), names, 1000)
+    assert matched
+    assert [names[label] for label in labels] == numbered
+    bare = list(imagenet_labels()[:700] + imagenet_labels()[:699:-1])
+    with pytest.raises(UserError, match="1000 of the dataset's 1000 classes are not among"):
+        match_labels([*imagenet_synsets()[:-1], "n99999999"], bare, 1001)
+    assert not match_labels(imagenet_synsets(), bare, 1000)[1]
+
+
+def test_a_damaged_zip_is_said_in_a_line(tmp_path):
+    path = tmp_path / "net.pth"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", b"x")
+    whole = path.read_bytes()
+    directory = whole.index(b"PK\x01\x02")
+    for place in range(directory, len(whole)):
+        for value in (0, 0xFF):
+            path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            with pytest.raises(UserError):
+                load(path)
     (tmp_path / "labels").write_text("a\nb\na")
     with pytest.raises(UserError, match="the name 'a' twice"):
         read_labels(tmp_path / "labels", 3)
