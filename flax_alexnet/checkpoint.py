@@ -334,6 +334,8 @@ def restore_model(folder: Path) -> tuple[Any, np.ndarray]:
         if not (isinstance(saved, dict) and {"params", "mean"} <= saved.keys()):
             raise ValueError("it has no parameters, or no mean image")
         wanted = {name: saved[name] for name in ("params", "mean")}
+        if not all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(wanted)):
+            raise ValueError("its parameters are no arrays")
         restore = ocp.args.PyTreeRestore(
             item=jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), wanted),
             restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted),

@@ -4,7 +4,8 @@ import zipfile
 from pathlib import Path
 from typing import Literal
 
-from flax_alexnet.errors import UserError
+from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.weights.pickles import NONSENSE
 
 Format = Literal["safetensors", "torch", "npz", "npy", "caffe"]
 
@@ -41,8 +42,9 @@ def format_of(path: Path) -> Format:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
             return "npz" if all(name.endswith(".npy") for name in names) else "torch"
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path}: {error}; fetch or copy it once more") from None
+    except (OSError, zipfile.BadZipFile, *NONSENSE) as error:
+        reason = first_line(error)
+        raise UserError(f"cannot read {path}: {reason}; fetch or copy it once more") from None
     if start.startswith(b"\x93NUMPY"):
         return "npy"
     if start.startswith(b"\x80"):  # a pickle

@@ -20,6 +20,7 @@ import numpy as np
 # Weight files take some thousands; each costs a microsecond and at most some hundred bytes.
 MOST_INSTRUCTIONS = 1_000_000
 MOST_AXES = 8
+LONGEST_KEY = 1000  # characters
 
 # What goes wrong when instructions make no sense together, and in reading any damaged file.
 NONSENSE = (
@@ -113,9 +114,11 @@ def _run(file: Any, admitted: Mapping[str, Any], persistent: Any) -> Any:
                 stack.append({})
             case "EMPTY_SET":
                 stack.append(Skipped("builtins.set"))
-            case "FROZENSET":
+            case "BYTEARRAY8":
+                stack.append(Skipped("builtins.bytearray"))
+            case "FROZENSET" | "OBJ" | "INST":
                 stack = below.pop()
-                stack.append(Skipped("builtins.frozenset"))
+                stack.append(Skipped(f"an object by {opcode.name}"))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 size = int(opcode.name[-1])
                 _need(len(stack) >= size)
@@ -212,11 +215,18 @@ def _set_items(items: Any, more: list[Any]) -> None:
 def dictionary(items: Iterable[tuple[Any, Any]] = ()) -> dict[Any, Any]:
     """A dictionary of pairs, for "collections.OrderedDict" too; its keys are names or numbers.
 
-    Of other keys only a `Skipped` is there: they could be nested tuples, whose hashes take as long
-    as their author likes.
+    Of other keys only a `Skipped` is there, and of very long ones: they could be nested tuples,
+    whose hashes take as long as their author likes, or fill the memory with their copies.
     """
-    plain = str | int | float | None | Skipped
-    return {k if isinstance(k, plain) else Skipped(type(k).__name__): v for k, v in items}
+    return {k if _is_key(k) else Skipped(type(k).__name__): v for k, v in items}
+
+
+def _is_key(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= LONGEST_KEY
+    if isinstance(value, int):
+        return value.bit_length() <= 64
+    return isinstance(value, float | None | Skipped)
 
 
 class _DType:
