@@ -387,6 +387,7 @@ def _save(figure: "Figure", path: Path) -> None:
     figure.savefig(path, dpi=DPI, bbox_inches="tight")
 
 
+@functools.cache
 def _font(character: str) -> str:
     """The font that has a character: `USUAL`, else the first of the system's; "" where none has."""
     from matplotlib.font_manager import FontProperties, fontManager, weight_dict

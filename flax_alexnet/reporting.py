@@ -150,7 +150,8 @@ class Clock:
         with contextlib.suppress(OSError):  # a full disk, which `RunLog` says
             file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
-                os.pwrite(file, f"{self.seconds():.3f}\n".encode(), 0)
+                written = os.pwrite(file, f"{self.seconds():.3f}\n".encode(), 0)
+                os.ftruncate(file, written)
             finally:
                 os.close(file)
 

@@ -86,8 +86,8 @@ def train_step(
       batch: "image" uint8[b, h, w, 3] and "label" int32[b], the global batch.
       key: the run's; all that is drawn derives from it and `state.step`.
       model: maps float[b, c, c, 3] to logits.
-      optimizer: of `flax_alexnet.create_optimizer`, or any other of optax, to which the loss is
-        given as `value`.
+      optimizer: of `flax_alexnet.create_optimizer`, or another of optax, to which the loss is
+        given as `value`; not one that searches along a line, such as `optax.lbfgs`.
       augment: (key, images, mean) to what the model sees.
       frozen: layers that stay as they are, to the bit.
 

@@ -110,8 +110,9 @@ class _Operator:
                 return self._compute("forward", varied, fixed, ())
             case "input gradient":
                 return self._compute(direction, varied, fixed, self.images)
-            case _:
+            case "kernel gradient":
                 return self._compute(direction, fixed, varied, self.kernel)
+        raise ValueError(f"a convolution has no direction {direction!r}")
 
     def _compute(self, direction: str, a: jax.Array, b: jax.Array, shape: Shape) -> jax.Array:
         """By what is asked for or what is best on the platform."""

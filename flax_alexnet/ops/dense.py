@@ -33,8 +33,9 @@ def _operator(direction: str, fixed: jax.Array, varied: jax.Array) -> jax.Array:
             return _compute("forward", varied, fixed)
         case "input gradient":
             return _compute(direction, varied, fixed)
-        case _:
+        case "forward" | "kernel gradient":
             return _compute(direction, fixed, varied)
+    raise ValueError(f"a product has no direction {direction!r}")
 
 
 def _compute(direction: str, a: jax.Array, b: jax.Array) -> jax.Array:
