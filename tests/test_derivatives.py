@@ -186,7 +186,7 @@ def test_a_net_has_derivatives_in_both_modes(variant):
     "variant", [pytest.param("notebook", marks=pytest.mark.slow), "cuda_convnet_cifar10"]
 )
 def test_a_net_can_be_stepped_through(variant):
-    """`jax.disable_jit`, as a debugger wants it, through every operator."""
+    """`jax.disable_jit`, as a debugger wants it, through every operator and its gradient."""
     size = 18 if variant == "cuda_convnet_cifar10" else 51
     net = AlexNet(variant=variant, num_classes=3, width=0.05)
     (images,) = draw(0, [(2, size, size, 3)])

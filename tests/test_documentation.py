@@ -197,6 +197,8 @@ def read_flags(command, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(at, "parse", read_only)
+        if at is recipes:  # and not what --init-from names
+            patch.setattr(module, "_adapt", lambda recipe, _: recipe)
         if "--help" not in argv:
             with pytest.raises(FlagsReadError):
                 module.main(argv)
@@ -225,12 +227,20 @@ def run_page(page, monkeypatch, capfd):
     return namespace
 
 
-def test_every_reason_is_needed():
-    texts = [text for page in PAGES for _, text, _ in examples(page)]
-    used = {key for text in texts for key in reasons(text)}
+def test_every_command_has_flags_and_files_that_are_there(monkeypatch):
+    """At once, where the pages as a whole take minutes; and every reason of `NOT_RUN` is needed."""
+    used = set()
+    for page in PAGES:
+        for kind, text, _ in examples(page):
+            used |= set(reasons(text))
+            if kind is python:
+                compile(text, page, "exec")
+            else:
+                read_flags(text, monkeypatch)
     assert used == NOT_RUN.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", sorted({*PAGES} - {"docs/pretrained.md"}))
 @pytest.mark.filterwarnings("ignore::UserWarning:flax_alexnet.perceptual")
 def test_a_page_runs_from_top_to_bottom(page, reader, monkeypatch, capfd):

@@ -213,12 +213,21 @@ def run_both(tmp_path, data_dir, *flags_of_each):
     [
         (([], ["--seed", "1"]), "the processes disagree: seed is 0 on process 0 and 1 on process"),
         (([], ["--data.name", "folder:gone"]), "process 1: no folder gone"),
-        (
+        pytest.param(
             (["--batch-size", "9"],) * 2,
             "process 0: --batch-size 9 does not divide by the 16 devices",
+            marks=pytest.mark.slow,
         ),
-        ((["--parallel.mesh", "3"],) * 2, "process 0: --parallel.mesh 3 does not fit"),
-        ((["--parallel.layout", "towers"],) * 2, "process 0: --parallel.layout towers needs a"),
+        pytest.param(
+            (["--parallel.mesh", "3"],) * 2,
+            "process 0: --parallel.mesh 3 does not fit",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (["--parallel.layout", "towers"],) * 2,
+            "process 0: --parallel.layout towers needs a",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_mistake_ends_every_process_with_the_same_line(tmp_path, data_dir, flags, message):
