@@ -81,6 +81,7 @@ def single(data_dir, tmp_path_factory):
     return losses
 
 
+@pytest.mark.slow
 def test_a_few_steps_of_two_processes_are_those_of_one(data_dir, tmp_path):
     few = []
     for processes in (1, 2):

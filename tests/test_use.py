@@ -189,6 +189,7 @@ def test_a_run_is_evaluated_on_its_own_dataset(run, weights, photographs, capsys
     assert f"{weights} does not say which pictures it was" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_on_a_relative_folder_is_evaluated_from_everywhere(
     photographs, tmp_path, monkeypatch, capsys
 ):

@@ -128,7 +128,7 @@ def is_picture(path: str | Path) -> bool | None:
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            return False
+            return None
         with open(path, "rb", buffering=0) as file:
             start = file.read(18)
     except OSError:

@@ -154,7 +154,7 @@ def _files_below(folder: str) -> list[str]:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
-                elif not entry.is_dir():  # a link to a folder may lead back
+                elif not os.path.isdir(entry.path):  # a link to a folder may lead back
                     files.append(entry.path)
     return sorted(files, key=lambda path: path.split(os.sep))
 
@@ -200,6 +200,8 @@ def list_left_out(
                 parts = entry.path.removeprefix(str(path)).split(os.sep)
                 if entry.path in set_aside:
                     why = "it is no picture in a known format"
+                elif os.path.isdir(entry.path):
+                    why = "it is a link to a folder"
                 elif any(map(is_hidden, parts)):
                     why = "it is hidden"
                 else:
