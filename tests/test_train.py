@@ -470,7 +470,8 @@ class TestMistakes:
             env=os.environ | {"JAX_PLATFORMS": "abacus"},
         )
         assert done.returncode == 2
-        assert done.stderr.startswith("error: JAX finds no device")
+        # Packages that are older than others may have warned before.
+        assert done.stderr.splitlines()[-1].startswith("error: JAX finds no device")
 
     def test_a_directory_that_cannot_be_written(self, data_dir, tmp_path, capsys):
         (tmp_path / "file").write_text("")
