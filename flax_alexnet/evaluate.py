@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 from flax_alexnet.data.pictures import Picture, open_for_use, read_pictures, summarize
-from flax_alexnet.data.sources import FOLDER, Source, folder_of
+from flax_alexnet.data.sources import FOLDER, Source, place_of
 from flax_alexnet.errors import UserError, exit_code, leave
 from flax_alexnet.flags import NO_DATASET, UseDataConfig, need_batch, parse
 from flax_alexnet.inference import infer, log_probabilities
@@ -135,7 +135,7 @@ def run(config: EvaluateConfig) -> None:
         ],
     }
     if data.name.startswith(FOLDER):
-        made_of["dataset"] = f"{FOLDER}{folder_of(data.name).resolve()}"
+        made_of["dataset"] = f"{FOLDER}{place_of(data.name)}"
     folder = _free_folder(config.output or default_output(config.weights[0]), made_of)
     for name in OUTPUTS:
         need_writable(folder / name, config.weights)

@@ -25,8 +25,8 @@ from flax_alexnet.data.sources import (
     FolderSplits,
     damaged,
     default_data_dir,
-    folder_of,
     need_known,
+    place_of,
 )
 from flax_alexnet.errors import UserError, exit_code, first_line, leave, printable
 from flax_alexnet.flags import need, parse
@@ -116,7 +116,7 @@ def prepare(
 
 
 def _prepare_folder(name: str, data_dir: Path, image_size: int, as_name: str | None) -> str:
-    path = folder_of(name).resolve()  # so that names are the same from everywhere
+    path = place_of(name)  # so that names are the same from everywhere
     parts = FolderSplits(path)
     as_name = as_name or name_of_folder(path.name)
     folder = data_dir / PREPARED_FOLDER / as_name / "1.0.0"
