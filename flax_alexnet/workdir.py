@@ -51,14 +51,11 @@ def claim(
         cannot be written to.
     """
     path = workdir / "config.json"
-    for name, is_right in (
-        *((name, Path.is_dir) for name in FOLDERS),
-        *((name, _is_own_file) for name in FILES),
-    ):
-        if os.path.lexists(workdir / name) and not is_right(workdir / name):
-            raise UserError(
-                f"{workdir / name} is not what a run left there; take another --workdir"
-            )
+    for name in (*FOLDERS, *FILES):
+        place = workdir / name
+        is_right = place.is_dir() if name in FOLDERS else _is_own_file(place)
+        if os.path.lexists(place) and not is_right:
+            raise UserError(f"{place} is not what a run left there; take another --workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=workdir).close()

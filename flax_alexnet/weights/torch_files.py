@@ -43,7 +43,7 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 DAMAGED = (*NONSENSE, OSError, zipfile.BadZipFile, zlib.error, PickleError)
 
-STORAGES = {
+STORAGES: dict[str, np.dtype] = {
     "torch.FloatStorage": np.dtype("f4"),
     "torch.DoubleStorage": np.dtype("f8"),
     "torch.HalfStorage": np.dtype("f2"),
