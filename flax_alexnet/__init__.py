@@ -72,3 +72,8 @@ class _Package(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+# `python -m flax_alexnet.NAME` imports the package first, with "-m" for its name. JAX and others
+# lose a Ctrl-C that comes while they are imported, so until the command begins it ends the process.
+if sys.argv[:1] == ["-m"] and any("flax_alexnet" in word for word in sys.orig_argv):
+    importlib.import_module("flax_alexnet.process").end_on_signals()

@@ -1,10 +1,12 @@
 """The console script `flax-alexnet`: each command is also `python -m flax_alexnet.NAME`."""
 
+import functools
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from flax_alexnet.errors import UserError, exit_code, leave, unknown
+from flax_alexnet.errors import UserError, exit_code, unknown
+from flax_alexnet.process import end_on_signals, leave
 
 COMMANDS = {
     "train": "train a net, or go on with a training",
@@ -22,17 +24,27 @@ COMMANDS = {
 
 def console() -> None:
     """The console script."""
-    leave(main)
+    end_on_signals()
+    leave(find(sys.argv[1:]), training=sys.argv[1:2] == ["train"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Hands the rest of the arguments to the command that the first one names."""
-    name, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
-    if name in ("-h", "--help"):
-        print("usage: flax-alexnet COMMAND [--help] [flags]\n")
-        for command, purpose in COMMANDS.items():
-            print(f"  {command:<10}{purpose}")
-        return 0
-    if name not in COMMANDS:
+    return find(sys.argv[1:] if argv is None else argv)()
+
+
+def find(argv: Sequence[str]) -> Callable[[], int]:
+    """The command that the first argument names, imported, with the rest of the arguments."""
+    name, *rest = argv or ["--help"]
+    if name in COMMANDS:
+        return functools.partial(importlib.import_module(f"flax_alexnet.{name}").main, rest)
+    return functools.partial(_explain, name)
+
+
+def _explain(name: str) -> int:
+    if name not in ("-h", "--help"):
         return exit_code(UserError(unknown("command", name, COMMANDS)))
-    return importlib.import_module(f"flax_alexnet.{name}").main(rest)
+    print("usage: flax-alexnet COMMAND [--help] [flags]\n")
+    for command, purpose in COMMANDS.items():
+        print(f"  {command:<10}{purpose}")
+    return 0

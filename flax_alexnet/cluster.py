@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from flax_alexnet.errors import LOST, UserError, exit_code, first_line
+from flax_alexnet.process import END_SIGNALS
 
 WATCHER = "signals"  # the name of the thread that is told of them
 PATIENCE = 5.0  # seconds of waiting for others that nothing is said of
@@ -135,11 +136,12 @@ _LOSS = re.compile("gloo|nccl|unavailable|aborted|deadline|coordination|connecti
 
 @contextlib.contextmanager
 def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
-    """Turns the first SIGTERM or Ctrl-C into a question to ask after each step; the next one ends.
+    """Turns the first SIGTERM, SIGHUP or Ctrl-C into a question to ask after each step.
 
-    Of several processes any may get the signal, and each is at another step, so these ask each
-    other, but only where they wait for the devices anyway. Outside the main thread, where Python
-    lets nobody handle signals, these stay as they are: see `signals_reach`.
+    The next one ends the process. Of several processes any may get the signal, and each is at
+    another step, so these ask each other, but only where they wait for the devices anyway. Outside
+    the main thread, where Python lets nobody handle signals, these stay as they are: see
+    `signals_reach`.
 
     Args:
       alone: whether this process asks for itself, whatever the others do.
@@ -174,7 +176,8 @@ def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
     if not signals_reach():
         yield requested
         return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in END_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heard}
     # Python calls `handle` between two of its instructions, and one may wait for the device for
     # long. A thread is told of each signal at once.
     reader, writer = os.pipe()

@@ -14,9 +14,10 @@ from typing import Any, Literal
 import numpy as np
 
 from flax_alexnet.architectures import ARCHITECTURES
-from flax_alexnet.errors import UserError, printable, unknown
+from flax_alexnet.errors import UserError, unknown
 from flax_alexnet.flags import need, need_batch
 from flax_alexnet.preprocessing import ResizeRule, Scale
+from flax_alexnet.text import printable
 
 # Beyond these a value is a slip of the keyboard.
 LARGEST_NUMBER = 1e10

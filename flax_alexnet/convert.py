@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import tyro
 
-from flax_alexnet.errors import UserError, exit_code, leave
+from flax_alexnet.errors import UserError, exit_code
 from flax_alexnet.flags import parse
 from flax_alexnet.outputs import need_writable
+from flax_alexnet.process import leave
 from flax_alexnet.weights import layouts, native, torch_files
 from flax_alexnet.weights.labels import read_labels
 from flax_alexnet.weights.pretrained import Pretrained, missing_layers
@@ -45,6 +46,8 @@ class ConvertConfig:
     """LPIPS heads to put beside torchvision's net: alex.pth of the package lpips."""
     format: Literal["flax", "torchvision"] = "flax"
     """What to write: flax, for this package, or torchvision, a state dict for PyTorch."""
+    overwrite: bool = False
+    """Replace a file that is there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +69,8 @@ def convert(config: ConvertConfig) -> None:
     path, output = config.input, config.output
     if config.format == "flax" and output.suffix != ".safetensors":
         raise UserError(f"OUTPUT is {output}; expected a .safetensors file")
-    need_writable(output, filter(None, (path, config.mean, config.labels, config.heads)))
+    inputs = (path, config.mean, config.labels, config.heads)
+    need_writable(output, filter(None, inputs), config.overwrite)
     net, notes = read(path, config.variant, config.mean, config.head)
     if config.labels:
         names = read_labels(config.labels, net.num_classes)

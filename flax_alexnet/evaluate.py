@@ -1,6 +1,5 @@
 """`python -m flax_alexnet.evaluate WEIGHTS …`: how often a trained net, or several, are right."""
 
-import csv
 import dataclasses
 import functools
 import itertools
@@ -17,11 +16,14 @@ import tyro
 
 from flax_alexnet.data.pictures import Picture, open_for_use, read_pictures, summarize
 from flax_alexnet.data.sources import FOLDER, Source, place_of
-from flax_alexnet.errors import UserError, exit_code, leave
+from flax_alexnet.errors import UserError, exit_code
 from flax_alexnet.flags import NO_DATASET, UseDataConfig, need_batch, parse
 from flax_alexnet.inference import infer, log_probabilities
+from flax_alexnet.inputs import read_json
 from flax_alexnet.outputs import need_writable, writing
 from flax_alexnet.plots import plot_confusion
+from flax_alexnet.process import leave
+from flax_alexnet.text import write_table
 from flax_alexnet.weights.labels import match_labels
 from flax_alexnet.weights.pretrained import Pretrained, need_classifier
 from flax_alexnet.weights.reading import load
@@ -53,6 +55,8 @@ class EvaluateConfig:
     evaluation."""
     batch_size: int = 64
     """Pictures that a net sees at once (ten times as many with ten crops)."""
+    overwrite: bool = False
+    """Replace files of those names that are no evaluation."""
 
 
 @dataclasses.dataclass
@@ -137,8 +141,10 @@ def run(config: EvaluateConfig) -> None:
     if data.name.startswith(FOLDER):
         made_of["dataset"] = f"{FOLDER}{place_of(data.name)}"
     folder = _free_folder(config.output or default_output(config.weights[0]), made_of)
+    # What `_free_folder` gives holds this very evaluation, or none.
+    overwrite = config.overwrite or (folder / OUTPUTS[0]).is_file()
     for name in OUTPUTS:
-        need_writable(folder / name, config.weights)
+        need_writable(folder / name, config.weights, overwrite)
     part = data.split or "what training holds out (--data.split takes other parts)"
     print(f"{data.name}: {len(source):,} pictures, {part}", flush=True)
     evaluation = evaluate(nets, source, labels, config.crops, config.batch_size)
@@ -221,14 +227,14 @@ def _free_folder(folder: Path, made_of: Mapping[str, Any]) -> Path:
     for number in itertools.count(1):
         path = folder if number == 1 else whole.with_name(f"{whole.name}-{number}")
         try:
-            before = json.loads((path / OUTPUTS[0]).read_text(encoding="utf-8"))
+            before = read_json(path / OUTPUTS[0])
             if {name: before.get(name) for name in made_of} == made_of:
                 return path
         except FileNotFoundError:
             return path
         except OSError as error:
             raise UserError(f"cannot read {path / OUTPUTS[0]}: {error.strerror}") from None
-        except (ValueError, AttributeError, RecursionError):
+        except (ValueError, AttributeError):
             pass  # whatever it is, it is not written over
     raise AssertionError("numbers have no end")
 
@@ -315,13 +321,10 @@ def _write(
     with writing(paths[0]) as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     with writing(paths[1]) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(classes[0]))
-        table.writeheader()
-        table.writerows(classes)
+        write_table(file, [list(classes[0]), *(list(row.values()) for row in classes)])
     with writing(paths[2]) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["right class", *names])
-        writer.writerows([n, *row] for n, row in zip(names, evaluation.confusion, strict=True))
+        rows = ([name, *row] for name, row in zip(names, evaluation.confusion, strict=True))
+        write_table(file, [["right class", *names], *rows])
     with writing(paths[3]) as partial:
         plot_confusion(evaluation.confusion, names, partial)
 

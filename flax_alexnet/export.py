@@ -8,7 +8,6 @@ float32[b, num_classes], or to another activation, whose maps are float32[b, h, 
 import dataclasses
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +19,12 @@ import numpy as np
 import tyro
 
 from flax_alexnet.activations import features
-from flax_alexnet.errors import UserError, exit_code, first_line, leave, unknown
+from flax_alexnet.errors import UserError, exit_code, first_line, unknown
 from flax_alexnet.flags import parse
-from flax_alexnet.outputs import need_writable
+from flax_alexnet.inputs import read_bytes
+from flax_alexnet.outputs import cannot_write, need_writable, replacing
+from flax_alexnet.process import leave
+from flax_alexnet.weights.formats import LARGEST
 from flax_alexnet.weights.pretrained import Params, Pretrained, need_layers
 from flax_alexnet.weights.reading import load
 
@@ -45,6 +47,8 @@ class ExportConfig:
     """What to write; none: as the ending of OUTPUT says."""
     layer: str = "logits"
     """The activation that the program gives, such as conv5 or fc7."""
+    overwrite: bool = False
+    """Replace a file that is there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = sys.argv[1:] if argv is None else argv
         config = parse(ExportConfig, arguments, None, "flax_alexnet.export")
-        need_writable(config.output, [config.weights])
+        need_writable(config.output, [config.weights], config.overwrite)
         print(export(load(config.weights), config.output, config.format, config.layer))
         return 0
     except (UserError, KeyboardInterrupt) as error:
@@ -90,9 +94,7 @@ def export(
     images = np.random.default_rng(0).integers(0, 256, (CHECKED_IMAGES, size, size, 3), np.uint8)
     write, extra = FORMATS[kind]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder, jax.default_device(_cpu()):
-            partial = Path(folder) / path.name
+        with replacing(path) as partial, jax.default_device(_cpu()):
             program = write(net, layer, partial)
             ours = np.asarray(jax.jit(_forward(net, layer))(net.params, images))
             if program is None:
@@ -104,13 +106,12 @@ def export(
                 if not difference <= TOLERANCE * largest:
                     raise UserError(f"{path} was not written, as it would be wrong ({check})")
             megabytes = sum(file.stat().st_size for file in _files(partial)) / 1e6
-            partial.replace(path)
     except ModuleNotFoundError as error:
         raise UserError(
             f"{kind} needs the package {error.name}: pip install 'flax-alexnet[{extra}]'"
         ) from None
     except OSError as error:
-        raise UserError(f"cannot write {path}: {first_line(error)}; take another path") from None
+        raise cannot_write(path, error) from None
     shape = ", ".join(map(str, ("b", *ours.shape[1:])))
     return (
         f"{path} ({megabytes:.1f} MB): uint8[b, {size}, {size}, 3] to {layer}, float32[{shape}]; "
@@ -129,7 +130,7 @@ def load_exported(path: str | Path) -> Function:
       UserError: the file cannot be read, or is no such program.
     """
     try:
-        exported = jax.export.deserialize(bytearray(Path(path).expanduser().read_bytes()))
+        exported = jax.export.deserialize(bytearray(read_bytes(Path(path).expanduser(), LARGEST)))
     except Exception as error:  # the decoder checks nothing: anything can be raised on its way
         reason = first_line(error)
         raise UserError(f"{path} is no exported StableHLO program: {reason}") from None

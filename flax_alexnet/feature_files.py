@@ -1,8 +1,10 @@
 """Features of many pictures in one file, HDF5 or NumPy, written row by row and resumable.
 
 Both have the same columns, with a row a picture: `name` (bytes, UTF-8), `label` (int32, −1 where
-unknown), `status` (uint8: 0 not yet, 1 read, 2 could not be read), `problem` (bytes: why not), and
-one for each layer (float32; NaN where the picture could not be read). HDF5 holds each as a dataset,
+unknown), `status` (uint8: 0 not yet, 1 read, 2 could not be read), `problem` (bytes: why not),
+`size` and `changed` (int64: the bytes of the picture's file and when it was last changed, in
+nanoseconds since 1970; 0 of what is no file of its own), and one for each layer (float32; NaN where
+the picture could not be read). HDF5 holds each as a dataset,
 
     h5py.File("features.h5")["fc7"][:]
 
@@ -11,6 +13,8 @@ and NumPy one structured array, to be mapped and not loaded:
     np.load("features.npy", mmap_mode="r")["fc7"]
 """
 
+import contextlib
+import mmap
 import os
 import tokenize
 from collections.abc import Mapping, Sequence
@@ -21,16 +25,19 @@ import h5py
 import numpy as np
 
 from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.inputs import check_regular
+from flax_alexnet.outputs import alone, cannot_write
 
 TODO, READ, UNREADABLE = 0, 1, 2
 SUFFIXES = (".h5", ".hdf5", ".npy")
 
 
 class FeatureFile:
-    """A file of features, made or opened to go on with.
+    """A file of features, made or opened to go on with; no other process can do so meanwhile.
 
-    All room is taken when the file is made, so that later only values are written in place: a
-    process that is killed leaves a file that can be read and gone on with.
+    All room is taken on the disk when the file is made. Later only numbers are written, by plain
+    writes at their places in the file, which neither the HDF5 library nor a mapping could lose or
+    turn into a crash; so a process that is killed leaves a file that can be read and gone on with.
 
     Args:
       path: with one of `SUFFIXES`.
@@ -44,50 +51,48 @@ class FeatureFile:
     def __init__(self, path: Path, names: Sequence[str], layers: Mapping[str, Sequence[int]]):
         encoded = np.array([name.encode() for name in names])
         self.types = np.dtype(
-            [("name", encoded.dtype), ("label", "i4"), ("status", "u1"), ("problem", "S200")]
-            + [(layer, "f4", tuple(shape)) for layer, shape in layers.items()]
+            [("name", encoded.dtype), ("label", "<i4"), ("status", "u1"), ("problem", "S200")]
+            + [("size", "<i8"), ("changed", "<i8")]
+            + [(layer, "<f4", tuple(shape)) for layer, shape in layers.items()]
         )
         self.path, self._length = path, len(names)
-        try:
-            is_new = not path.exists()
-            if is_new:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._make(encoded) if is_new else self._open()
-            same = np.array_equal(self["name"][:], encoded)
-        # h5py reports a full disk as RuntimeError.
-        except (
-            *(OSError, ValueError, KeyError, EOFError, RuntimeError, AttributeError, TypeError),
-            tokenize.TokenError,  # of the header of a damaged .npy
-        ) as error:
-            raise UserError(
-                f"cannot use {path} ({first_line(error)}); take another --output"
-            ) from None
-        if not same:
-            raise UserError(
-                f"{path} holds the features of other pictures; take another --output, or remove it"
-            )
+        with contextlib.ExitStack() as held:
+            try:
+                folder = held.enter_context(alone(path))
+                if not os.path.lexists(path):
+                    self._make(encoded, folder / path.name)
+                self._at = self._places()
+                flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+                self._file = os.open(path, flags)
+                held.callback(os.close, self._file)
+                self._bytes = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
+                self._columns = {
+                    name: np.ndarray(self._length, self.types[name], self._bytes, place, (stride,))
+                    for name, (place, stride) in self._at.items()
+                }
+            # h5py reports a full disk as RuntimeError.
+            except (
+                *(OSError, ValueError, KeyError, EOFError, RuntimeError, AttributeError),
+                *(TypeError, OverflowError),
+                tokenize.TokenError,  # of the header of a damaged .npy
+            ) as error:
+                if isinstance(error, UserError):
+                    raise
+                reason = getattr(error, "strerror", None) or first_line(error)
+                raise UserError(f"cannot use {path} ({reason}); take another --output") from None
+            if not np.array_equal(self["name"], encoded):
+                raise UserError(
+                    f"{path} holds the features of other pictures; take another --output, or "
+                    "remove it"
+                )
+            self._held = held.pop_all()
 
-    def _is_numpy(self) -> bool:
-        return self.path.suffix == ".npy"
-
-    def _make(self, names: np.ndarray) -> Any:
-        # Under another name until it is whole, so that none is taken up half made.
-        partial = self.path.with_name(self.path.name + ".partial")
-        try:
-            self._take_room(names, partial)
-            partial.replace(self.path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return self._open()
-
-    def _take_room(self, names: np.ndarray, partial: Path) -> None:
-        if self._is_numpy():
+    def _make(self, names: np.ndarray, partial: Path) -> None:
+        """Makes the file under another name until it is whole, so that none is used half made."""
+        if self.path.suffix == ".npy":
             array = np.lib.format.open_memmap(partial, "w+", self.types, (self._length,))
             array["name"] = names
             array.flush()
-            if hasattr(os, "posix_fallocate"):  # or a full disk would end the process by a signal
-                with partial.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
         else:
             with h5py.File(partial, "w") as file:
                 early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -96,50 +101,99 @@ class FeatureFile:
                     base, shape = self.types[column].base, self.types[column].shape
                     file.create_dataset(column, (self._length, *shape), base, dcpl=early)
                 file["name"][:] = names
+        with partial.open("r+b") as whole:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(whole.fileno(), 0, partial.stat().st_size)
+            os.fsync(whole.fileno())
+        partial.replace(self.path)
 
-    def _open(self) -> Any:
-        if not self.path.is_file():
-            raise ValueError("it is no regular file")
-        if self._is_numpy():
-            np.load(self.path, mmap_mode="r")  # refuses a file that was cut off; "r+" mends it
-            array = np.load(self.path, mmap_mode="r+")
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """Where each column begins in the file, and from row to row how many bytes lie.
+
+        Raises:
+          ValueError: they are not as they would be made, or lie somewhere else.
+        """
+        if self.path.is_symlink():
+            raise ValueError("it is a link")
+        check_regular(self.path)
+        names = self.types.names or ()
+        if self.path.suffix == ".npy":
+            array = np.lib.format.open_memmap(self.path, mode="r")
             if array.dtype != self.types or array.shape != (self._length,):
                 raise ValueError("it has other columns or rows")
-            return array
-        file = h5py.File(self.path, "r+")
-        if set(file) != set(self.types.names or ()):
-            found = ", ".join(file)
-            file.close()
-            raise ValueError(f"it has other columns: {found}")
-        for column in self.types.names or ():
-            wanted = (self.types[column].base, (self._length, *self.types[column].shape))
-            if (file[column].dtype, file[column].shape) != wanted:
-                file.close()
-                raise ValueError(f"its column {column} is of another type or shape")
-        return file
+            fields: Any = self.types.fields
+            return {name: (array.offset + fields[name][1], array.strides[0]) for name in names}
+        with h5py.File(self.path, "r") as file:
+            if len(file) != len(names) or set(file) != set(names):
+                raise ValueError("it has other columns")
+            return {name: (self._place(file, name), self.types[name].itemsize) for name in names}
 
-    def __getitem__(self, column: str) -> Any:
-        """A column, to be sliced and assigned to as an array."""
-        return self._file[column]
+    def _place(self, file: h5py.File, name: str) -> int:
+        """Where the numbers of a dataset lie, which must be in one piece and in this file."""
+        of_own_kind = isinstance(file.get(name, getlink=True), h5py.HardLink)
+        if not of_own_kind or not isinstance(file[name], h5py.Dataset):
+            raise ValueError(f"its {name} is a link or a group")
+        column = file[name]
+        wanted = (self.types[name].base, (self._length, *self.types[name].shape))
+        if (column.dtype, column.shape) != wanted:
+            raise ValueError(f"its column {name} is of another type or shape")
+        made = column.id.get_create_plist()
+        place = column.id.get_offset()
+        if made.get_layout() != h5py.h5d.CONTIGUOUS or made.get_external_count() or place is None:
+            raise ValueError(f"its column {name} is not stored as it was made")
+        return place + file.userblock_size
 
-    @property
-    def done(self) -> int:
-        """How many rows are written; they are the first ones."""
-        return int(np.count_nonzero(self["status"][:]))
+    def __getitem__(self, column: str) -> np.ndarray:
+        """A column, to be read: its values are those in the file, and change with them."""
+        return self._columns[column]
 
-    def write(self, start: int, columns: Mapping[str, np.ndarray], status: np.ndarray) -> None:
-        """Writes rows from `start` on; their status last, so that a row counts once it is whole."""
-        for column, values in columns.items():
-            self[column][start : start + len(status)] = values
-        self._file.flush()
-        self["status"][start : start + len(status)] = status
-        self._file.flush()
+    def write(self, rows: Sequence[int], columns: Mapping[str, Any], status: np.ndarray) -> None:
+        """Writes rows; each counts, by its status, once its values are on the disk.
+
+        Args:
+          rows: their numbers, in increasing order.
+          columns: values of all rows, by the names of columns.
+          status: of each, uint8[len(rows)].
+
+        Raises:
+          UserError: they cannot be written.
+        """
+        values = np.zeros(len(rows), self.types)
+        values["name"] = self["name"][rows]
+        for column in columns:
+            values[column] = columns[column]
+        try:
+            self._put(rows, values)
+            os.fsync(self._file)
+            values["status"] = status
+            self._put(rows, values)
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+
+    def _put(self, rows: Sequence[int], values: np.ndarray) -> None:
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        for start, several in zip((0, *breaks), np.split(np.asarray(rows), breaks), strict=True):
+            piece = values[start : start + len(several)]
+            if self.path.suffix == ".npy":
+                self._write_at("name", several[0], piece)
+                continue
+            for column in self.types.names or ():
+                if column != "name":
+                    self._write_at(column, several[0], piece[column])
+
+    def _write_at(self, column: str, row: int, values: np.ndarray) -> None:
+        begin, stride = self._at[column]
+        data, place = memoryview(values.tobytes()), begin + int(row) * stride
+        while data:
+            written = os.pwrite(self._file, data, place)
+            data, place = data[written:], place + written
 
     def close(self) -> None:
-        """Closes the file."""
-        if not self._is_numpy():
-            self._file.close()
-        del self._file
+        """Closes the file; what was written is on the disk then."""
+        with contextlib.suppress(OSError):
+            os.fsync(self._file)
+        self._columns = {}
+        self._held.close()
 
 
 def nearest(

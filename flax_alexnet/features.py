@@ -25,16 +25,16 @@ from flax_alexnet.data.pictures import (
     summarize,
 )
 from flax_alexnet.data.sources import NO_LABEL, FolderSource, Source
-from flax_alexnet.errors import UserError, exit_code, leave
+from flax_alexnet.errors import UserError, exit_code
 from flax_alexnet.feature_files import READ, SUFFIXES, UNREADABLE, FeatureFile, nearest
 from flax_alexnet.flags import NO_DATASET, UseDataConfig, need, need_batch, need_png, parse
 from flax_alexnet.inference import infer, on_devices
 from flax_alexnet.model import AlexNet
-from flax_alexnet.outputs import need_writable, writing
+from flax_alexnet.outputs import need_room, need_writable, writing
 from flax_alexnet.plots import plot_neighbours
+from flax_alexnet.process import leave
 from flax_alexnet.weights.pretrained import Pretrained, need_layers
 from flax_alexnet.weights.reading import load
-from flax_alexnet.workdir import need_room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,8 @@ class FeaturesConfig:
     """The paper's, or that of features scaled to unit length, which suits maps such as conv5."""
     batch_size: int = 64
     """Pictures that the net sees at once."""
+    overwrite: bool = False
+    """Replace a picture of --nearest that is there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,13 +92,12 @@ def run(config: FeaturesConfig) -> None:
         source = find_pictures(config.pictures)
     named = find_queries(source, config.queries)
     inputs = [config.weights, *(source.paths if isinstance(source, FolderSource) else [])]
-    need_writable(config.output, inputs)
-    need_writable(config.nearest, inputs)
+    need_writable(config.output, inputs, overwrite=True)  # it is gone on with
+    need_writable(config.nearest, inputs, config.overwrite)
     layers = tuple(dict.fromkeys(config.layers))
     net = load(config.weights)
     with contextlib.closing(open_file(net, source, layers, config.output)) as file:
-        before = file.done
-        extract(net, source, layers, file, min(config.batch_size, len(source)))
+        before = extract(net, source, layers, file, min(config.batch_size, len(source)))
         bad = np.flatnonzero(file["status"][:] == UNREADABLE)
         problems = [
             (source.name(int(row)), file["problem"][row].decode(errors="replace")) for row in bad
@@ -134,23 +135,35 @@ def open_file(net: Pretrained, source: Source, layers: Sequence[str], path: Path
 
 def extract(
     net: Pretrained, source: Source, layers: Sequence[str], file: FeatureFile, batch_size: int = 64
-) -> None:
+) -> int:
     """Writes the features of all pictures that `file` does not have yet, a batch at a time.
 
+    Pictures that could not be read, and those whose files have changed since, are tried again.
+
+    Returns:
+      How many were there before.
+
     Raises:
-      UserError: those that it has are not this net's.
+      UserError: those that it has are not this net's, or it cannot be written.
     """
-    done = file.done
+    stamps = np.array([source.stamp(row) for row in range(len(source))], np.int64).reshape(-1, 2)
+    same = (file["size"] == stamps[:, 0]) & (file["changed"] == stamps[:, 1])
+    there = (file["status"] == READ) & same
     function = _function(net, layers)
-    _need_same(net, function, source, layers, file)
+    _need_same(net, function, source, layers, file, np.flatnonzero(there))
+    if changed := np.count_nonzero((file["status"] == READ) & ~same):
+        print(f"{changed:,} pictures have changed since they were read, and are read again")
+    todo = np.flatnonzero(~there).tolist()
     rule = net.preprocessing
-    pictures = read_pictures(source, rule.image_size, rule.resize, range(done, len(source)))
+    pictures = read_pictures(source, rule.image_size, rule.resize, todo)
     results = infer(function, pictures, batch_size)
-    bar = tqdm(results, total=len(source), initial=done, unit="picture", disable=None)
-    rows = iter(bar)
-    for start in range(done, len(source), batch_size):
-        batch = list(itertools.islice(rows, batch_size))
-        columns = {
+    before = len(source) - len(todo)
+    bar = tqdm(results, total=len(source), initial=before, unit="picture", disable=None)
+    results = iter(bar)
+    for start in range(0, len(todo), batch_size):
+        rows = todo[start : start + batch_size]
+        batch = list(itertools.islice(results, len(rows)))
+        columns: dict[str, Any] = {
             layer: np.stack(
                 [
                     np.full(file.types[layer].shape, np.nan, np.float32)
@@ -161,10 +174,12 @@ def extract(
             )
             for layer in layers
         }
-        labels = np.array([picture.label for picture, _ in batch])
-        problems = np.array([picture.problem.encode() for picture, _ in batch])
+        columns["label"] = [picture.label for picture, _ in batch]
+        columns["problem"] = [picture.problem.encode() for picture, _ in batch]
+        columns["size"], columns["changed"] = stamps[rows].T
         status = np.array([UNREADABLE if row is None else READ for _, row in batch], np.uint8)
-        file.write(start, columns | {"label": labels, "problem": problems}, status)
+        file.write(rows, columns, status)
+    return before
 
 
 def _function(net: Pretrained, layers: Sequence[str]) -> Callable[[jax.Array], Any]:
@@ -181,9 +196,9 @@ def _need_same(
     source: Source,
     layers: Sequence[str],
     file: FeatureFile,
+    there: np.ndarray,
 ) -> None:
-    """Raises UserError unless labels, and what the first picture gives, are those of the file."""
-    there = np.flatnonzero(file["status"][:] == READ)
+    """Raises UserError unless labels, and what the first of the rows gives, are the file's."""
     labels = file["label"][:]
     if any(source.label(int(row)) not in (NO_LABEL, labels[row]) for row in there):
         raise UserError(

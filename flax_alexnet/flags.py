@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import tyro
 
-from flax_alexnet.errors import UserError, escape_output
+from flax_alexnet.errors import UserError
+from flax_alexnet.process import escape_output
 
 T = TypeVar("T")
 

@@ -23,8 +23,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from flax_alexnet.errors import UserError, exit_code, first_line, leave, unknown
+from flax_alexnet.errors import UserError, exit_code, unknown
 from flax_alexnet.flags import parse
+from flax_alexnet.outputs import need_writable, writing
+from flax_alexnet.process import leave
+from flax_alexnet.text import markdown
 from flax_alexnet.weights import native
 from flax_alexnet.weights.pretrained import Pretrained
 from flax_alexnet.weights.reading import load
@@ -61,6 +64,8 @@ class PullConfig:
     """The .safetensors file to write."""
     revision: str | None = None
     """A branch, tag or commit of the repository; none: main."""
+    overwrite: bool = False
+    """Replace a file that is there."""
 
 
 COMMANDS = {"push": "upload a net with a model card", "pull": "download a net"}
@@ -98,6 +103,7 @@ def _push(config: PushConfig) -> None:
 def _pull(config: PullConfig) -> None:
     if config.output.suffix != ".safetensors":
         raise UserError(f"{config.output} does not end in .safetensors, which is what is written")
+    need_writable(config.output, [Path(config.repository) / WEIGHTS], config.overwrite)
     native.save(from_hub(config.repository, config.revision), config.output)
     print(config.output)
 
@@ -148,16 +154,13 @@ def save_folder(
       UserError: there is something in the folder, or it cannot be written to.
     """
     net, folder = net if isinstance(net, Pretrained) else load(net), Path(folder).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+    with writing(folder) as partial:
+        if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty; take another folder")
-        (folder / CARD).write_text(
-            model_card(net, repository, license_id, accuracy), encoding="utf-8"
-        )
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {first_line(error)}; take another path") from None
-    native.save(net, folder / WEIGHTS)
+        partial.mkdir()
+        card = model_card(net, repository, license_id, accuracy)
+        (partial / CARD).write_text(card, encoding="utf-8")
+        native.save(net, partial / WEIGHTS)
 
 
 def from_hub(repository: str | Path, revision: str | None = None) -> Pretrained:
@@ -212,8 +215,8 @@ def model_card(
         "Preprocessing": f"RGB pictures brought to {rule.image_size}×{rule.image_size} by the rule "
         f"`{rule.resize}`, less {mean}, the central {rule.crop_size}×{rule.crop_size}, "
         f"times {rule.scale}",
-        "Source": f"{source.get('file', '')} ({source.get('format', '')}), "
-        f"SHA-256 `{source.get('sha256', '')}`"
+        "Source": f"{markdown(source.get('file', ''))} ({markdown(source.get('format', ''))}), "
+        f"SHA-256 {markdown(source.get('sha256', ''))}"
         if source
         else "",
     }

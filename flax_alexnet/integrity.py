@@ -9,7 +9,8 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from flax_alexnet.errors import printable
+from flax_alexnet.inputs import open_regular, read_text
+from flax_alexnet.text import printable
 
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
@@ -21,7 +22,7 @@ def sha256(path: Path) -> str:
 
 def digest_of_file(path: Path, kind: str) -> str:
     """The digest of a file's bytes by an algorithm of `hashlib`, in hexadecimal digits."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, kind).hexdigest()
 
 
@@ -43,7 +44,7 @@ def damage(folder: Path, manifest: str, unlisted: frozenset[str]) -> str:
     if folder.is_symlink() or not folder.is_dir():
         return "it is no folder"
     try:
-        lines = (folder / manifest).read_text("utf-8").splitlines()
+        lines = read_text(folder / manifest).splitlines()
         matches = [LINE.fullmatch(line) for line in lines]
         digests = {match[2]: match[1] for match in matches if match}
         found = _files(folder)

@@ -1,6 +1,5 @@
 """`python -m flax_alexnet.lpips WEIGHTS A B`: how different pictures look, by LPIPS."""
 
-import csv
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -12,11 +11,13 @@ import tyro
 
 from flax_alexnet.data.decode import DecodeError, decode_whole, read_file
 from flax_alexnet.data.pictures import find_pictures, summarize
-from flax_alexnet.errors import UserError, exit_code, leave, printable
+from flax_alexnet.errors import UserError, exit_code
 from flax_alexnet.flags import need, need_png, parse
 from flax_alexnet.outputs import need_writable, writing
 from flax_alexnet.perceptual import lpips, signed
 from flax_alexnet.plots import plot_distance
+from flax_alexnet.process import leave
+from flax_alexnet.text import printable, write_table
 from flax_alexnet.weights.pretrained import LPIPS_HEADS, Pretrained
 from flax_alexnet.weights.reading import load
 
@@ -38,6 +39,8 @@ class LpipsConfig:
     """A .csv file for the distances; none: only the terminal."""
     plot: Path | None = None
     """Of two pictures: a .png file that shows where they differ."""
+    overwrite: bool = False
+    """Replace files that are there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +64,7 @@ def run(config: LpipsConfig) -> None:
         raise UserError("--plot is for two pictures; leave it out for folders")
     inputs = [config.weights, *(file for _, *files in pairs for file in files)]
     for path in (config.output, config.plot):
-        need_writable(path, inputs)
+        need_writable(path, inputs, config.overwrite)
     net = load(config.weights)
     need_heads(net)
     distance = jax.jit(lpips, static_argnames="spatial")
@@ -146,7 +149,7 @@ def _size(image: np.ndarray) -> str:
 
 def _write(path: Path, rows: Sequence[tuple[str, str]]) -> None:
     with writing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("pair", "lpips"), *rows])
+        write_table(file, [("pair", "lpips"), *rows])
 
 
 if __name__ == "__main__":

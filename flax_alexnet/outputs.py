@@ -1,37 +1,104 @@
-"""Files that commands write: whole or not at all, and never over what they read."""
+"""Files that are written: whole or not at all, by one process at a time, and never over others."""
 
 import contextlib
+import errno
+import fcntl
 import os
+import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from flax_alexnet.errors import UserError, first_line
 
+LOCK = "lock"
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[Path]:
+    """Keeps other processes from writing `path`, and gives an empty folder for what is not whole.
+
+    The folder, `.NAME.partial`, lies beside `path`, whose own folder is made if it is not there. It
+    holds a lock, which ends with the process, however that ends. What a process that was killed has
+    left in it is removed when the next one begins, and the folder itself at the end.
+
+    Raises:
+      UserError: another process is writing there.
+      OSError: the folder cannot be made.
+    """
+    folder = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        if not stat.S_ISDIR(folder.lstat().st_mode):  # of a link, what it leads to is not ours
+            raise FileExistsError(errno.EEXIST, "something else is in the way", str(folder))
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            file = os.open(folder / LOCK, flags, 0o666)
+        except FileNotFoundError:  # another process has just ended, and removed it
+            continue
+        try:
+            lock(file, folder / LOCK)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), os.stat(folder / LOCK)):
+                    break
+            os.close(file)
+        except BlockingIOError:
+            os.close(file)
+            raise UserError(
+                f"another process is writing {path}: wait until it has ended, or take another path"
+            ) from None
+    try:
+        _clear(folder)
+        yield folder
+    finally:
+        _clear(folder)
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()
+            folder.rmdir()
+        os.close(file)
+
+
+def lock(file: int, path: Path) -> None:
+    """Takes the system's lock on an open file, whose `path` is for the message.
+
+    Where a file system has no locks, a line warns of that.
+
+    Raises:
+      BlockingIOError: another process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        print(
+            f"warning: {path} cannot be locked ({error.strerror}): start no second process that "
+            "writes there"
+        )
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, which gets the name `path` once all is written and on the disk.
-
-    Its folder is made if it is not there.
+    """Gives a path for a file or a folder, which becomes `path` once all of it is on the disk.
 
     Raises:
+      UserError: another process is writing there.
       OSError: it cannot be written, with its name; then what was there before is as it was.
     """
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.unlink(missing_ok=True)  # it may be a link, and what that leads to is not ours
-            partial.touch(exist_ok=False)
-            mode = partial.stat().st_mode  # as the umask has it, which safetensors does not ask
+        with alone(path) as folder:
+            partial = folder / path.name
             yield partial
-            partial.chmod(mode)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())  # else a loss of power may leave the name without the bytes
+            mode = (folder / LOCK).stat().st_mode & 0o777  # as the umask has it
+            for file in (partial, *partial.rglob("*")):
+                if file.is_file():
+                    file.chmod(mode)  # which some libraries set without asking
+                _to_disk(file)  # else a loss of power may leave the name without the bytes
             partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+            _to_disk(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror or first_line(error), str(path)) from None
 
@@ -50,13 +117,24 @@ def writing(path: Path, *failures: type[Exception]) -> Iterator[Path]:
     try:
         with replacing(path) as partial:
             yield partial
+    except UserError:
+        raise
     except (OSError, ValueError, *failures) as error:  # type: ignore[misc]
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"cannot write {path}: {reason}; take another path") from None
+        raise cannot_write(path, error) from None
 
 
-def need_writable(path: Path | None, inputs: Iterable[Path]) -> None:
-    """Raises UserError, before all the work, for a path that cannot be written or is an input's."""
+def cannot_write(path: Path, error: BaseException) -> UserError:
+    """The mistake of the user that an error in writing is."""
+    reason = getattr(error, "strerror", None) or first_line(error)
+    return UserError(f"cannot write {path}: {reason}; take another path")
+
+
+def need_writable(path: Path | None, inputs: Iterable[Path], overwrite: bool = False) -> None:
+    """Makes sure, before all the work, that a path can be written.
+
+    Raises:
+      UserError: it cannot; or it is an input's; or, unless `overwrite`, something is there.
+    """
     if path is None:
         return
     with contextlib.suppress(OSError):  # an input that is not there is said elsewhere
@@ -64,8 +142,40 @@ def need_writable(path: Path | None, inputs: Iterable[Path]) -> None:
             raise UserError(f"{path} would be written over, but is read; take another path")
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; take another path")
+    if os.path.lexists(path) and not overwrite:
+        raise UserError(f"{path} is there already: take another path, or --overwrite")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise UserError(f"cannot write {path}: {first_line(error)}; take another path") from None
+        raise cannot_write(path, error) from None
+
+
+def need_room(path: Path, needed: int) -> None:
+    """Raises UserError unless the disk of `path`, which may not exist, has `needed` bytes free."""
+    ancestors = (path.absolute(), *path.absolute().parents)
+    folder = next(place for place in ancestors if os.path.exists(place))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{path} has {free / 1e9:.1f} GB free and about {needed / 1e9:.1f} GB are needed: "
+            "make room, or take a path on another disk"
+        )
+
+
+def _clear(folder: Path) -> None:
+    """Removes all in a folder but the lock; a link is removed, and not what it leads to."""
+    with contextlib.suppress(OSError):
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != LOCK:
+                entry.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -15,10 +15,11 @@ import tyro
 from flax_alexnet.activations import features, grad_cam, map_names
 from flax_alexnet.architectures import activation_names, architecture
 from flax_alexnet.augment import center_crop
-from flax_alexnet.errors import UserError, exit_code, leave, unknown
+from flax_alexnet.errors import UserError, exit_code, unknown
 from flax_alexnet.flags import parse
 from flax_alexnet.outputs import need_writable, writing
 from flax_alexnet.plots import plot_activations, plot_grad_cam, plot_kernels
+from flax_alexnet.process import leave
 from flax_alexnet.weights.pretrained import Pretrained, need_classifier, need_layers
 from flax_alexnet.weights.reading import load
 
@@ -40,6 +41,8 @@ class PlotConfig:
     """Activations to draw, such as conv1 pool5 fc7; none: all."""
     classes: tuple[str, ...] = ()
     """Names or numbers of the classes for Grad-CAM; none: the five likeliest of each picture."""
+    overwrite: bool = False
+    """Replace files that are there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +75,7 @@ def plot(config: PlotConfig) -> None:
     endings = ("activations", "grad_cam")
     names = [f"{path.stem}_{ending}.png" for path in config.pictures for ending in endings]
     for name in ("conv1.png", *names):
-        need_writable(config.output / name, [config.weights, *config.pictures])
+        need_writable(config.output / name, [config.weights, *config.pictures], config.overwrite)
     with announced(config.output / "conv1.png") as path:
         plot_kernels(net.params["conv1"]["kernel"], path, architecture(net.config.variant).groups)
     for picture, image in zip(config.pictures, images, strict=True):

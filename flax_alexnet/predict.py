@@ -1,6 +1,5 @@
 """`python -m flax_alexnet.predict WEIGHTS PICTURE …`: what pictures show, by a trained net."""
 
-import csv
 import dataclasses
 import json
 import sys
@@ -13,11 +12,13 @@ import tyro
 
 from flax_alexnet.data.pictures import Picture, find_pictures, read_pictures, summarize
 from flax_alexnet.data.sources import Source
-from flax_alexnet.errors import UserError, exit_code, leave
+from flax_alexnet.errors import UserError, exit_code
 from flax_alexnet.flags import need, need_batch, need_png, parse
 from flax_alexnet.inference import infer, log_probabilities
 from flax_alexnet.outputs import need_writable, writing
 from flax_alexnet.plots import plot_predictions
+from flax_alexnet.process import leave
+from flax_alexnet.text import write_table
 from flax_alexnet.weights.pretrained import Pretrained, need_classifier
 from flax_alexnet.weights.reading import load
 
@@ -42,6 +43,8 @@ class PredictConfig:
     """A .png file for the pictures with their classes as bars, as in Figure 4 (left)."""
     batch_size: int = 32
     """Pictures that the net sees at once."""
+    overwrite: bool = False
+    """Replace files that are there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,7 @@ def predict(config: PredictConfig) -> None:
     net = load(config.weights)
     need_classifier(net)
     for path in (config.output, config.plot):
-        need_writable(path, [config.weights, *source.paths])
+        need_writable(path, [config.weights, *source.paths], config.overwrite)
     kept: list[Prediction] = []
     rows: list[dict[str, Any]] = []
     problems: list[tuple[str, str]] = []
@@ -144,14 +147,17 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
         if path.suffix == ".json":
             json.dump(rows, file, indent=2, ensure_ascii=False)
             return
-        writer = csv.writer(file)
-        writer.writerow(["name", "problem", "rank", "label", "class", "probability"])
-        for row in rows:
-            start = [row["name"], row["problem"]]
-            for rank, best in enumerate(row["predictions"], 1):
-                writer.writerow([*start, rank, *best.values()])
-            if not row["predictions"]:
-                writer.writerow([*start, "", "", "", ""])
+        write_table(file, _cells(rows))
+
+
+def _cells(rows: list[dict[str, Any]]) -> Iterator[list[Any]]:
+    yield ["name", "problem", "rank", "label", "class", "probability"]
+    for row in rows:
+        start = [row["name"], row["problem"]]
+        for rank, best in enumerate(row["predictions"], 1):
+            yield [*start, rank, *best.values()]
+        if not row["predictions"]:
+            yield [*start, "", "", "", ""]
 
 
 def _draw(net: Pretrained, predictions: list[Prediction], path: Path) -> None:

@@ -24,6 +24,7 @@ from flax_alexnet.data.examples import Examples, open_examples
 from flax_alexnet.data.sources import Dataset, Source, open_dataset, place_of
 from flax_alexnet.epochs import Epochs, Part
 from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.outputs import need_room
 from flax_alexnet.reporting import read_metrics
 from flax_alexnet.sharding import Layout, make_layout
 from flax_alexnet.weights.finetuning import Start, start_from
@@ -32,7 +33,6 @@ from flax_alexnet.workdir import (
     SAVED,
     claim,
     locked,
-    need_room,
     recorded,
     summarized_step,
 )

@@ -28,8 +28,10 @@ from flax_alexnet.data.sources import (
     need_known,
     place_of,
 )
-from flax_alexnet.errors import UserError, exit_code, first_line, leave, printable
+from flax_alexnet.errors import UserError, exit_code, first_line
 from flax_alexnet.flags import need, parse
+from flax_alexnet.process import leave
+from flax_alexnet.text import printable
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import tqdm
 
 from flax_alexnet.errors import UserError
+from flax_alexnet.inputs import parse_json, read_text
 from flax_alexnet.outputs import replacing
 
 # tensorboardX imports PyTorch where it is installed, to no use here: seconds and much memory.
@@ -137,7 +138,7 @@ class Clock:
     def __init__(self, path: Path, started: float):
         self._path, self._started, self._before = path, started, 0.0
         try:
-            self._before = float(path.read_text()) if path.exists() else 0.0
+            self._before = float(read_text(path)) if path.exists() else 0.0
         except (OSError, ValueError):
             print(f"{path} has no number of seconds; they are counted from 0", flush=True)
 
@@ -315,12 +316,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: a line before the last is damaged.
     """
-    texts = path.read_text().splitlines() if path.exists() else []
+    texts = read_text(path, 2**30).splitlines() if path.exists() else []
     result = []
     for number, text in enumerate(texts, start=1):
         try:
-            result.append(json.loads(text))
-        except json.JSONDecodeError:
+            result.append(parse_json(text))
+        except ValueError:
             if number < len(texts):
                 raise
     return result

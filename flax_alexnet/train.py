@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flax_alexnet.config import Config
-from flax_alexnet.errors import UserError, exit_code, leave
+from flax_alexnet.errors import UserError, exit_code
+from flax_alexnet.process import leave
 from flax_alexnet.recipes import parse_config
 
 
@@ -39,4 +40,4 @@ def _adapt(recipe: Config, init_from: Path) -> Config:
 
 
 if __name__ == "__main__":
-    leave(main)
+    leave(main, training=True)

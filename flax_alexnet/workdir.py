@@ -1,12 +1,10 @@
 """A run's working directory: whose it is, whether it has room, and what is written at the end."""
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import socket
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -15,7 +13,9 @@ from typing import Any
 
 from flax_alexnet.config import misfit
 from flax_alexnet.errors import UserError
-from flax_alexnet.outputs import replacing
+from flax_alexnet.inputs import read_json
+from flax_alexnet.outputs import lock, replacing
+from flax_alexnet.text import printable
 
 SAVED = "saved"  # the marker of a run that has saved a checkpoint
 FOLDERS = ("checkpoints", "damaged", "evaluation", "report", "tensorboard")
@@ -59,7 +59,7 @@ def claim(
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=workdir).close()
-        before = json.loads(path.read_text())["config"] if path.exists() else config
+        before = read_json(path)["config"] if path.exists() else config
         differences = [
             f"{name} was {before.get(name)!r}, is now {config.get(name)!r}"
             for name in sorted(before.keys() | config.keys())
@@ -96,15 +96,13 @@ def locked(workdir: Path) -> Iterator[None]:
         raise UserError(_cannot_write(workdir, error)) from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file.fileno(), path)
         except BlockingIOError:
             file.seek(0)
+            who = printable(file.read(200).strip()) or "another run"
             raise UserError(
-                f"{workdir} is in use by {file.read(200).strip() or 'another run'}: wait until it "
-                "has ended, or take another --workdir"
+                f"{workdir} is in use by {who}: wait until it has ended, or take another --workdir"
             ) from None
-        except OSError as error:  # a file system without locks
-            print(f"warning: {path} cannot be locked ({error.strerror}): start no second run there")
         with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -133,7 +131,7 @@ def versions() -> dict[str, str]:
 def summarized_step(workdir: Path) -> int | None:
     """The step that `summary.json` is of; None where there is none that can be read."""
     try:
-        step = json.loads((workdir / "summary.json").read_text())["step"]
+        step = read_json(workdir / "summary.json")["step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return step if type(step) is int else None
@@ -142,7 +140,7 @@ def summarized_step(workdir: Path) -> int | None:
 def recorded(workdir: Path) -> dict[str, Any]:
     """The configuration in a run's `config.json`, as `claim` takes it; {} where there is none."""
     try:
-        config = json.loads((workdir / "config.json").read_text())["config"]
+        config = read_json(workdir / "config.json")["config"]
         return {} if misfit(config) else config
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
@@ -150,18 +148,6 @@ def recorded(workdir: Path) -> dict[str, Any]:
 
 def _cannot_write(workdir: Path, error: OSError) -> str:
     return f"cannot write to {workdir}: {error.strerror}; take another --workdir"
-
-
-def need_room(workdir: Path, needed: int) -> None:
-    """Raises UserError unless the disk of `workdir` has `needed` bytes free (it may not exist)."""
-    ancestors = (workdir.absolute(), *workdir.absolute().parents)
-    folder = next(path for path in ancestors if os.path.exists(path))
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"{workdir} has {free / 1e9:.1f} GB free and about {needed / 1e9:.1f} GB are needed: "
-            "make room, or take a path on another disk"
-        )
 
 
 def _is_own_file(path: Path) -> bool:

@@ -207,7 +207,7 @@ def test_files_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch
 
 def test_a_thread_that_waits_does_not_keep_a_command():
     code = (
-        "import threading, time; from flax_alexnet.errors import leave\n"
+        "import threading, time; from flax_alexnet.process import leave\n"
         "threading.Thread(target=time.sleep, args=(300,)).start()\n"
         "leave(lambda: print('done') or 2)"
     )

@@ -23,8 +23,8 @@ from PIL import Image
 from flax_alexnet.data.examples import CachedExamples
 from flax_alexnet.data.pictures import find_pictures
 from flax_alexnet.data.sources import FolderSplits
-from flax_alexnet.errors import printable
 from flax_alexnet.prepare import prepare
+from flax_alexnet.text import printable
 
 SIDE = 64
 # Slow gradients, which survive any compression, and tell each turn from the others.

@@ -11,11 +11,12 @@ from PIL import Image
 
 from flax_alexnet.config import FREE_TO_CHANGE, flatten, misfit
 from flax_alexnet.data.sources import open_dataset
-from flax_alexnet.errors import UserError, printable
+from flax_alexnet.errors import UserError
 from flax_alexnet.preflight import recorded_parts
 from flax_alexnet.prepare import prepare
 from flax_alexnet.recipes import QUICKSTART, RECIPES
 from flax_alexnet.reporting import Clock, RunLog
+from flax_alexnet.text import printable
 from flax_alexnet.weights.reading import load
 from flax_alexnet.workdir import FILES, claim, locked, record
 

@@ -326,7 +326,7 @@ def test_names_need_not_be_unicode(weights, photographs, tmp_path, capsys):
     (folder / os.fsdecode(b"\xe9" * 100 + b".png")).symlink_to(folder / ("é" * 100))
     for suffix in ("csv", "json"):
         output = tmp_path / f"predictions.{suffix}"
-        plot = tmp_path / "plot.png"
+        plot = tmp_path / f"{suffix}.png"
         assert (
             PREDICT([str(weights), str(folder), "--output", str(output), "--plot", str(plot)]) == 0
         )
@@ -383,19 +383,16 @@ import sys, time
 from flax_alexnet.feature_files import FeatureFile
 from flax_alexnet.features import main
 
-get, write, batches = FeatureFile.__getitem__, FeatureFile.write, []
+put, calls = FeatureFile._put, []
 
-def slow_get(self, column):
-    if len(batches) == 2 and column == "status":
+def slow_put(self, rows, values):
+    calls.append(rows)
+    if len(calls) == 4:
         print("written", flush=True)
         time.sleep(60)
-    return get(self, column)
+    put(self, rows, values)
 
-def counted(self, *arguments):
-    batches.append(arguments)
-    write(self, *arguments)
-
-FeatureFile.__getitem__, FeatureFile.write = slow_get, counted
+FeatureFile._put = slow_put
 main(sys.argv[1:])
 """
     command = [sys.executable, "-c", program, str(weights), str(photographs), *flags]
@@ -408,7 +405,7 @@ main(sys.argv[1:])
         original = FeatureFile.write
         patch.setattr(FeatureFile, "write", lambda *a: (seen.append(a[1]), original(*a)))
         assert FEATURES([str(weights), str(photographs), *flags, "--output", str(killed)]) == 0
-    assert seen == [8]
+    assert seen == [[8, 9, 10, 11]]
     for name in ("name", "label", "status", "fc7", "conv1"):
         np.testing.assert_array_equal(column(killed, name), column(whole, name))
 
@@ -469,7 +466,7 @@ def test_nearest_neighbours(tmp_path, distance):
     file = FeatureFile(tmp_path / "x.h5", names, {"conv5": (5, 2)})
     status = np.full(30, READ, np.uint8)
     status[4] = 2
-    file.write(0, {"conv5": values}, status)
+    file.write(range(30), {"conv5": values}, status)
     flat = values.reshape(30, -1)
     if distance == "cosine":
         flat = flat / np.linalg.norm(flat, axis=1, keepdims=True)

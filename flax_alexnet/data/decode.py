@@ -2,9 +2,7 @@
 
 import contextlib
 import io
-import os
 import re
-import stat
 import threading
 import warnings
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ import simplejpeg
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from flax_alexnet.errors import first_line
+from flax_alexnet.inputs import open_regular, read_bytes
 from flax_alexnet.preprocessing import ResizeRule
 
 LARGEST_PICTURE = 178_956_970  # pixels: where Pillow refuses a picture; half of that it warns at
@@ -110,13 +109,7 @@ def decode(
 def read_file(path: str | Path) -> bytes:
     """A picture's bytes; DecodeError where there are none to be had, or too many."""
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for for ever
-            raise DecodeError("it is no regular file")
-        if status.st_size > LARGEST_FILE:
-            raise DecodeError(f"it has {status.st_size:,} bytes; at most {LARGEST_FILE:,} are read")
-        with open(path, "rb", buffering=0) as file:
-            return file.read()
+        return read_bytes(path, LARGEST_FILE)
     except OSError as error:
         raise DecodeError(error.strerror or type(error).__name__) from None
 
@@ -127,9 +120,7 @@ def is_picture(path: str | Path) -> bool | None:
     None where nobody can tell, since it is empty or cannot be read: it may have been one.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return None
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path) as file:
             start = file.read(18)
     except OSError:
         return None

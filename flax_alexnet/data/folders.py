@@ -9,7 +9,8 @@ from pathlib import Path
 
 from flax_alexnet.data.ahead import map_threads
 from flax_alexnet.data.decode import is_picture
-from flax_alexnet.errors import UserError, first_line, printable
+from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.text import printable
 
 # What the folders of a split are called, whatever their case; "_set" may follow.
 SPLITS = {

@@ -7,8 +7,6 @@ shard that has its list is whole, and a run that is started again leaves it as i
 """
 
 import contextlib
-import csv
-import fcntl
 import hashlib
 import itertools
 import json
@@ -29,7 +27,10 @@ from tqdm import tqdm
 from flax_alexnet.data.ahead import map_threads
 from flax_alexnet.data.decode import DecodeError, decode
 from flax_alexnet.data.sources import Pictures, Record
-from flax_alexnet.errors import UserError, first_line, printable
+from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.inputs import read_json, read_text
+from flax_alexnet.outputs import lock, replacing
+from flax_alexnet.text import printable, write_table
 
 SHARD = 8192  # pictures of a shard at most: what a kill can cost, so a small split as a whole
 FEW = 8  # pictures that a thread is given at once, so that threads seldom wait for one another
@@ -200,10 +201,10 @@ def _alone(work: Path) -> Iterator[None]:
     """Makes the folder and keeps other processes out of it; when one dies, it lets go."""
     work.mkdir(parents=True, exist_ok=True)
     # What a link of that name points to is not ours, and nothing of it is cut off.
-    file = os.open(work / LOCK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    with open(file, "w") as lock:
+    descriptor = os.open(work / LOCK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with open(descriptor, "w") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file.fileno(), work / LOCK)
         except BlockingIOError:
             raise UserError(f"another process is at work in {work}; wait until it ends") from None
         yield
@@ -212,7 +213,7 @@ def _alone(work: Path) -> Iterator[None]:
 def _begin(work: Path, plan: str) -> None:
     """Makes the folder ready for a plan; what was done by another one is removed."""
     path = work / PLAN
-    if path.exists() and path.read_text() != plan:
+    if path.exists() and read_text(path) != plan:
         print(f"{work} was begun with other pictures or another size; it is begun anew")
         path.unlink()
     if not path.exists():
@@ -228,7 +229,7 @@ def _begin(work: Path, plan: str) -> None:
 def _result(work: Path, shard: Shard) -> Result | None:
     """What is noted of a shard, if it is whole; one without any picture is tried again."""
     try:
-        result = Result(*json.loads((work / shard.file).read_text()))
+        result = Result(*read_json(work / shard.file))
         whole = (work / DATASET / shard.file).stat().st_size == result.size
     except (OSError, ValueError):  # not there, or cut off when the machine lost its power
         return None
@@ -278,9 +279,8 @@ def _write(
     except RuntimeError as error:  # how the writer says that the disk is full
         raise OSError(first_line(error)) from None
     result = Result(path.stat().st_size, outcomes)
-    partial = work / f"{shard.file}.partial"
-    partial.write_text(json.dumps(result))
-    partial.replace(work / shard.file)
+    with replacing(work / shard.file) as partial:
+        partial.write_text(json.dumps(result))
     return result
 
 
@@ -295,26 +295,23 @@ def _list_outcomes(
 
     Those `left_out` follow, with no split.
     """
-    problems = []
+    rows, problems = [("split", "name", "outcome")], []
+    for split, pictures in splits.items():
+        outcomes = [""] * len(pictures)
+        for shard in shards:
+            if shard.split == split:
+                of_shard = results[shard.file].outcomes
+                for index, outcome in zip(shard.indices.tolist(), of_shard, strict=True):
+                    outcomes[index] = outcome
+        named = [(pictures.name(index), outcome) for index, outcome in enumerate(outcomes)]
+        rows += [(split, *row) for row in named]
+        problems += [row for row in named if row[1] != OK]
+        if OK not in outcomes:
+            why = f", such as {problems[-1][0]}: {problems[-1][1]}" if outcomes else ""
+            raise UserError(f"no picture of the split {split!r} can be read{why}")
+    rows += [("", *row) for row in left_out]
     with (work / DATASET / OUTCOMES).open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["split", "name", "outcome"])
-        for split, pictures in splits.items():
-            outcomes = [""] * len(pictures)
-            for shard in shards:
-                if shard.split == split:
-                    of_shard = results[shard.file].outcomes
-                    for index, outcome in zip(shard.indices.tolist(), of_shard, strict=True):
-                        outcomes[index] = outcome
-            for index, outcome in enumerate(outcomes):
-                name = pictures.name(index)
-                table.writerow([split, name, outcome])
-                if outcome != OK:
-                    problems.append((name, outcome))
-            if OK not in outcomes:
-                why = f", such as {problems[-1][0]}: {problems[-1][1]}" if outcomes else ""
-                raise UserError(f"no picture of the split {split!r} can be read{why}")
-        table.writerows(["", *row] for row in left_out)
+        write_table(file, rows)
     return problems
 
 

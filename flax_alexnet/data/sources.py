@@ -27,7 +27,8 @@ from flax_alexnet.data.folders import (
     standard_split,
     subfolders,
 )
-from flax_alexnet.errors import UserError, first_line, printable, unknown
+from flax_alexnet.errors import UserError, first_line, unknown
+from flax_alexnet.text import printable
 from flax_alexnet.user_folders import home
 
 FOLDER = "folder:"
@@ -73,6 +74,10 @@ class Source(Pictures, Protocol):
 
     def label(self, index: int, /) -> int:
         """The picture's label, where that is known before it is read, else `NO_LABEL`."""
+        ...
+
+    def stamp(self, index: int, /) -> tuple[int, int]:
+        """The bytes of the picture's own file and when it was changed, in ns; 0, 0 of none."""
         ...
 
 
@@ -294,6 +299,11 @@ class TfdsSource:
         del index
         return NO_LABEL
 
+    def stamp(self, index: int) -> tuple[int, int]:
+        """Nothing, since many pictures share a file."""
+        del index
+        return 0, 0
+
     def read(self, index: int) -> Record:
         """The record at `index`; UserError where its file is missing, cut off, or damaged."""
         try:
@@ -331,6 +341,14 @@ class FolderSource:
     def label(self, index: int) -> int:
         """That of its folder."""
         return self.files[index][1]
+
+    def stamp(self, index: int) -> tuple[int, int]:
+        """The bytes of the picture's file and when it was changed; 0, 0 where it cannot be read."""
+        try:
+            status = os.stat(self.files[index][0])
+        except OSError:
+            return 0, 0
+        return status.st_size, status.st_mtime_ns
 
     def read(self, index: int) -> Record:
         """The record at `index`; DecodeError says why its file cannot be read."""
@@ -467,6 +485,11 @@ class Joined:
         """What its part says."""
         source, index = self._find(index)
         return source.label(index)
+
+    def stamp(self, index: int) -> tuple[int, int]:
+        """That of its part."""
+        source, index = self._find(index)
+        return source.stamp(index)
 
     def read(self, index: int) -> Record:
         """The record at `index`, as its part gives it."""

@@ -17,6 +17,8 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.inputs import read_bytes
+from flax_alexnet.weights.formats import LARGEST
 
 # (name, number, type, repeated); a type in lower case is protobuf's own.
 SCHEMA = {
@@ -54,6 +56,7 @@ SCHEMA = {
 }
 NORM, POOL = (b"lrn", 15), (b"pooling", b"pool", 17)  # types by name, and V1's numbers for them
 MOST_LAYERS = 10_000
+LARGEST_MEAN = 2**24  # bytes; ImageNet's has 786,446
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,7 @@ def read_caffemodel(path: Path) -> CaffeNet:
       UserError: it is damaged, or no net with weights.
     """
     try:
-        net = _parse("Net", path.read_bytes())
+        net = _parse("Net", read_bytes(path, LARGEST))
         if len(net.layer) + len(net.layers) > MOST_LAYERS:
             raise ValueError(f"it has more than {MOST_LAYERS:,} layers")
         layers = [_parse("Layer", data) for data in net.layer]
@@ -108,7 +111,7 @@ def read_mean(path: Path) -> np.ndarray:
       UserError: it is damaged, or no image.
     """
     try:
-        mean = _numbers(_parse("Blob", path.read_bytes())).astype(np.float32)
+        mean = _numbers(_parse("Blob", read_bytes(path, LARGEST_MEAN))).astype(np.float32)
         if mean.ndim == 2:  # of one channel, an axis that is left out
             mean = mean[None]
         if mean.ndim != 3 or mean.shape[0] not in (1, 3):

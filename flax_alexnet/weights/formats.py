@@ -1,12 +1,15 @@
 """The format of a weight file by its content: endings such as `.bin` or `.ckpt` say little."""
 
+import os
 import zipfile
 from pathlib import Path
 from typing import Literal
 
 from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.inputs import open_regular
 from flax_alexnet.weights.pickles import NONSENSE
 
+LARGEST = 2**31  # bytes of a weight file; the parameters of AlexNet are 244 million
 Format = Literal["safetensors", "torch", "npz", "npy", "caffe"]
 
 KINDS = (
@@ -33,10 +36,11 @@ def format_of(path: Path) -> Format:
       UserError: it is none of them, or cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path, LARGEST) as file:
             start = file.read(512)
+            size = os.fstat(file.fileno()).st_size
         # The length of a header, whose bytes may look like any other mark, and the header.
-        if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size:
+        if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size:
             return "safetensors"
         if start.startswith(b"PK"):
             with zipfile.ZipFile(path) as archive:

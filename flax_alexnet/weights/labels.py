@@ -1,7 +1,6 @@
 """The names of classes: ImageNet's thousand, which ship with the package, or those of a file."""
 
 import functools
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,8 +11,11 @@ from typing import Any
 import numpy as np
 
 from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.inputs import parse_json, read_text
+from flax_alexnet.text import printable
 
 # Lists of ImageNet's classes differ in some words; of one whose order is another few are in place.
+LARGEST = 2**20  # bytes; ImageNet's thousand names have 22 thousand
 IMAGENETS = 0.9  # the share of them that is in place in the first
 
 
@@ -128,13 +130,12 @@ def read_labels(path: Path, num_classes: int) -> tuple[str, ...]:
         twice.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is no regular file")
-        text = path.read_text("utf-8-sig").rstrip()
+        text = read_text(path, LARGEST, "utf-8-sig").rstrip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read labels {path}: {first_line(error)}") from None
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot read labels {path}: {reason}") from None
     lines = text.splitlines()
-    names = [name.strip() for name in _from_json(text) or _from_python(lines) or lines]
+    names = [printable(name.strip()) for name in _from_json(text) or _from_python(lines) or lines]
     if len(names) != num_classes or not all(names):
         raise UserError(
             f"{path} has {sum(map(bool, names))} names on {len(names)} lines; expected one on each "
@@ -155,8 +156,8 @@ def read_labels(path: Path, num_classes: int) -> tuple[str, ...]:
 def _from_json(text: str) -> Sequence[str]:
     """The names in a list, or in a dictionary from their numbers; none where it is neither."""
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
+        values = parse_json(text)
+    except ValueError:
         return ()
     if isinstance(values, dict):
         values = _by_number(values)

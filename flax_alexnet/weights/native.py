@@ -16,8 +16,11 @@ from safetensors.numpy import save_file
 
 from flax_alexnet.config import ModelConfig
 from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.inputs import check_regular, parse_json
 from flax_alexnet.outputs import writing
 from flax_alexnet.preprocessing import Preprocessing
+from flax_alexnet.text import printable
+from flax_alexnet.weights.formats import LARGEST
 from flax_alexnet.weights.pretrained import (
     LPIPS_HEADS,
     Pretrained,
@@ -78,7 +81,7 @@ def read(path: Path) -> Pretrained:
     """
     metadata, tensors = _open(path)
     try:
-        said = json.loads(metadata[KEY])
+        said = parse_json(metadata[KEY])
         if said["format"] != FORMAT:
             raise UserError(f"{path} has the format {said['format']!r}; expected {FORMAT}")
         rule = dict(said["preprocessing"])
@@ -90,8 +93,8 @@ def read(path: Path) -> Pretrained:
             ModelConfig(**said["model"]),
             unflatten(_under("params/", tensors)),
             Preprocessing(**rule, mean=mean, scale=_scale(scale)),
-            tuple(said["label_names"]),
-            said["source"],
+            tuple(printable(name) for name in said["label_names"]),
+            {printable(key): printable(str(value)) for key, value in said["source"].items()},
             _under("lpips/", tensors),
         )
         need_sane(net)
@@ -117,6 +120,7 @@ def read(path: Path) -> Pretrained:
 
 def _open(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     try:
+        check_regular(path, LARGEST)
         with safe_open(path, framework="numpy") as file:
             names = file.keys() if tensors else ()
             return file.metadata() or {}, {name: file.get_tensor(name) for name in names}

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 import sys
 from pathlib import Path
 
@@ -11,12 +10,14 @@ import numpy as np
 
 from flax_alexnet.config import ModelConfig, misfit
 from flax_alexnet.errors import UserError, first_line, unknown
+from flax_alexnet.inputs import read_json
 from flax_alexnet.integrity import sha256
 from flax_alexnet.preprocessing import Preprocessing
+from flax_alexnet.text import printable
 from flax_alexnet.weights import layouts, native
 from flax_alexnet.weights.caffe_files import read_caffemodel, read_mean
 from flax_alexnet.weights.digests import mismatch
-from flax_alexnet.weights.formats import KINDS, format_of
+from flax_alexnet.weights.formats import KINDS, LARGEST, format_of
 from flax_alexnet.weights.labels import imagenet_labels
 from flax_alexnet.weights.numpy_files import read_npy, read_npz
 from flax_alexnet.weights.pretrained import (
@@ -28,7 +29,6 @@ from flax_alexnet.weights.pretrained import (
 )
 from flax_alexnet.weights.torch_files import read_pth, read_safetensors
 
-LARGEST = 2**31  # bytes; the parameters of AlexNet are 244 million
 CAFFE_VARIANTS = ("caffe", "caffenet")
 
 TORCHVISION = Preprocessing(
@@ -237,10 +237,10 @@ def _read_run(workdir: Path) -> tuple[Pretrained, list[str]]:
             f"{workdir} is no working directory of a run: it has no config.json; {_near(workdir)}"
         )
     try:
-        config = json.loads((workdir / "config.json").read_text())["config"]
+        config = read_json(workdir / "config.json")["config"]
         if problem := misfit(config):
             raise ValueError(problem)
-        names = tuple(config["dataset.label_names"])
+        names = tuple(map(printable, config["dataset.label_names"]))
         fields = [field.name for field in dataclasses.fields(ModelConfig)]
         model = ModelConfig(**{name: config[f"model.{name}"] for name in fields})
         num_classes = model.num_classes or len(names)
