@@ -36,8 +36,7 @@ def open_regular(path: str | Path, largest: int | None = None) -> io.BufferedRea
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
         if largest is not None and status.st_size > largest:
-            reason = f"it has {status.st_size:,} bytes; at most {largest:,} are read"
-            raise OSError(errno.EFBIG, reason, str(path))
+            raise _too_large(path, status.st_size, largest)
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -52,7 +51,10 @@ def check_regular(path: str | Path, largest: int | None = None) -> None:
 def read_bytes(path: str | Path, largest: int) -> bytes:
     """All bytes of a regular file; raises as `open_regular` does."""
     with open_regular(path, largest) as file:
-        return file.read(largest + 1)  # some files, as of /proc, have more than their size says
+        data = file.read(largest + 1)
+    if len(data) > largest:  # files of the system, as in /proc, say that they have none
+        raise _too_large(path, len(data), largest)
+    return data
 
 
 def read_text(path: str | Path, largest: int = LARGEST_TEXT, encoding: str = "utf-8") -> str:
@@ -75,3 +77,8 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError(f"it is nested too deep ({first_line(error)})") from None
+
+
+def _too_large(path: str | Path, size: int, largest: int) -> OSError:
+    reason = f"it has {size:,} bytes; at most {largest:,} are read"
+    return OSError(errno.EFBIG, reason, str(path))

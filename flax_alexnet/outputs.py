@@ -6,7 +6,6 @@ import fcntl
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -133,20 +132,21 @@ def need_writable(path: Path | None, inputs: Iterable[Path], overwrite: bool = F
     """Makes sure, before all the work, that a path can be written.
 
     Raises:
-      UserError: it cannot; or it is an input's; or, unless `overwrite`, something is there.
+      UserError: it cannot, or another process is writing it; or it is an input's; or, unless
+        `overwrite`, something is there.
     """
     if path is None:
         return
     with contextlib.suppress(OSError):  # an input that is not there is said elsewhere
         if path.exists() and any(other.exists() and path.samefile(other) for other in inputs):
             raise UserError(f"{path} would be written over, but is read; take another path")
-    if path.is_dir():
+    if os.path.isdir(path):  # Python 3.12's `Path.is_dir` raises where a name is too long
         raise UserError(f"cannot write {path}: it is a folder; take another path")
     if os.path.lexists(path) and not overwrite:
         raise UserError(f"{path} is there already: take another path, or --overwrite")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        with alone(path):
+            pass
     except OSError as error:
         raise cannot_write(path, error) from None
 
