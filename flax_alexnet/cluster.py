@@ -19,8 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flax_alexnet.errors import LOST, UserError, exit_code, first_line
-from flax_alexnet.process import END_SIGNALS
+from flax_alexnet.errors import END_SIGNALS, LOST, UserError, exit_code, first_line
 
 WATCHER = "signals"  # the name of the thread that is told of them
 PATIENCE = 5.0  # seconds of waiting for others that nothing is said of

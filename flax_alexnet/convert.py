@@ -10,10 +10,11 @@ from typing import Literal
 import jax
 import numpy as np
 import tyro
+from safetensors import SafetensorError
 
 from flax_alexnet.errors import UserError, exit_code
 from flax_alexnet.flags import parse
-from flax_alexnet.outputs import need_writable
+from flax_alexnet.outputs import new_files
 from flax_alexnet.process import leave
 from flax_alexnet.weights import layouts, native, torch_files
 from flax_alexnet.weights.labels import read_labels
@@ -67,24 +68,27 @@ def convert(config: ConvertConfig) -> None:
       UserError: a file that cannot be read or written, or does not fit the others.
     """
     path, output = config.input, config.output
-    if config.format == "flax" and output.suffix != ".safetensors":
-        raise UserError(f"OUTPUT is {output}; expected a .safetensors file")
+    endings = (".safetensors",) if config.format == "flax" else (".pth", ".safetensors")
+    if output.suffix not in endings:
+        raise UserError(f"OUTPUT is {output}; expected a {' or '.join(endings)} file")
     inputs = (path, config.mean, config.labels, config.heads)
-    need_writable(output, filter(None, inputs), config.overwrite)
-    net, notes = read(path, config.variant, config.mean, config.head)
-    if config.labels:
-        names = read_labels(config.labels, net.num_classes)
-        net = dataclasses.replace(net, label_names=names)
-    if config.heads:
-        net = with_heads(net, config.heads)
-    for note in notes:
-        print(note, file=sys.stderr)
-    print(f"read {path}\n{describe(net)}")
-    if config.format == "flax":
-        native.save(net, output)
-    else:
-        torch_files.write(_state_dict(net, path), output)
-        print("a state dict has no room for preprocessing, label names and LPIPS heads")
+    with new_files([output], filter(None, inputs), overwrite=config.overwrite) as write:
+        net, notes = read(path, config.variant, config.mean, config.head)
+        if config.labels:
+            names = read_labels(config.labels, net.num_classes)
+            net = dataclasses.replace(net, label_names=names)
+        if config.heads:
+            net = with_heads(net, config.heads)
+        for note in notes:
+            print(note, file=sys.stderr)
+        print(f"read {path}\n{describe(net)}")
+        if config.format == "flax":
+            with write(output, SafetensorError) as partial:
+                native.write(net, partial)
+        else:
+            with write(output, SafetensorError, RuntimeError) as partial:
+                torch_files.write(_state_dict(net, path), partial)
+            print("a state dict has no room for preprocessing, label names and LPIPS heads")
     print(f"wrote {output}")
 
 

@@ -9,6 +9,7 @@ from flax_alexnet.text import printable
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 STOPPED = 75  # exit code of a run that a signal ended and that is saved; "try again" in sysexits.h
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # which ask a process to end
 LOST = 3  # exit code where another process of the run has ended
 
 

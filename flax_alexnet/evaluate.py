@@ -20,7 +20,7 @@ from flax_alexnet.errors import UserError, exit_code
 from flax_alexnet.flags import NO_DATASET, UseDataConfig, need_batch, parse
 from flax_alexnet.inference import infer, log_probabilities
 from flax_alexnet.inputs import read_json
-from flax_alexnet.outputs import need_writable, writing
+from flax_alexnet.outputs import Write, new_files
 from flax_alexnet.plots import plot_confusion
 from flax_alexnet.process import leave
 from flax_alexnet.text import write_table
@@ -143,20 +143,20 @@ def run(config: EvaluateConfig) -> None:
     folder = _free_folder(config.output or default_output(config.weights[0]), made_of)
     # What `_free_folder` gives holds this very evaluation, or none.
     overwrite = config.overwrite or (folder / OUTPUTS[0]).is_file()
-    for name in OUTPUTS:
-        need_writable(folder / name, config.weights, overwrite)
+    files = [folder / name for name in OUTPUTS]
     part = data.split or "what training holds out (--data.split takes other parts)"
     print(f"{data.name}: {len(source):,} pictures, {part}", flush=True)
-    evaluation = evaluate(nets, source, labels, config.crops, config.batch_size)
-    print(summarize(evaluation.problems, len(source)))
-    if not evaluation.confusion.any():
-        raise UserError(f"none of the pictures of {data.name} could be read")
+    with new_files(files, config.weights, overwrite=overwrite) as write:
+        evaluation = evaluate(nets, source, labels, config.crops, config.batch_size)
+        print(summarize(evaluation.problems, len(source)))
+        if not evaluation.confusion.any():
+            raise UserError(f"none of the pictures of {data.name} could be read")
+        _write(write, files, evaluation, nets[0], made_of)
     summary = evaluation.summary()
     print(
         f"{data.name}, {len(nets)} net(s), {config.crops} crop(s): loss "
         f"{summary['loss']:.4f}, top-1 {summary['top1']:.2%}, top-5 {summary['top5']:.2%}"
     )
-    _write(folder, evaluation, nets[0], made_of)
     print(f"everything is in {folder}")
 
 
@@ -298,7 +298,11 @@ def _stack(functions: Sequence[Callable[..., jax.Array]], images: jax.Array) -> 
 
 
 def _write(
-    folder: Path, evaluation: Evaluation, net: Pretrained, made_of: Mapping[str, Any]
+    write: Write,
+    files: Sequence[Path],
+    evaluation: Evaluation,
+    net: Pretrained,
+    made_of: Mapping[str, Any],
 ) -> None:
     """evaluation.json, classes.csv (a line a class), confusion.csv and confusion.png."""
     names = [net.name(label) for label in range(net.num_classes)]
@@ -317,15 +321,14 @@ def _write(
         **made_of,
         "problems": dict(evaluation.problems),
     }
-    paths = [folder / name for name in OUTPUTS]
-    with writing(paths[0]) as partial:
+    with write(files[0]) as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    with writing(paths[1]) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with write(files[1]) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         write_table(file, [list(classes[0]), *(list(row.values()) for row in classes)])
-    with writing(paths[2]) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with write(files[2]) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         rows = ([name, *row] for name, row in zip(names, evaluation.confusion, strict=True))
         write_table(file, [["right class", *names], *rows])
-    with writing(paths[3]) as partial:
+    with write(files[3]) as partial:
         plot_confusion(evaluation.confusion, names, partial)
 
 

@@ -22,7 +22,7 @@ from flax_alexnet.activations import features
 from flax_alexnet.errors import UserError, exit_code, first_line, unknown
 from flax_alexnet.flags import parse
 from flax_alexnet.inputs import read_bytes
-from flax_alexnet.outputs import cannot_write, need_writable, replacing
+from flax_alexnet.outputs import new_files, writing
 from flax_alexnet.process import leave
 from flax_alexnet.weights.formats import LARGEST
 from flax_alexnet.weights.pretrained import Params, Pretrained, need_layers
@@ -56,8 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = sys.argv[1:] if argv is None else argv
         config = parse(ExportConfig, arguments, None, "flax_alexnet.export")
-        need_writable(config.output, [config.weights], config.overwrite)
-        print(export(load(config.weights), config.output, config.format, config.layer))
+        path = config.output
+        with new_files([path], [config.weights], overwrite=config.overwrite) as write:
+            net = load(config.weights)
+            with write(path) as partial:
+                said = _export(net, path, partial, config.format, config.layer)
+        print(said)
         return 0
     except (UserError, KeyboardInterrupt) as error:
         return exit_code(error)
@@ -82,11 +86,17 @@ def export(
         that cannot be written to; or the packages of the format are not installed.
     """
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise UserError(f"{path} is a folder that is there already; take another path")
+    with writing(path) as partial:
+        return _export(net, path, partial, kind, layer)
+
+
+def _export(net: Pretrained, path: Path, partial: Path, kind: str | None, layer: str) -> str:
+    """As `export`, into a file or folder `partial` that is not whole yet."""
     kind = kind or _kind_of(path)
     if kind not in FORMATS:
         raise UserError(unknown("format", kind, FORMATS))
-    if path.is_dir():
-        raise UserError(f"{path} is a folder that is there already; take another path")
     need_layers(net, (layer,))
     config = dataclasses.replace(net.config, dtype="float32")
     net = dataclasses.replace(net, config=config, params=jax.tree.map(np.asarray, net.params))
@@ -94,7 +104,7 @@ def export(
     images = np.random.default_rng(0).integers(0, 256, (CHECKED_IMAGES, size, size, 3), np.uint8)
     write, extra = FORMATS[kind]
     try:
-        with replacing(path) as partial, jax.default_device(_cpu()):
+        with jax.default_device(_cpu()):
             program = write(net, layer, partial)
             ours = np.asarray(jax.jit(_forward(net, layer))(net.params, images))
             if program is None:
@@ -110,8 +120,6 @@ def export(
         raise UserError(
             f"{kind} needs the package {error.name}: pip install 'flax-alexnet[{extra}]'"
         ) from None
-    except OSError as error:
-        raise cannot_write(path, error) from None
     shape = ", ".join(map(str, ("b", *ours.shape[1:])))
     return (
         f"{path} ({megabytes:.1f} MB): uint8[b, {size}, {size}, 3] to {layer}, float32[{shape}]; "

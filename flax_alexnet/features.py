@@ -30,7 +30,7 @@ from flax_alexnet.feature_files import READ, SUFFIXES, UNREADABLE, FeatureFile, 
 from flax_alexnet.flags import NO_DATASET, UseDataConfig, need, need_batch, need_png, parse
 from flax_alexnet.inference import infer, on_devices
 from flax_alexnet.model import AlexNet
-from flax_alexnet.outputs import need_room, need_writable, writing
+from flax_alexnet.outputs import check_not_read, need_room, new_files
 from flax_alexnet.plots import plot_neighbours
 from flax_alexnet.process import leave
 from flax_alexnet.weights.pretrained import Pretrained, need_layers
@@ -92,11 +92,13 @@ def run(config: FeaturesConfig) -> None:
         source = find_pictures(config.pictures)
     named = find_queries(source, config.queries)
     inputs = [config.weights, *(source.paths if isinstance(source, FolderSource) else [])]
-    need_writable(config.output, inputs, overwrite=True)  # it is gone on with
-    need_writable(config.nearest, inputs, config.overwrite)
+    check_not_read(config.output, inputs)
     layers = tuple(dict.fromkeys(config.layers))
     net = load(config.weights)
-    with contextlib.closing(open_file(net, source, layers, config.output)) as file:
+    with (
+        new_files([config.nearest], inputs, overwrite=config.overwrite) as write,
+        contextlib.closing(open_file(net, source, layers, config.output)) as file,
+    ):
         before = extract(net, source, layers, file, min(config.batch_size, len(source)))
         bad = np.flatnonzero(file["status"][:] == UNREADABLE)
         problems = [
@@ -110,8 +112,10 @@ def run(config: FeaturesConfig) -> None:
         if config.nearest:
             queries = choose_queries(source, file, named)
             rows, distances = nearest(file, layers[-1], queries, config.neighbours, config.distance)
-            draw_nearest(net, source, queries, rows, distances, config.nearest)
-            print(f"wrote {config.nearest}")
+            with write(config.nearest) as path:
+                draw_nearest(net, source, queries, rows, distances, path)
+    if config.nearest:
+        print(f"wrote {config.nearest}")
 
 
 def open_file(net: Pretrained, source: Source, layers: Sequence[str], path: Path) -> FeatureFile:
@@ -266,26 +270,21 @@ def draw_nearest(
     distances: np.ndarray,
     path: Path,
 ) -> None:
-    """Draws the pictures of `queries` with their neighbours, which `nearest` has found.
-
-    Raises:
-      UserError: a path that is none.
-    """
+    """Draws the pictures of `queries` with their neighbours, which `nearest` has found."""
     rule = net.preprocessing
     shown = np.concatenate([np.array(queries)[:, None], rows], axis=1)
     pictures = read_pictures(source, rule.image_size, rule.resize, shown.reshape(-1).tolist())
     images = np.stack([_shown(picture, rule.image_size) for picture in pictures])
     images = images.reshape(*shown.shape, *images.shape[1:])
     names = [[Path(source.name(int(row))).stem for row in line] for line in shown]
-    with writing(path) as partial:
-        plot_neighbours(
-            images[:, 0],
-            images[:, 1:],
-            distances,
-            [line[0] for line in names],
-            [line[1:] for line in names],
-            partial,
-        )
+    plot_neighbours(
+        images[:, 0],
+        images[:, 1:],
+        distances,
+        [line[0] for line in names],
+        [line[1:] for line in names],
+        path,
+    )
 
 
 def _shown(picture: Picture, size: int) -> np.ndarray:

@@ -22,10 +22,11 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
 )
+from safetensors import SafetensorError
 
 from flax_alexnet.errors import UserError, exit_code, unknown
 from flax_alexnet.flags import parse
-from flax_alexnet.outputs import need_writable, writing
+from flax_alexnet.outputs import new_files, writing
 from flax_alexnet.process import leave
 from flax_alexnet.text import markdown
 from flax_alexnet.weights import native
@@ -103,8 +104,11 @@ def _push(config: PushConfig) -> None:
 def _pull(config: PullConfig) -> None:
     if config.output.suffix != ".safetensors":
         raise UserError(f"{config.output} does not end in .safetensors, which is what is written")
-    need_writable(config.output, [Path(config.repository) / WEIGHTS], config.overwrite)
-    native.save(from_hub(config.repository, config.revision), config.output)
+    inputs = [Path(config.repository) / WEIGHTS]
+    with new_files([config.output], inputs, overwrite=config.overwrite) as write:
+        net = from_hub(config.repository, config.revision)
+        with write(config.output, SafetensorError) as partial:
+            native.write(net, partial)
     print(config.output)
 
 
@@ -154,13 +158,13 @@ def save_folder(
       UserError: there is something in the folder, or it cannot be written to.
     """
     net, folder = net if isinstance(net, Pretrained) else load(net), Path(folder).expanduser()
-    with writing(folder) as partial:
+    with writing(folder, SafetensorError) as partial:
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty; take another folder")
         partial.mkdir()
         card = model_card(net, repository, license_id, accuracy)
         (partial / CARD).write_text(card, encoding="utf-8")
-        native.save(net, partial / WEIGHTS)
+        native.write(net, partial / WEIGHTS)
 
 
 def from_hub(repository: str | Path, revision: str | None = None) -> Pretrained:

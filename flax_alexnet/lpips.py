@@ -13,7 +13,7 @@ from flax_alexnet.data.decode import DecodeError, decode_whole, read_file
 from flax_alexnet.data.pictures import find_pictures, summarize
 from flax_alexnet.errors import UserError, exit_code
 from flax_alexnet.flags import need, need_png, parse
-from flax_alexnet.outputs import need_writable, writing
+from flax_alexnet.outputs import new_files
 from flax_alexnet.perceptual import lpips, signed
 from flax_alexnet.plots import plot_distance
 from flax_alexnet.process import leave
@@ -63,39 +63,46 @@ def run(config: LpipsConfig) -> None:
     if config.plot and len(pairs) > 1:
         raise UserError("--plot is for two pictures; leave it out for folders")
     inputs = [config.weights, *(file for _, *files in pairs for file in files)]
-    for path in (config.output, config.plot):
-        need_writable(path, inputs, config.overwrite)
-    net = load(config.weights)
-    need_heads(net)
-    distance = jax.jit(lpips, static_argnames="spatial")
-    rows: list[tuple[str, str]] = []
-    values: list[float] = []
-    problems: list[tuple[str, str]] = []
-    for name, first, second in pairs:
-        try:
-            a, b = (decode_whole(read_file(path)) for path in (first, second))
-            if a.shape != b.shape:
-                raise DecodeError(f"{_size(a)} against {_size(b)} pixels; bring them to one size")
-            images = signed(a[None]), signed(b[None])
-            value = float(distance(net.params, net.lpips_heads, *images)[0])
-        except (DecodeError, UserError) as error:
-            problems.append((name, str(error)))
-            rows.append((name, str(error)))
-            continue
-        values.append(value)
-        rows.append((name, f"{value:.6f}"))
-        print(f"{name}: {value:.5f}")
-        if config.plot:
-            there = distance(net.params, net.lpips_heads, *images, spatial=True)[0]
-            with writing(config.plot) as partial:
-                plot_distance(a, b, np.asarray(there), partial)
-            print(f"wrote {config.plot}")
-    if len(pairs) > 1 or problems:
-        print(summarize(problems, len(pairs), "pairs"))
-    if config.output:
-        _write(config.output, rows)
+    files = (config.output, config.plot)
+    with new_files(files, inputs, overwrite=config.overwrite) as write:
+        net = load(config.weights)
+        need_heads(net)
+        distance = jax.jit(lpips, static_argnames="spatial")
+        rows: list[tuple[str, str]] = []
+        values: list[float] = []
+        problems: list[tuple[str, str]] = []
+        for name, first, second in pairs:
+            try:
+                a, b = (decode_whole(read_file(path)) for path in (first, second))
+                if a.shape != b.shape:
+                    raise DecodeError(
+                        f"{_size(a)} against {_size(b)} pixels; bring them to one size"
+                    )
+                images = signed(a[None]), signed(b[None])
+                value = float(distance(net.params, net.lpips_heads, *images)[0])
+            except (DecodeError, UserError) as error:
+                problems.append((name, str(error)))
+                rows.append((name, str(error)))
+                continue
+            values.append(value)
+            rows.append((name, f"{value:.6f}"))
+            print(f"{name}: {value:.5f}")
+            if config.plot:
+                there = distance(net.params, net.lpips_heads, *images, spatial=True)[0]
+                with write(config.plot) as path:
+                    plot_distance(a, b, np.asarray(there), path)
+        if len(pairs) > 1 or problems:
+            print(summarize(problems, len(pairs), "pairs"))
+        if config.output:
+            with (
+                write(config.output) as path,
+                path.open("w", newline="", encoding="utf-8") as file,
+            ):
+                write_table(file, [("pair", "lpips"), *rows])
     if not values:
         raise UserError("no pair of pictures could be compared")
+    if config.plot:
+        print(f"wrote {config.plot}")
     if len(values) > 1:
         print(f"mean of {len(values):,} pairs: {np.mean(values):.5f}")
 
@@ -145,11 +152,6 @@ def need_heads(net: Pretrained) -> None:
 
 def _size(image: np.ndarray) -> str:
     return f"{image.shape[1]}×{image.shape[0]}"
-
-
-def _write(path: Path, rows: Sequence[tuple[str, str]]) -> None:
-    with writing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        write_table(file, [("pair", "lpips"), *rows])
 
 
 if __name__ == "__main__":

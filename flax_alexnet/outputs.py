@@ -5,11 +5,13 @@ import errno
 import fcntl
 import os
 import shutil
+import signal
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
-from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.errors import END_SIGNALS, UserError, first_line
 
 LOCK = "lock"
 
@@ -26,7 +28,7 @@ def alone(path: Path) -> Iterator[Path]:
       UserError: another process is writing there.
       OSError: the folder cannot be made.
     """
-    folder = path.with_name(f".{path.name}.partial")
+    folder = _partial(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with contextlib.suppress(FileExistsError):
@@ -89,15 +91,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     try:
         with alone(path) as folder:
-            partial = folder / path.name
-            yield partial
-            mode = (folder / LOCK).stat().st_mode & 0o777  # as the umask has it
-            for file in (partial, *partial.rglob("*")):
-                if file.is_file():
-                    file.chmod(mode)  # which some libraries set without asking
-                _to_disk(file)  # else a loss of power may leave the name without the bytes
-            partial.replace(path)
-            _to_disk(path.parent)
+            yield folder / path.name
+            _publish(folder, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror or first_line(error), str(path)) from None
 
@@ -113,9 +108,88 @@ def writing(path: Path, *failures: type[Exception]) -> Iterator[Path]:
     Raises:
       UserError: it cannot be written there; then what was there before is as it was.
     """
+    with _failures_said(path, *failures), replacing(path) as partial:
+        yield partial
+
+
+class Write(Protocol):
+    """What `new_files` gives: from a path to one for what is not whole yet, as `writing`."""
+
+    def __call__(
+        self, path: Path, *failures: type[Exception]
+    ) -> contextlib.AbstractContextManager[Path]: ...
+
+
+@contextlib.contextmanager
+def new_files(
+    paths: Iterable[Path | None], inputs: Iterable[Path] = (), *, overwrite: bool = False
+) -> Iterator[Write]:
+    """Claims files or folders that a command is to make, before all its work.
+
+    Those that have been written get their names together, when the block ends without an error.
+    A command that is killed while they do can be started again: one that is there is its own, where
+    what is left of another shows that it was at it.
+
+    Args:
+      paths: of the files; None is left out.
+      inputs: what the command reads.
+      overwrite: whether files that are there may be replaced.
+
+    Raises:
+      UserError: one cannot be written, or another process is writing it; or it is an input; or,
+        unless `overwrite`, something is there.
+    """
+    chosen = list(dict.fromkeys(path for path in paths if path is not None))
+    read = list(inputs)
+    for path in chosen:
+        check_not_read(path, read)
+    goes_on = any(os.path.lexists(_partial(path)) for path in chosen)
+    for path in chosen:
+        if os.path.lexists(path) and not (overwrite or goes_on):
+            raise UserError(f"{path} is there already: take another path, or --overwrite")
+    folders: dict[Path, Path] = {}
+
+    @contextlib.contextmanager
+    def write(path: Path, *failures: type[Exception]) -> Iterator[Path]:
+        with _failures_said(path, *failures):
+            yield folders[path] / path.name
+
+    with contextlib.ExitStack() as held:
+        for path in chosen:
+            with _failures_said(path):
+                folders[path] = held.enter_context(alone(path))
+        yield write
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)  # all of them or none
+        try:
+            for path, folder in folders.items():
+                if os.path.lexists(folder / path.name):
+                    with _failures_said(path):
+                        _publish(folder, path)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _partial(path: Path) -> Path:
+    """The folder for what is not whole yet."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _publish(folder: Path, path: Path) -> None:
+    """Gives what was written into a folder of `alone` its name."""
+    partial = folder / path.name
+    mode = (folder / LOCK).stat().st_mode & 0o777  # as the umask has it
+    for file in (partial, *partial.rglob("*")):
+        if file.is_file():
+            file.chmod(mode)  # which some libraries set without asking
+        _to_disk(file)  # else a loss of power may leave the name without the bytes
+    partial.replace(path)
+    _to_disk(path.parent)
+
+
+@contextlib.contextmanager
+def _failures_said(path: Path, *failures: type[Exception]) -> Iterator[None]:
     try:
-        with replacing(path) as partial:
-            yield partial
+        yield
     except UserError:
         raise
     except (OSError, ValueError, *failures) as error:  # type: ignore[misc]
@@ -128,27 +202,14 @@ def cannot_write(path: Path, error: BaseException) -> UserError:
     return UserError(f"cannot write {path}: {reason}; take another path")
 
 
-def need_writable(path: Path | None, inputs: Iterable[Path], overwrite: bool = False) -> None:
-    """Makes sure, before all the work, that a path can be written.
-
-    Raises:
-      UserError: it cannot, or another process is writing it; or it is an input's; or, unless
-        `overwrite`, something is there.
-    """
-    if path is None:
-        return
+def check_not_read(path: Path, inputs: Iterable[Path]) -> None:
+    """Raises UserError for a path that is an input's, or a folder."""
     with contextlib.suppress(OSError):  # an input that is not there is said elsewhere
         if path.exists() and any(other.exists() and path.samefile(other) for other in inputs):
             raise UserError(f"{path} would be written over, but is read; take another path")
-    if os.path.isdir(path):  # Python 3.12's `Path.is_dir` raises where a name is too long
+    # Python 3.12's `Path.is_dir` raises where a name is too long.
+    if os.path.isdir(path):
         raise UserError(f"cannot write {path}: it is a folder; take another path")
-    if os.path.lexists(path) and not overwrite:
-        raise UserError(f"{path} is there already: take another path, or --overwrite")
-    try:
-        with alone(path):
-            pass
-    except OSError as error:
-        raise cannot_write(path, error) from None
 
 
 def need_room(path: Path, needed: int) -> None:

@@ -1,10 +1,10 @@
 """`python -m flax_alexnet.plot WEIGHTS [PICTURE …]`: what a net has learned, in pictures."""
 
-import contextlib
 import dataclasses
+import itertools
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -17,7 +17,7 @@ from flax_alexnet.architectures import activation_names, architecture
 from flax_alexnet.augment import center_crop
 from flax_alexnet.errors import UserError, exit_code, unknown
 from flax_alexnet.flags import parse
-from flax_alexnet.outputs import need_writable, writing
+from flax_alexnet.outputs import new_files
 from flax_alexnet.plots import plot_activations, plot_grad_cam, plot_kernels
 from flax_alexnet.process import leave
 from flax_alexnet.weights.pretrained import Pretrained, need_classifier, need_layers
@@ -72,26 +72,26 @@ def plot(config: PlotConfig) -> None:
         if count > 1:
             raise UserError(f"{count} pictures are called {stem}; draw them into different folders")
     images = [jnp.asarray(net.open(path)) for path in config.pictures]
-    endings = ("activations", "grad_cam")
-    names = [f"{path.stem}_{ending}.png" for path in config.pictures for ending in endings]
-    for name in ("conv1.png", *names):
-        need_writable(config.output / name, [config.weights, *config.pictures], config.overwrite)
-    with announced(config.output / "conv1.png") as path:
-        plot_kernels(net.params["conv1"]["kernel"], path, architecture(net.config.variant).groups)
-    for picture, image in zip(config.pictures, images, strict=True):
-        with announced(config.output / f"{picture.stem}_activations.png") as path:
-            draw_activations(net, image, layers, path)
-        if net.is_classifier:
-            with announced(config.output / f"{picture.stem}_grad_cam.png") as path:
-                draw_grad_cam(net, image, chosen, path)
-
-
-@contextlib.contextmanager
-def announced(path: Path) -> Iterator[Path]:
-    """As `writing`, and says so when the file is there."""
-    with writing(path) as partial:
-        yield partial
-    print(f"wrote {path}", flush=True)
+    folder = config.output
+    kernels = folder / "conv1.png"
+    endings = ("activations", "grad_cam")[: 1 + net.is_classifier]
+    of_pictures = [
+        [folder / f"{path.stem}_{ending}.png" for ending in endings] for path in config.pictures
+    ]
+    files = [kernels, *itertools.chain(*of_pictures)]
+    inputs = [config.weights, *config.pictures]
+    with new_files(files, inputs, overwrite=config.overwrite) as write:
+        with write(kernels) as path:
+            groups = architecture(net.config.variant).groups
+            plot_kernels(net.params["conv1"]["kernel"], path, groups)
+        for image, (activations, *cams) in zip(images, of_pictures, strict=True):
+            with write(activations) as path:
+                draw_activations(net, image, layers, path)
+            for cam in cams:
+                with write(cam) as path:
+                    draw_grad_cam(net, image, chosen, path)
+    for file in files:
+        print(f"wrote {file}", flush=True)
 
 
 def draw_activations(net: Pretrained, image: jax.Array, layers: Sequence[str], path: Path) -> None:

@@ -15,7 +15,7 @@ from flax_alexnet.data.sources import Source
 from flax_alexnet.errors import UserError, exit_code
 from flax_alexnet.flags import need, need_batch, need_png, parse
 from flax_alexnet.inference import infer, log_probabilities
-from flax_alexnet.outputs import need_writable, writing
+from flax_alexnet.outputs import new_files
 from flax_alexnet.plots import plot_predictions
 from flax_alexnet.process import leave
 from flax_alexnet.text import write_table
@@ -87,28 +87,33 @@ def predict(config: PredictConfig) -> None:
     source = find_pictures(config.pictures)
     net = load(config.weights)
     need_classifier(net)
-    for path in (config.output, config.plot):
-        need_writable(path, [config.weights, *source.paths], config.overwrite)
-    kept: list[Prediction] = []
-    rows: list[dict[str, Any]] = []
-    problems: list[tuple[str, str]] = []
-    for prediction in predictions(net, source, config.crops, config.batch_size):
-        print(_line(net, prediction, config.top), flush=True)
-        picture = prediction.picture
+    inputs = [config.weights, *source.paths]
+    files = (config.output, config.plot)
+    with new_files(files, inputs, overwrite=config.overwrite) as write:
+        kept: list[Prediction] = []
+        rows: list[dict[str, Any]] = []
+        problems: list[tuple[str, str]] = []
+        for prediction in predictions(net, source, config.crops, config.batch_size):
+            print(_line(net, prediction, config.top), flush=True)
+            picture = prediction.picture
+            if config.output:
+                rows.append(_row(net, prediction, config.top))
+            if picture.image is None:
+                problems.append((picture.name, picture.problem))
+            elif config.plot and len(kept) < MOST_PLOTTED:
+                kept.append(prediction)
+        print(summarize(problems, len(source)))
         if config.output:
-            rows.append(_row(net, prediction, config.top))
-        if picture.image is None:
-            problems.append((picture.name, picture.problem))
-        elif config.plot and len(kept) < MOST_PLOTTED:
-            kept.append(prediction)
-    print(summarize(problems, len(source)))
+            with write(config.output) as path:
+                _write(path, rows)
+        if config.plot and kept:
+            with write(config.plot) as path:
+                _draw(net, kept, path)
     if config.output:
-        _write(config.output, rows)
         print(f"wrote {config.output}")
     if len(problems) == len(source):
         raise UserError("none of the pictures could be read")
     if config.plot:
-        _draw(net, kept, config.plot)
         left_out = len(source) - len(problems) - len(kept)
         print(f"wrote {config.plot}" + (f" without the last {left_out}" if left_out else ""))
 
@@ -143,7 +148,7 @@ def _row(net: Pretrained, prediction: Prediction, top: int) -> dict[str, Any]:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    with writing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         if path.suffix == ".json":
             json.dump(rows, file, indent=2, ensure_ascii=False)
             return
@@ -164,8 +169,7 @@ def _draw(net: Pretrained, predictions: list[Prediction], path: Path) -> None:
     images = np.stack([p.picture.image for p in predictions if p.picture.image is not None])
     probabilities = np.stack([p.probabilities for p in predictions if p.probabilities is not None])
     names = [Path(p.picture.name).name for p in predictions]
-    with writing(path) as partial:
-        plot_predictions(images, None, probabilities, net.label_names, partial, titles=names)
+    plot_predictions(images, None, probabilities, net.label_names, path, titles=names)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from flax_alexnet.errors import INTERRUPTED, Terminated
+from flax_alexnet.errors import END_SIGNALS, INTERRUPTED, Terminated
 
-END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATIENCE = 10.0  # seconds for tidying up after a signal
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from flax_alexnet.errors import UserError
-from flax_alexnet.outputs import alone, need_room, need_writable, replacing, writing
+from flax_alexnet.outputs import alone, need_room, new_files, replacing, writing
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
@@ -66,7 +66,7 @@ def test_links_are_never_written_through(tmp_path):
     (tmp_path / "folder" / "file").write_text("not ours")
     link = tmp_path / "x.csv"
     link.symlink_to(target)
-    with replacing(link) as partial:  # which `need_writable` has allowed
+    with replacing(link) as partial:
         partial.write_text("ours")
     assert not link.is_symlink()
     for there in (target, tmp_path / "folder"):
@@ -135,21 +135,73 @@ def test_one_process_writes_at_a_time(tmp_path):
 
 def test_what_is_there_is_replaced_only_where_that_is_wanted(tmp_path):
     path, other = tmp_path / "x.csv", tmp_path / "other"
-    need_writable(None, [])
-    need_writable(path, [other])
-    path.write_text("there")
+    with new_files([None]):
+        pass
+    for text in ("first", "second"):
+        with new_files([path, None], [other], overwrite=text == "second") as write:
+            with write(path) as partial:
+                partial.write_text(text)
+            assert not path.exists() or path.read_text() == "first"
+        assert path.read_text() == text
     with pytest.raises(UserError, match="is there already: take another path, or --overwrite"):
-        need_writable(path, [other])
-    need_writable(path, [other], overwrite=True)
+        new_files([path], [other]).__enter__()
     other.symlink_to(path)
     for read, overwrite in ((path, True), (other, True), (path, False)):
         with pytest.raises(UserError, match="would be written over, but is read"):
-            need_writable(path, [read], overwrite)
+            new_files([path], [read], overwrite=overwrite).__enter__()
     with pytest.raises(UserError, match="it is a folder"):
-        need_writable(tmp_path, [], overwrite=True)
+        new_files([tmp_path], [], overwrite=True).__enter__()
     (tmp_path / "nowhere").symlink_to("gone")
     with pytest.raises(UserError, match="is there already"):
-        need_writable(tmp_path / "nowhere", [])
+        new_files([tmp_path / "nowhere"]).__enter__()
+    assert path.read_text() == "second"
+    assert sorted(os.listdir(tmp_path)) == ["nowhere", "other", "x.csv"]
+
+
+def written_then_failed(write, file):
+    with write(file) as path:
+        path.write_text("1")
+    raise ZeroDivisionError
+
+
+def test_several_files_get_their_names_together(tmp_path):
+    first, second, third = (tmp_path / name for name in ("a.csv", "b.png", "c.png"))
+    with pytest.raises(ZeroDivisionError), new_files([first, second]) as write:
+        written_then_failed(write, first)
+    assert os.listdir(tmp_path) == []
+    with new_files([first, second, third]) as write:
+        for file in (first, second):
+            with write(file) as path:
+                path.write_text(file.name)
+            assert not first.exists()
+    assert sorted(os.listdir(tmp_path)) == ["a.csv", "b.png"]
+
+
+KILLED = """
+import os
+from pathlib import Path
+from flax_alexnet import outputs
+files = [Path("a.csv"), Path("b.png")]
+with outputs.new_files(files) as write:
+    for file in files:
+        with write(file) as path:
+            path.write_text("half")
+    outputs._to_disk = lambda path: path == Path(".") and os._exit(9)
+"""
+
+
+def test_a_command_that_is_killed_between_two_names_can_be_started_again(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, check=False)
+    assert done.returncode == 9
+    assert (tmp_path / "a.csv").exists()
+    assert not (tmp_path / "b.png").exists()
+    files = [tmp_path / "a.csv", tmp_path / "b.png"]
+    with new_files(files) as write:
+        for file in files:
+            with write(file) as path:
+                path.write_text("whole")
+    assert [file.read_text() for file in files] == ["whole", "whole"]
+    assert sorted(os.listdir(tmp_path)) == ["a.csv", "b.png"]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +210,7 @@ def test_what_is_there_is_replaced_only_where_that_is_wanted(tmp_path):
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path, name):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*; take another path") as caught:
-        need_writable(tmp_path / name, [])
+        new_files([tmp_path / name]).__enter__()
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="cannot write"), writing(tmp_path / name) as partial:
         partial.touch()

@@ -41,7 +41,14 @@ def save(net: Pretrained, path: str | Path) -> None:
     Raises:
       UserError: it cannot be written there.
     """
-    path, rule = Path(path).expanduser(), net.preprocessing
+    path = Path(path).expanduser()
+    with writing(path, SafetensorError) as partial:
+        write(net, partial)
+
+
+def write(net: Pretrained, path: Path) -> None:
+    """Writes a net into a file that nobody else knows yet; raises OSError and SafetensorError."""
+    rule = net.preprocessing
     tensors = {
         f"params/{layer}/{name}": np.asarray(value, np.float32)
         for layer, values in net.params.items()
@@ -63,8 +70,7 @@ def save(net: Pretrained, path: str | Path) -> None:
         "source": dict(net.source),
     }
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    with writing(path, SafetensorError) as partial:
-        save_file(contiguous, partial, {KEY: json.dumps(metadata)})
+    save_file(contiguous, path, {KEY: json.dumps(metadata)})
 
 
 def is_native(path: Path) -> bool:

@@ -28,7 +28,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from flax_alexnet.errors import UserError, first_line
-from flax_alexnet.outputs import writing
 from flax_alexnet.weights.pickles import (
     NONSENSE,
     Global,
@@ -304,21 +303,18 @@ def write(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     """Writes a state dict, as `.pth` (which needs PyTorch) or `.safetensors`.
 
     Raises:
-      UserError: another ending, PyTorch is not there, or it cannot be written.
+      UserError: PyTorch is not there.
+      OSError, SafetensorError, RuntimeError: it cannot be written.
     """
-    if path.suffix not in (".pth", ".safetensors"):
-        raise UserError(f"{path} is to be a state dict of PyTorch; expected .pth or .safetensors")
     try:
-        with writing(path, SafetensorError, RuntimeError) as partial:
-            if path.suffix == ".safetensors":
-                save_file(dict(tensors), partial, {"format": "pt"})
-            else:
-                import torch
+        if path.suffix == ".safetensors":
+            save_file(dict(tensors), path, {"format": "pt"})
+        else:
+            import torch
 
-                values = {name: torch.from_numpy(value) for name, value in tensors.items()}
-                torch.save(values, partial)
+            torch.save({name: torch.from_numpy(value) for name, value in tensors.items()}, path)
     except ModuleNotFoundError:
         raise UserError(
-            f"writing {path} needs PyTorch: pip install 'torch>=2.10'; or write a .safetensors, "
-            "which does not"
+            f"writing {path.name} needs PyTorch: pip install 'torch>=2.10'; or write a "
+            ".safetensors, which does not"
         ) from None
