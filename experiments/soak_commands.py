@@ -3,7 +3,8 @@
 Claimed of the commands that write files: killed (SIGKILL, SIGTERM) at any moment and started again,
 each ends with the same bytes as one that was left alone, and nothing else is left behind. On a disk
 that is full or read-only, twice at once, with few open files, with little memory, or when its
-folder is moved away meanwhile, it ends in time with the right bytes, or with exit code 2 and one line.
+folder is moved away meanwhile, it ends in time with the right bytes, or with exit
+code 2 and one line.
 
 A small net and small photographs are made. Each command is run once undisturbed. Then each is
 attacked, and after each attack run once more where that is allowed to, and what is there compared

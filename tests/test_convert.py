@@ -547,7 +547,7 @@ def test_heads(trunk, tmp_path, capsys):
     assert "give it as --heads" in refused(capsys, alex, tmp_path / "new.safetensors")
     heads.pop("lin2.model.1.weight")
     short = legacy_pth(tmp_path / "short.pth", heads)
-    line = refused(capsys, path, out, "--heads", short)
+    line = refused(capsys, path, tmp_path / "new.safetensors", "--heads", short)
     assert "lin2.model.1.weight is missing, expected 1×384×1×1" in line
 
 
