@@ -141,7 +141,7 @@ class FeatureFile:
         place = column.id.get_offset()
         if made.get_layout() != h5py.h5d.CONTIGUOUS or made.get_external_count() or place is None:
             raise ValueError(f"its column {name} is not stored as it was made")
-        return place + file.userblock_size
+        return place
 
     def __getitem__(self, column: str) -> np.ndarray:
         """A column, to be read: its values are those in the file, and change with them."""

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -408,6 +409,31 @@ main(sys.argv[1:])
     assert seen == [[8, 9, 10, 11]]
     for name in ("name", "label", "status", "fc7", "conv1"):
         np.testing.assert_array_equal(column(killed, name), column(whole, name))
+
+
+def test_pictures_that_have_changed_or_could_not_be_read_are_tried_again(
+    weights, photographs, tmp_path, capsys
+):
+    folder = tmp_path / "photographs"
+    shutil.copytree(photographs, folder)
+    files = pictures(folder)
+    whole = files[5].read_bytes()
+    files[5].write_bytes(b"bad")
+    flags = [str(weights), str(folder), "--layers", "fc7", "--output"]
+    output, fresh = str(tmp_path / "features.h5"), str(tmp_path / "fresh.h5")
+    assert FEATURES([*flags, output]) == 0
+    files[5].write_bytes(whole)
+    files[2].write_bytes(files[9].read_bytes())
+    capsys.readouterr()
+    assert FEATURES([*flags, output]) == 0
+    said = capsys.readouterr().out
+    assert "1 pictures have changed since they were read, and are read again" in said
+    assert "fc7 of 12 pictures (10 were there)" in said
+    assert FEATURES([*flags, fresh]) == 0
+    assert Path(output).read_bytes() == Path(fresh).read_bytes()
+    values = column(Path(output), "fc7")
+    np.testing.assert_array_equal(values[2], values[9])
+    assert np.isfinite(values[5]).all()
 
 
 def test_a_file_of_other_features_is_left_alone(weights, photographs, tmp_path, capsys):
