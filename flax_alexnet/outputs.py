@@ -219,9 +219,13 @@ def need_room(path: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{path} has {free / 1e9:.1f} GB free and about {needed / 1e9:.1f} GB are needed: "
-            "make room, or take a path on another disk"
+            f"the disk of {path} has {_size(free)} free, and about {_size(needed)} are needed: make "
+            "room, or take a path on another disk"
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def _clear(folder: Path) -> None:

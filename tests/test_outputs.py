@@ -218,5 +218,5 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, name):
 
 def test_room_is_asked_for_where_the_path_will_be(tmp_path):
     need_room(tmp_path / "not" / "yet", 1)
-    with pytest.raises(UserError, match=r"GB free and about 1000000000\.0 GB are needed"):
+    with pytest.raises(UserError, match=r"GB free, and about 1,000,000,000\.0 GB are needed"):
         need_room(tmp_path / "not" / "yet", 10**18)

@@ -481,7 +481,7 @@ class TestMistakes:
     def test_a_disk_without_room(self, data_dir, tmp_path, capsys, monkeypatch):
         usage = type("usage", (), {"free": 10_000})
         monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-        assert "GB free" in refused(capsys, arguments(tmp_path, data_dir))
+        assert "needed: make room" in refused(capsys, arguments(tmp_path, data_dir))
 
 
 def test_switches_of_jax_do_not_end_a_run(data_dir, tmp_path):

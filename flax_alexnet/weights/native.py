@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from flax_alexnet.config import ModelConfig
 from flax_alexnet.errors import UserError, first_line
 from flax_alexnet.inputs import check_regular, parse_json
-from flax_alexnet.outputs import writing
+from flax_alexnet.outputs import need_room, writing
 from flax_alexnet.preprocessing import Preprocessing
 from flax_alexnet.text import printable
 from flax_alexnet.weights.formats import LARGEST
@@ -47,7 +47,12 @@ def save(net: Pretrained, path: str | Path) -> None:
 
 
 def write(net: Pretrained, path: Path) -> None:
-    """Writes a net into a file that nobody else knows yet; raises OSError and SafetensorError."""
+    """Writes a net into a file that nobody else knows yet.
+
+    Raises:
+      UserError: the disk has no room for it.
+      OSError, SafetensorError: it cannot be written.
+    """
     rule = net.preprocessing
     tensors = {
         f"params/{layer}/{name}": np.asarray(value, np.float32)
@@ -70,6 +75,7 @@ def write(net: Pretrained, path: Path) -> None:
         "source": dict(net.source),
     }
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    need_room(path, sum(value.nbytes for value in contiguous.values()))
     save_file(contiguous, path, {KEY: json.dumps(metadata)})
 
 

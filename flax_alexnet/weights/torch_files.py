@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.outputs import need_room
 from flax_alexnet.weights.pickles import (
     NONSENSE,
     Global,
@@ -303,9 +304,10 @@ def write(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     """Writes a state dict, as `.pth` (which needs PyTorch) or `.safetensors`.
 
     Raises:
-      UserError: PyTorch is not there.
+      UserError: PyTorch is not there, or the disk has no room.
       OSError, SafetensorError, RuntimeError: it cannot be written.
     """
+    need_room(path, sum(value.nbytes for value in tensors.values()))
     try:
         if path.suffix == ".safetensors":
             save_file(dict(tensors), path, {"format": "pt"})

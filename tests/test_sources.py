@@ -1,0 +1,68 @@
+"""One module opens what is read, one writes what is made, one makes text fit to be shown.
+
+Every place of the package that opens, writes or parses a file, or prints a table, is found in its
+source; those outside the three modules are listed here, each with why it may.
+"""
+
+import ast
+from pathlib import Path
+
+import flax_alexnet
+
+PACKAGE = Path(flax_alexnet.__file__).parent
+HOMES = ("inputs.py", "outputs.py", "text.py")
+
+# Calls by the last part of their name, such as `open` of `Path.open`.
+READS = {"read_text", "read_bytes", "loads", "fdopen", "memmap", "open_memmap", "safe_open"}
+READS |= {"ZipFile", "File", "mmap", "load_file"}
+WRITES = {"write_text", "write_bytes", "savefig", "save_file", "rename", "pwrite", "savez", "flock"}
+WRITES |= {"TemporaryFile", "NamedTemporaryFile", "TemporaryDirectory", "mkstemp", "mkdtemp"}
+SHOWS = {"writer", "DictWriter", "reader"}
+
+PARTIAL = "into a path of `outputs`, which gets its name when it is whole"
+OWN = "a file of this package or of the system, not of a user"
+OPENED = "after `inputs` has looked at it"
+MAY = {
+    ("checkpoint.py", "TemporaryFile"): "asks whether a folder can be written to",
+    ("checkpoint.py", "rename"): "moves a damaged checkpoint aside",
+    ("config.py", "loads"): "of what `json.dumps` has just written",
+}
+
+
+def calls():
+    """(file, name of what is called) for every call above outside the three modules."""
+    found = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name in HOMES:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                function = node.func
+                name = getattr(function, "attr", getattr(function, "id", ""))
+                owner = ast.unparse(function).rpartition(".")[0]
+                opens = name == "open" and (owner in ("", "os") or opens_a_path(node))
+                if opens or (name in READS | WRITES | SHOWS and not imported(path, name)):
+                    found.add((str(path.relative_to(PACKAGE)), name))
+    return found
+
+
+def opens_a_path(node):
+    """Whether a call of some object's `open` has a mode, as that of a path has."""
+    modes = [a.value for a in node.args if isinstance(a, ast.Constant)]
+    return any(isinstance(mode, str) and mode.strip("rwabx+t") == "" for mode in modes)
+
+
+def imported(path, name):
+    """Whether a module has a name from `inputs`, `outputs` or `text`."""
+    return any(
+        isinstance(node, ast.ImportFrom)
+        and node.module in {f"flax_alexnet.{home.removesuffix('.py')}" for home in HOMES}
+        and name in {alias.name for alias in node.names}
+        for node in ast.walk(ast.parse(path.read_text()))
+    )
+
+
+def test_files_are_opened_written_and_shown_in_one_place_each():
+    found = calls()
+    assert sorted(found - MAY.keys()) == [], "go through inputs, outputs or text, or say why not"
+    assert sorted(MAY.keys() - found) == [], "these are no longer there"
