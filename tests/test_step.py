@@ -199,7 +199,10 @@ def as_optax_has_it():
     "optimizer",
     [
         optax.adam(1e-3),
-        optax.chain(optax.clip_by_global_norm(1.0), create_optimizer(0.01)),
+        pytest.param(
+            optax.chain(optax.clip_by_global_norm(1.0), create_optimizer(0.01)),
+            marks=pytest.mark.slow,
+        ),
         optax.MultiSteps(optax.sgd(0.1, momentum=0.9), 2),
         optax.chain(optax.sgd(0.01), optax.contrib.reduce_on_plateau(patience=2)),
     ],
