@@ -52,7 +52,13 @@ def check_regular(path: str | Path, largest: int | None = None) -> None:
 def read_bytes(path: str | Path, largest: int) -> bytes:
     """All bytes of a regular file; raises as `open_regular` does."""
     with open_regular(path, largest) as file:
-        return file.read(largest + 1)  # some files, as of /proc, have more than their size says
+        found = file.read(largest + 1)  # some files, as of /proc, have more than their size says
+    if found is None:  # likewise, of some that would be waited for
+        raise BlockingIOError(errno.EAGAIN, "it has nothing to read yet", str(path))
+    if len(found) > largest:
+        reason = f"it has more than {largest:,} bytes, which are the most that are read"
+        raise OSError(errno.EFBIG, reason, str(path))
+    return found
 
 
 def read_text(path: str | Path, largest: int = LARGEST_TEXT, encoding: str = "utf-8") -> str:

@@ -1,6 +1,9 @@
 """Pictures of every kind, from bytes to squares: a stated outcome for each, and bounded memory."""
 
+import errno
 import io
+import os
+import socket
 import struct
 
 import numpy as np
@@ -14,8 +17,11 @@ from flax_alexnet.data.decode import (
     DecodeError,
     decode,
     decode_whole,
+    is_picture,
+    read_file,
     to_square,
 )
+from flax_alexnet.inputs import read_bytes
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (40, 60, 3), np.uint8)
@@ -250,3 +256,41 @@ def test_what_lies_behind_a_picture_is_not_looked_at():
         expected = decode_whole(data)
         for behind in (bytes(10**6), b"\xff" * 10**6, RNG.bytes(10**5), 1000 * b"zTXt"):
             np.testing.assert_array_equal(decode_whole(data + behind), expected, kind)
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def unix_socket(path):
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (pipe, "it is no regular file"),
+        (unix_socket, "No such device or address"),
+        (lambda path: path.mkdir(), "it is no regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is no regular file"),
+        (lambda path: path.symlink_to("/dev/tty"), "regular file|No such device"),
+        (lambda path: path.symlink_to("/proc/self/mem"), "Input/output error"),
+        (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+    ],
+)
+def test_what_is_no_file_is_said_at_once(make, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's path may not be long
+    path = tmp_path.relative_to(tmp_path) / "a.jpg"
+    make(path)
+    assert is_picture(path) is None
+    with pytest.raises(DecodeError, match=says):
+        read_file(path)
+
+
+def test_a_file_that_is_larger_than_it_says_is_refused():
+    """Those of /proc say 0."""
+    with pytest.raises(OSError, match="more than 100 bytes") as caught:
+        read_bytes("/proc/self/maps", 100)
+    assert caught.value.errno == errno.EFBIG
+    assert len(read_bytes("/proc/self/stat", 10_000)) < 10_000

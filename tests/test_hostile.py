@@ -556,6 +556,7 @@ CORPUS = {
     ),
     "a file of 1 TB": (lambda: {"a.jpg": huge}, None),
     "a FIFO": (lambda: {"a.jpg": os.mkfifo}, None),
+    "a link to a file of /proc that has no end": (lambda: link("/proc/self/pagemap"), None),
     "a link to /dev/zero": (lambda: link("/dev/zero"), None),
     "a link to nowhere": (lambda: link("nowhere"), None),
     "a link to itself": (lambda: link("a.jpg"), None),
