@@ -249,6 +249,15 @@ def test_a_tiff_may_have_many_strips(compression):
     np.testing.assert_array_equal(decode_whole(data), noise)
 
 
+def test_lengths_of_strips_below_0_make_up_for_no_others():
+    """Readers disagree on which of two entries counts."""
+    lines = [(259, 3, 1, 8), (279, 4, 1, 2**31), (279, 9, 1, 2**31)]
+    tiff = b"II*\0" + struct.pack("<IH", 8, len(lines))
+    tiff += b"".join(struct.pack("<HHII", *line) for line in lines) + bytes(4)
+    with pytest.raises(DecodeError, match="its strips have 4,294,967,296 bytes"):
+        containers.need_decodable(tiff)
+
+
 def test_what_lies_behind_a_picture_is_not_looked_at():
     """Some programs leave something there, and some file systems zeros."""
     for kind in ("png", "webp", "gif", "bmp", "ppm", "jpeg"):

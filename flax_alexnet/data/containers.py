@@ -187,7 +187,7 @@ def _need_decodable_tiff(tiff: bytes) -> None:
         raise DecodeError(f"it has {size:,} bytes of something else than pixels: too many")
     if any(e.tag == COMPRESSION and _whole_numbers(tiff, e, 1) != (1,) for e in entries):
         # Strips in the same place would be unpacked again and again.
-        packed = sum(sum(_whole_numbers(tiff, e)) for e in entries if e.tag in LENGTHS)
+        packed = sum(sum(map(abs, _whole_numbers(tiff, e))) for e in entries if e.tag in LENGTHS)
         if packed > len(tiff) + LARGEST_ENTRIES:
             raise DecodeError(f"its strips have {packed:,} bytes, the file has {len(tiff):,}")
 
