@@ -1,13 +1,27 @@
 """Pictures of every kind, from bytes to squares: a stated outcome for each, and bounded memory."""
 
+import errno
 import io
+import os
+import socket
+import struct
 
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
-from flax_alexnet.data.decode import LARGEST_WHOLE, DecodeError, decode, decode_whole, to_square
+from flax_alexnet.data import containers
+from flax_alexnet.data.decode import (
+    LARGEST_WHOLE,
+    DecodeError,
+    decode,
+    decode_whole,
+    is_picture,
+    read_file,
+    to_square,
+)
+from flax_alexnet.inputs import read_bytes
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (40, 60, 3), np.uint8)
@@ -176,3 +190,116 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
     pixels = np.stack([np.broadcast_to(ramp, (side, side))] * 3, -1)
     ours = decode(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels)), 64).astype(float)
     assert np.abs(ours - ramp[:: side // 64][:64][None, :, None]).max() < 6
+
+
+# Type, how many, and the value as it lies there: SHORT, LONG, and what is none.
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize(
+    ("layout", "kind", "value"),
+    [("HH", 3, 6), ("I", 4, 8), ("HH", 3, 9), ("I", 4, 2**31), ("BBH", 1, 6), ("I", 2, 6)],
+)
+def test_the_orientation_is_what_pillow_takes(order, layout, kind, value):
+    mark, number = {"<": (b"II*\0", 8), ">": (b"MM\0*", 8)}[order]
+    rest = [0] * (len(layout) - 1)
+    lines = [(0x010F, 2, struct.pack("4s", b"abc"), 4)]
+    lines.append((0x0112, kind, struct.pack(order + layout, value, *rest), 1))
+    exif = mark + struct.pack(order + "IH", number, len(lines))
+    for tag, type_, data, count in lines:
+        exif += struct.pack(order + "HHI", tag, type_, count) + data
+    exif += bytes(4)
+    data = encoded(FLAG, "jpeg", exif=b"Exif\0\0" + exif)
+    theirs = Image.open(io.BytesIO(data)).getexif().get(0x0112, 1)
+    turns = theirs if theirs in range(2, 9) else 1
+    ours = containers.orientation(exif)
+    assert (ours if ours in range(2, 9) else 1) == turns
+    assert decode_whole(data).shape == ((60, 40, 3) if turns > 4 else (40, 60, 3))
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+@pytest.mark.parametrize("orientation", [None, 1, 3])
+def test_xmp_data_count_where_exif_data_say_nothing(kind, orientation):
+    exif = Image.Exif()
+    exif[0x010F] = "maker"
+    if orientation:
+        exif[0x0112] = orientation
+    data = encoded(FLAG, kind, exif=exif, xmp=XMP)
+    theirs = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert decode_whole(data).shape == ((40, 60, 3) if orientation else (60, 40, 3))
+    assert np.abs(decode_whole(data).astype(int) - np.asarray(theirs)).max() <= 3
+
+
+def test_exif_data_may_be_a_text_in_a_png():
+    """As ImageMagick writes them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    text = PngImagePlugin.PngInfo()
+    data = exif.tobytes()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(data):8}\n{data.hex()}\n", zip=True)
+    assert decode_whole(encoded(FLAG, "png", pnginfo=text)).shape == (60, 40, 3)
+
+
+@pytest.mark.parametrize("compression", ["packbits", "tiff_lzw", "tiff_adobe_deflate"])
+def test_a_tiff_may_have_many_strips(compression):
+    noise = RNG.integers(0, 256, (20_000, 6, 3), np.uint8)
+    data = encoded(noise, "tiff", strip_size=1, compression=compression)
+    assert len(Image.open(io.BytesIO(data)).tag_v2[273]) == 20_000
+    np.testing.assert_array_equal(decode_whole(data), noise)
+
+
+def test_lengths_of_strips_below_0_make_up_for_no_others():
+    """Readers disagree on which of two entries counts."""
+    lines = [(259, 3, 1, 8), (279, 4, 1, 2**31), (279, 9, 1, 2**31)]
+    tiff = b"II*\0" + struct.pack("<IH", 8, len(lines))
+    tiff += b"".join(struct.pack("<HHII", *line) for line in lines) + bytes(4)
+    with pytest.raises(DecodeError, match="its strips have 4,294,967,296 bytes"):
+        containers.need_decodable(tiff)
+
+
+def test_what_lies_behind_a_picture_is_not_looked_at():
+    """Some programs leave something there, and some file systems zeros."""
+    for kind in ("png", "webp", "gif", "bmp", "ppm", "jpeg"):
+        data = encoded(FLAG, kind)
+        expected = decode_whole(data)
+        for behind in (bytes(10**6), b"\xff" * 10**6, RNG.bytes(10**5), 1000 * b"zTXt"):
+            np.testing.assert_array_equal(decode_whole(data + behind), expected, kind)
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def unix_socket(path):
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (pipe, "it is no regular file"),
+        (unix_socket, "No such device or address"),
+        (lambda path: path.mkdir(), "it is no regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is no regular file"),
+        (lambda path: path.symlink_to("/dev/tty"), "regular file|No such device"),
+        (lambda path: path.symlink_to("/proc/self/mem"), "Input/output error"),
+        (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+    ],
+)
+def test_what_is_no_file_is_said_at_once(make, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's path may not be long
+    path = tmp_path.relative_to(tmp_path) / "a.jpg"
+    make(path)
+    assert is_picture(path) is None
+    with pytest.raises(DecodeError, match=says):
+        read_file(path)
+
+
+def test_a_file_that_is_larger_than_it_says_is_refused():
+    """Those of /proc say 0."""
+    with pytest.raises(OSError, match="more than 100 bytes") as caught:
+        read_bytes("/proc/self/maps", 100)
+    assert caught.value.errno == errno.EFBIG
+    assert len(read_bytes("/proc/self/stat", 10_000)) < 10_000

@@ -98,17 +98,127 @@ def webp(width, height):
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+def many_chunks(count):
+    whole = webp(5, 5)
+    whole = whole[:4] + struct.pack("<I", len(whole) - 8 + 8 * count) + whole[8:]
+    return whole + count * (b"abcd" + bytes(4))
+
+
 def pack24(value):
     return struct.pack("<I", value)[:3]
 
 
 def tiff(width, height, data, entries=()):
-    """Grey, in one compressed strip, unless other entries say something else."""
+    """Grey, in one compressed strip, unless other entries say something else.
+
+    The value of an entry may also be (type, count, place), or bytes, of type LONG.
+    """
     known = {256: width, 257: height, 258: 8, 259: 8, 262: 1, 273: 8, 278: height, 279: len(data)}
-    entries = sorted((known | dict(entries)).items())
+    known |= dict(entries)
+    for tag, value in known.items():
+        if isinstance(value, bytes):
+            known[tag] = (4, len(value) // 4, 8 + len(data))
+            data += value
+        elif isinstance(value, int):
+            known[tag] = (4, 1, value)
     data += bytes(len(data) % 2)
-    head = struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(entries))
-    return head + b"".join(struct.pack("<HHII", n, 4, 1, v) for n, v in entries) + bytes(4)
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data
+    return head + directory(known)
+
+
+def directory(entries):
+    """What a TIFF's directory has of {tag: (type, count, value or place)}."""
+    lines = [struct.pack("<HHII", tag, *value) for tag, value in sorted(entries.items())]
+    return struct.pack("<H", len(lines)) + b"".join(lines) + bytes(4)
+
+
+def many_strips(count):
+    """All of them in the same place, and compressed."""
+    data = zlib.compress(bytes(SIDE))
+    places = [number.to_bytes(4, "little") * count for number in (8, len(data))]
+    return tiff(SIDE, count, data, {278: 1, 273: places[0], 279: places[1]})
+
+
+def strips_of_nothing(count, megabytes):
+    """Each of them is all of the file, most of which says that nothing follows."""
+    data = (
+        b"\x78\xda" + b"\0\0\0\xff\xff" * (megabytes * 2**20 // 5) + zlib.compress(bytes(SIDE))[2:]
+    )
+    places = [number.to_bytes(4, "little") * count for number in (8, len(data))]
+    return tiff(SIDE, count, data, {278: 1, 273: places[0], 279: places[1]})
+
+
+def overlapping(count):
+    """So many entries over the same megabyte, in the first directory, or in that of EXIF data."""
+    entries = {40000 + number: (7, 2**20, 8) for number in range(count)}
+    pixels = zlib.compress(bytes(SIDE * SIDE))
+    data = bytes(2**20) + directory(entries)
+    here = {273: 8 + len(data), 279: len(pixels)}
+    return {
+        "a.tiff": tiff(SIDE, SIDE, data + pixels, entries | here),
+        "b.tiff": tiff(SIDE, SIDE, data + pixels, here | {0x8769: 8 + 2**20}),
+    }
+
+
+def overlapping_exif(count):
+    entries = {40000 + number: (7, 2**20, 8) for number in range(count)} | {0x0112: (3, 1, 1)}
+    lines = directory(entries)
+    return b"Exif\0\0II*\0\x08\0\0\0" + lines + bytes(2**20)
+
+
+def lossless_jpeg(width, height):
+    """Grey, each value as the one before: a bit each. It cannot be decoded smaller."""
+    frame = struct.pack(">2sHBHHB3s", b"\xff\xc3", 11, 8, height, width, 1, b"\1\x11\0")
+    code = b"\xff\xc4\0\x14\0" + bytes([1] + [0] * 15) + b"\0"
+    scan = b"\xff\xda\0\x08\1\1\0\1\0\0"
+    return b"\xff\xd8" + frame + code + scan + bytes(width * height // 8) + b"\xff\xd9"
+
+
+def segment(kind, body):
+    return struct.pack(">BBH", 0xFF, kind, len(body) + 2) + body
+
+
+def arithmetic(jpeg):
+    """A JPEG whose header claims another coding."""
+    return jpeg.replace(b"\xff\xc0", b"\xff\xc9", 1)
+
+
+def with_much_metadata():
+    """As cameras and programs leave it: profiles, texts, layers, and data of the maker."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x927C] = 1, "a text", bytes(60_000)
+    profile = bytes(range(256)) * 4000
+    xmp = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta>" + b" " * 60_000
+    jpeg = encoded(PICTURE, "jpeg", quality=95, exif=exif, icc_profile=profile, comment=b"c" * 9999)
+    more = segment(0xE1, xmp) + 200 * segment(0xEB, bytes(65_000))
+    parts = re.findall(
+        b"(?s).{1,10}", zlib.compress(b"".join(b"\0" + row.tobytes() for row in PICTURE))
+    )
+    texts = [(b"tEXt", b"key %d\0a text" % number) for number in range(500)]
+    layers = {37724: (7, 30_000_000, 8), 34675: (7, 1_000_000, 8)}
+    pixels = zlib.compress(PICTURE.tobytes())
+    colors = {258: (3, 3, 8 + 30_000_000), 262: 2, 277: 3}
+    place = {273: 8 + 30_000_006, 279: len(pixels)}
+    bits = struct.pack("<3H", 8, 8, 8)
+    return {
+        "a.jpg": jpeg[:2] + more + jpeg[2:],
+        "a.png": png(SIDE, SIDE, *texts, *((b"IDAT", part) for part in parts)),
+        "b.png": encoded(PICTURE, "png", exif=exif, icc_profile=profile[:900_000]),
+        "a.webp": encoded(PICTURE, "webp", quality=95, exif=exif, icc_profile=profile, xmp=xmp),
+        "a.tiff": tiff(SIDE, SIDE, bytes(30_000_000) + bits + pixels, layers | colors | place),
+        "a.gif": encoded(PICTURE, "gif", comment=b"c" * 100_000),
+        "a.ppm": b"P6\n#" + b"c" * 10_000 + b"\n64 64 255\n" + PICTURE.tobytes(),
+    }
+
+
+def in_many_parts():
+    """Strips of one row, and animations of 500 frames."""
+    frames = [Image.fromarray(PICTURE), *[Image.new("RGB", (SIDE, SIDE))] * 499]
+    return {
+        "a.tiff": encoded(PICTURE, "tiff", strip_size=1),
+        "b.tiff": encoded(PICTURE, "tiff", strip_size=1, compression="tiff_lzw"),
+        "a.gif": encoded(frames[0], "gif", save_all=True, append_images=frames[1:]),
+    }
 
 
 def resized(jpeg, width, height):
@@ -331,11 +441,105 @@ CORPUS = {
         one("tiff", tiff, SIDE, SIDE, zeros(1), {279: 2**32 - 1}),
         None,
     ),
+    "JPEG, PNG, TIFF, WebP, GIF and PPM with up to 30 MB of metadata": (
+        with_much_metadata,
+        PICTURE,
+    ),
+    "TIFF in strips of one row, GIF of 500 frames": (in_many_parts, PICTURE),
+    "JPEG with 12,000 segments of EXIF data": (
+        lambda: {"a.jpg": JPEG[:2] + 12_000 * segment(0xE1, b"Exif\0\0" + bytes(1500)) + JPEG[2:]},
+        PICTURE,
+    ),
+    "JPEG with a million bytes `FF` in its head": (
+        lambda: {"a.jpg": JPEG[:2] + b"\xff" * 10**6 + b"\0" + JPEG[2:]},
+        PICTURE,
+    ),
+    "JPEG that is 20 MB of `FF`, or of zeros": (
+        lambda: {
+            "a.jpg": b"\xff\xd8" + b"\xff" * (2 * 10**7),
+            "b.jpg": b"\xff\xd8\xff" + bytes(2 * 10**7),
+        },
+        None,
+    ),
+    "JPEG with 100,000 comments, or as many scans": (
+        lambda: {
+            "a.jpg": JPEG[:2] + 100_000 * segment(0xFE, b"") + JPEG[2:],
+            "b.jpg": many_scans(8, 100_000),
+        },
+        None,
+    ),
+    "lossless JPEG of 5008 × 4000, and an arithmetic one": (
+        lambda: {
+            "a.jpg": lossless_jpeg(5008, 4000),
+            "b.jpg": arithmetic(flat_jpeg(5008, 4000)),
+        },
+        None,
+    ),
+    "PNG of 500,000 chunks": (
+        lambda: {"a.png": PNG[:33] + 500_000 * PNG[-12:].replace(b"IEND", b"abCd") + PNG[33:]},
+        None,
+    ),
+    "PNG with 2,000 colour profiles of 1 MB": (
+        one("png", png, SIDE, SIDE, *2000 * [(b"iCCP", b"a\0\0" + zeros(1))], PIXELS),
+        None,
+    ),
+    "PNG with 40 MB of something unknown, or of text": (
+        lambda: {
+            f"{kind.decode()}.png": png(SIDE, SIDE, (kind, head + bytes(4 * 10**7)), PIXELS)
+            for kind, head in {b"abCd": b"", b"iTXt": b"a\0\0\0\0\0"}.items()
+        },
+        None,
+    ),
+    "PNG that is 1 × 300,000": (one("png", png, 1, 300_000, (b"IDAT", zeros(2))), None),
+    "PNG and WebP with 3,000 EXIF entries over one megabyte": (
+        lambda: {
+            f"a.{kind}": encoded(PICTURE, kind, exif=overlapping_exif(3000), **options)
+            for kind, options in {"png": {}, "webp": {"quality": 95}}.items()
+        },
+        PICTURE,
+    ),
+    "TIFF of 300,000 strips, or with as many colours": (
+        lambda: {
+            "a.tiff": many_strips(300_000),
+            "b.tiff": tiff(SIDE, SIDE, bytes(2 * 300_000), {320: (3, 300_000, 8)}),
+        },
+        None,
+    ),
+    "TIFF with 5,000 entries over one megabyte": (functools.partial(overlapping, 5000), None),
+    "TIFF whose 10,000 strips are the same 10 MB": (
+        one("tiff", strips_of_nothing, 10_000, 10),
+        None,
+    ),
+    "GIF with a million comments, or 10 MB of zeros, before its pixels": (
+        lambda: {
+            "a.gif": (whole := KINDS["gif"])[:13] + 10**6 * b"!\xfe\1a\0" + whole[13:],
+            "b.gif": whole[:13] + bytes(10**7) + whole[13:],
+        },
+        None,
+    ),
+    "PPM with 5 MB of comments": (
+        lambda: {
+            "a.ppm": b"P6\n#" + b"x" * (5 * 10**6) + b"\n1 1 255\nabc",
+            "b.ppm": b"P6\n" + b"#\n" * (5 * 10**6) + b"1 1 255\nabc",
+        },
+        None,
+    ),
+    "BMP with a header of 20 MB": (
+        lambda: {"a.bmp": b"BM" + bytes(12) + struct.pack("<I", 2 * 10**7) + bytes(2 * 10**7)},
+        None,
+    ),
+    "WebP of 100,000 chunks": (one("webp", many_chunks, 100_000), None),
+    "WebP of more than 100 MB": (
+        lambda: {
+            "a.webp": lambda path: (path.write_bytes(webp(5, 5)), os.truncate(path, 10**8 + 1))
+        },
+        None,
+    ),
     "PPM and BMP that are decoded slowly": (
         lambda: {
             "a.ppm": b"P6 1000 1000 100\n" + bytes(3 * 10**6),
             "b.ppm": b"P1 1000 1000\n" + b"#\n" * 10**6,
-            "a.bmp": bmp(2, 10**7 - 1, bytes(10**6), runs=True),
+            "a.bmp": bmp(100, 10**5, bytes(10**6), runs=True),
         },
         None,
     ),
@@ -352,6 +556,7 @@ CORPUS = {
     ),
     "a file of 1 TB": (lambda: {"a.jpg": huge}, None),
     "a FIFO": (lambda: {"a.jpg": os.mkfifo}, None),
+    "a link to a file of /proc that has no end": (lambda: link("/proc/self/pagemap"), None),
     "a link to /dev/zero": (lambda: link("/dev/zero"), None),
     "a link to nowhere": (lambda: link("nowhere"), None),
     "a link to itself": (lambda: link("a.jpg"), None),

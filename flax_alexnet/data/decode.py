@@ -1,8 +1,6 @@
 """Encoded pictures to square uint8 images, by the rule that a net was trained with."""
 
 import contextlib
-import io
-import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -10,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from flax_alexnet.data import containers
+from flax_alexnet.data.containers import JPEG, DecodeError, Segment
 from flax_alexnet.errors import first_line
 from flax_alexnet.inputs import open_regular, read_bytes
 from flax_alexnet.preprocessing import ResizeRule
+from flax_alexnet.text import printable
 
 LARGEST_PICTURE = 178_956_970  # pixels: where Pillow refuses a picture; half of that it warns at
 # Pixels up to which a picture is decoded whole, which takes up to 22 bytes each. A larger JPEG is
@@ -29,25 +30,22 @@ LARGEST_IN_SCANS = 150_000_000  # pixels times channels
 LONGEST_IN_SCANS = 1_500_000_000  # pixels times scans: about 2 s
 # What Pillow decodes in Python takes some seconds a megapixel: plain and scaled PPM, BMP in runs.
 LARGEST_SLOW = 2**18  # pixels, and bytes
+# A picture that is arithmetic coded, which no camera does, takes ten times as long.
+ARITHMETIC_IS_SLOWER = 10
+MOST_ROWS = 2**18  # of what Pillow decodes, which keeps a pointer to each
 LARGEST_FILE = 200_000_000  # bytes
 # Of what Pillow reads; some others start programs, or read what is no picture of pixels.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # bytes
-EXIF_ORIENTATION = 0x0112
 TILE_WIDTH, TILE_LENGTH = 322, 323  # of a TIFF
-MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)  # of a JPEG, with a segment
-JPEG, SCAN, PROGRESSIVE = b"\xff\xd8\xff", 0xDA, (0xC2, 0xCA)
-APP1, EXIF = 0xE1, b"Exif\0\0"
+# Kinds of a JPEG's segments.
+PROGRESSIVE, LOSSLESS, ARITHMETIC = {0xC2, 0xCA}, {0xC3, 0xCB}, {0xC9, 0xCA, 0xCB}
+EXIF, XMP = ("exif", "Raw profile type exif"), ("XML:com.adobe.xmp", "xmp")  # Pillow's names
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of damaged metadata
 # Of large pictures in blocks of 16 MB, as Pillow has them, each thread's heap would keep some for
 # ever. One block goes back to the system.
 Image.core.set_block_size(2**27)
 PngImagePlugin.MAX_TEXT_MEMORY = 2**22  # bytes, of which each thread may hold so many; else 64 MB
-
-
-class DecodeError(ValueError):
-    """Bytes that are not a picture that can be read; the message says why."""
 
 
 class _Room:
@@ -94,9 +92,10 @@ def decode(
         decoded right into it. Whatever it holds after an error is no picture. None makes it.
 
     Raises:
-      DecodeError: the bytes are truncated, damaged, no picture, one with 32 bits a channel, or one
-        of more pixels than `LARGEST_PICTURE` (of a JPEG in several scans `LARGEST_IN_SCANS` over
-        its channels, of another format `LARGEST_WHOLE`, or `LARGEST_SLOW`).
+      DecodeError: the bytes are truncated, damaged, no picture, one with 32 bits a channel, one of
+        more pixels than `LARGEST_PICTURE` (of a JPEG in several scans `LARGEST_IN_SCANS` over its
+        channels, of another format `LARGEST_WHOLE`, or `LARGEST_SLOW`), or one whose file is made
+        up of more parts than a picture needs (`containers`).
     """
     with contextlib.ExitStack() as held:
         square = to_square(_pixels(encoded, 2 * size, held, out), size, resize)
@@ -129,7 +128,7 @@ def is_picture(path: str | Path) -> bool | None:
     if start.startswith(JPEG):
         return True
     if start.startswith(b"BM"):  # as a text may begin, too; the size of its second header follows
-        return int.from_bytes(start[14:18], "little") in BMP_HEADERS
+        return int.from_bytes(start[14:18], "little") in containers.BMP_HEADERS
     if start.startswith(b"P") and not start[2:3].isspace():  # likewise
         return False
     Image.init()  # once
@@ -192,21 +191,23 @@ def _pixels(
     except UnidentifiedImageError:
         raise DecodeError("it is no picture in a known format") from None
     except Exception as error:  # Pillow reports a damaged picture by almost any, TypeError included
-        raise DecodeError(first_line(error)) from error
+        raise DecodeError(printable(first_line(error))) from error
 
 
 def _jpeg(
     encoded: bytes, enough: int | None, held: contextlib.ExitStack, out: np.ndarray | None
 ) -> np.ndarray:
+    segments = containers.jpeg_segments(encoded)
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(encoded)
     except ValueError:  # an unusual sampling of the colours, which Pillow knows
-        return _other(encoded, held)
-    _need_at_most(LARGEST_PICTURE if enough else LARGEST_WHOLE, height * width)
+        pixels = _other(containers.plain_jpeg(encoded, segments), held)
+        return _turned(pixels, containers.jpeg_orientation(encoded, segments))
+    kinds = {segment.kind for segment in segments}
+    shrinks = enough and not kinds & (LOSSLESS | ARITHMETIC)
+    _need_at_most(LARGEST_PICTURE if shrinks else LARGEST_WHOLE, height * width)
     channels = {"Gray": 1, "CMYK": 4, "YCCK": 4}.get(colors, 3)
-    in_scans, has_exif = _look_ahead(encoded, channels)
-    if in_scans:
-        _need_few_scans(encoded, channels, height * width)
+    _need_few_scans(encoded, segments, channels, height * width)
     if height * width > SMALL:
         held.enter_context(ROOM.take(height * width))
     least = enough if enough and height * width > LARGEST_WHOLE else max(height, width)
@@ -215,45 +216,31 @@ def _jpeg(
         pixels = out
     else:
         pixels = simplejpeg.decode_jpeg(encoded, "RGB", min_height=least, min_width=least)
-    if has_exif:
-        with _open(encoded) as image:
-            return _upright(pixels, image)
-    return pixels
+    return _turned(pixels, containers.jpeg_orientation(encoded, segments))
 
 
-def _need_few_scans(jpeg: bytes, channels: int, pixels: int) -> None:
+def _need_few_scans(jpeg: bytes, segments: list[Segment], channels: int, pixels: int) -> None:
+    """Raises DecodeError where a JPEG that is not decoded row by row is too large for that."""
+    kinds = {segment.kind for segment in segments}
+    first = segments[-1]
+    if jpeg[first.body : first.body + 1] == bytes([channels]) and not kinds & PROGRESSIVE:
+        return
     _need_at_most(LARGEST_IN_SCANS // channels, pixels)
-    scans = jpeg.count(bytes([0xFF, SCAN]))
-    if scans * pixels > LONGEST_IN_SCANS:
+    scans = containers.count_scans(jpeg, first)
+    if scans * pixels > LONGEST_IN_SCANS // (ARITHMETIC_IS_SLOWER if kinds & ARITHMETIC else 1):
         raise DecodeError(f"it has {scans:,} scans over {pixels:,} pixels: too many")
 
 
-def _look_ahead(jpeg: bytes, channels: int) -> tuple[bool, bool]:
-    """What the segments up to a JPEG's first scan say.
-
-    Returns:
-      Whether it is not decoded row by row, since it is progressive, or its channels come apart.
-      Whether there is EXIF data.
-    """
-    in_scans = has_exif = False
-    place = 2
-    while found := MARKER.search(jpeg, place):
-        kind, place = found[1][0], found.end()
-        if kind == SCAN:
-            return in_scans or jpeg[place + 2 : place + 3] != bytes([channels]), has_exif
-        in_scans |= kind in PROGRESSIVE
-        has_exif |= kind == APP1 and jpeg.startswith(EXIF, place + 2)
-        place += int.from_bytes(jpeg[place : place + 2], "big")
-    return in_scans, has_exif
-
-
 def _other(encoded: bytes, held: contextlib.ExitStack) -> np.ndarray:
-    with _open(encoded) as image:
+    """What Pillow decodes: any format, or a JPEG without its EXIF data, which is not turned."""
+    containers.need_decodable(encoded)
+    with Image.open(containers.Stream(encoded), formats=FORMATS) as image:
         _need_at_most(LARGEST_WHOLE, _stored(image))
+        if image.height > MOST_ROWS:
+            raise DecodeError(f"it has {image.height:,} rows; at most {MOST_ROWS:,} are read")
         if encoded.startswith(JPEG):
-            channels = len(image.getbands())
-            if _look_ahead(encoded, channels)[0]:
-                _need_few_scans(encoded, channels, image.height * image.width)
+            segments = containers.jpeg_segments(encoded)
+            _need_few_scans(encoded, segments, len(image.getbands()), _stored(image))
         slow = image.tile and image.tile[0][0] in Image.DECODERS
         if slow and max(image.height * image.width, len(encoded)) > LARGEST_SLOW:
             raise DecodeError(
@@ -263,11 +250,11 @@ def _other(encoded: bytes, held: contextlib.ExitStack) -> np.ndarray:
         held.enter_context(ROOM.take(_stored(image)))
         if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey rather than scale it
             grey = (np.asarray(image) >> 8).astype(np.uint8)
-            return _upright(np.repeat(grey[..., None], 3, axis=-1), image)
+            return _turned(np.repeat(grey[..., None], 3, axis=-1), _orientation(image))
         if image.mode in ("I", "F"):  # and of these nobody knows the range
             raise DecodeError("it has 32 bits a channel; save it with 8 or 16")
         rgb = image if image.mode == "RGB" else image.convert("RGB")  # else a copy for nothing
-        return _upright(np.asarray(rgb), image)
+        return _turned(np.asarray(rgb), _orientation(image))
 
 
 def _stored(image: Image.Image) -> int:
@@ -276,10 +263,6 @@ def _stored(image: Image.Image) -> int:
     tile = tags.get(TILE_WIDTH, 1), tags.get(TILE_LENGTH, 1)
     width, height = (-(-side // step) * step for side, step in zip(image.size, tile, strict=True))
     return width * height
-
-
-def _open(encoded: bytes) -> ImageFile.ImageFile:
-    return Image.open(io.BytesIO(encoded), formats=FORMATS)
 
 
 def _centre(width: int, height: int, most: int) -> tuple[int, int, int, int]:
@@ -293,9 +276,20 @@ def _need_at_most(largest: int, pixels: int) -> None:
         raise DecodeError(f"it has {pixels:,} pixels; at most {largest:,} of its format are read")
 
 
-def _upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
-    """The pixels turned and mirrored as the orientation in the EXIF data of `image` says."""
-    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+def _orientation(image: Image.Image) -> int:
+    """1 to 8, of an image that Pillow has decoded and not turned: PNG and WebP."""
+    if image.format == "TIFF":  # which Pillow has turned
+        return 1
+    exif, raw = (image.info.get(name) for name in EXIF)
+    if exif is None and raw is not None:  # as some programs put it into a PNG
+        exif = bytes.fromhex("".join(raw.split("\n")[3:]))
+    xmp = next((value for name in XMP if (value := image.info.get(name))), b"")
+    xmp = xmp.encode() if isinstance(xmp, str) else xmp
+    return containers.orientation((exif or b"").removeprefix(containers.EXIF), xmp)
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """The pixels upright, where EXIF data say this of them."""
     if orientation in (5, 6, 7, 8):  # the first row of the file is a side of the picture
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
