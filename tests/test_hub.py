@@ -72,7 +72,7 @@ def test_the_card_says_what_a_user_needs(net, tmp_path):
         "tags": ["alexnet", "flax", "jax", "cuda_convnet_cifar10"],
     }
     parameters = sum(value.size for layer in net.params.values() for value in layer.values())
-    for fact in (f"{parameters:,}", "7 classes, named", "57.1 % top-1", "23×23", "SHA-256 `z`"):
+    for fact in (f"{parameters:,}", "7 classes, named", "57.1 % top-1", "23×23", "SHA-256 z"):
         assert fact in text
     assert "times (0.02, 0.03, 0.01)" in text
 
