@@ -24,9 +24,9 @@ from flax_alexnet.flags import parse
 from flax_alexnet.inputs import read_bytes
 from flax_alexnet.outputs import new_files, writing
 from flax_alexnet.process import leave
-from flax_alexnet.weights.formats import LARGEST
 from flax_alexnet.weights.pretrained import Params, Pretrained, need_layers
 from flax_alexnet.weights.reading import load
+from flax_alexnet.weights.stored import LARGEST
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-4  # between two systems in float32, relative to the largest value

@@ -52,6 +52,8 @@ def read_bytes(path: str | Path, largest: int) -> bytes:
     """All bytes of a regular file; raises as `open_regular` does."""
     with open_regular(path, largest) as file:
         data = file.read(largest + 1)
+    if data is None:  # a file of the system that would be waited for
+        raise BlockingIOError(errno.EAGAIN, "it has nothing to read yet", str(path))
     if len(data) > largest:  # files of the system, as in /proc, say that they have none
         raise _too_large(path, len(data), largest)
     return data

@@ -15,7 +15,9 @@ from flax_alexnet.augment import (
     random_crop,
     random_flip,
     subtract_mean,
+    ten_crops,
 )
+from flax_alexnet.errors import UserError
 
 KEY = jax.random.key(3)
 
@@ -33,6 +35,23 @@ def test_subtract_mean(images):
 
 def test_center_crop(images):
     np.testing.assert_array_equal(center_crop(images, 7), images[:, 1:8, 2:9])
+
+
+def test_images_that_are_too_small_are_not_cut_short():
+    """Slices of NumPy and JAX would give 12 × 224 without a word."""
+    images, mean = np.zeros((1, 200, 256, 3), np.float32), np.zeros(3, np.float32)
+    for cut in (
+        lambda: center_crop(images, 224),
+        lambda: ten_crops(images, 224),
+        lambda: random_crop(KEY, images, 224),
+        lambda: preprocess(images, mean, crop_size=224),
+        lambda: augment(KEY, images, mean, crop_size=224),
+        lambda: augment(KEY, images, mean, crop_size=224, crop=False),
+        lambda: jax.jit(center_crop, static_argnums=1)(images, 224),
+    ):
+        with pytest.raises(UserError, match=r"images are \[1, 200, 256, 3\]; expected .* of 224"):
+            cut()
+    assert center_crop(images, 200).shape == (1, 200, 200, 3)
 
 
 def test_random_crop_cuts_a_window_and_reaches_every_place_equally_often(images):

@@ -544,7 +544,8 @@ def test_heads(trunk, tmp_path, capsys):
     for name, head in load(out).lpips_heads.items():
         np.testing.assert_array_equal(head[0, 0, :, 0], heads[f"{name}.model.1.weight"][0, :, 0, 0])
     capsys.readouterr()
-    assert "give it as --heads" in refused(capsys, alex, tmp_path / "new.safetensors")
+    out = tmp_path / "other.safetensors"
+    assert "give it as --heads" in refused(capsys, alex, out)
     heads.pop("lin2.model.1.weight")
     short = legacy_pth(tmp_path / "short.pth", heads)
     line = refused(capsys, path, tmp_path / "new.safetensors", "--heads", short)

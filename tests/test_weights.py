@@ -68,7 +68,8 @@ def test_the_umask_rules(net, weights, tmp_path, umask, mode):
         torch_files.write({"a": np.zeros(1, np.float32)}, tmp_path / "their.safetensors")
         save_folder(net, tmp_path / "folder", "user/name")
         export(net, tmp_path / "net.stablehlo")
-        assert convert([str(weights), str(tmp_path / "ours.safetensors")]) == 0  # there already
+        again = [str(weights), str(tmp_path / "ours.safetensors"), "--overwrite"]
+        assert convert(again) == 0
     finally:
         os.umask(before)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -193,6 +194,8 @@ def test_every_tensor_that_does_not_fit_is_listed_at_once(weights, tmp_path):
         ("preprocessing", {"channel_order": "BGR"}, "not for RGB"),
         ("preprocessing", [], "damaged"),
         ("label_names", 7, "damaged"),
+        ("label_names", "abcd", "such a value of label_names"),
+        ("label_names", dict.fromkeys("abcd"), "such a value of label_names"),
     ],
 )
 def test_metadata_that_does_not_fit_is_one_line(weights, tmp_path, name, value, says):

@@ -7,9 +7,10 @@ from typing import Literal
 
 from flax_alexnet.errors import UserError, first_line
 from flax_alexnet.inputs import open_regular
+from flax_alexnet.weights.archives import open_zip
 from flax_alexnet.weights.pickles import NONSENSE
+from flax_alexnet.weights.stored import LARGEST
 
-LARGEST = 2**31  # bytes of a weight file; the parameters of AlexNet are 244 million
 Format = Literal["safetensors", "torch", "npz", "npy", "caffe"]
 
 KINDS = (
@@ -43,7 +44,7 @@ def format_of(path: Path) -> Format:
         if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size:
             return "safetensors"
         if start.startswith(b"PK"):
-            with zipfile.ZipFile(path) as archive:
+            with open_zip(path) as archive:
                 names = archive.namelist()
             return "npz" if all(name.endswith(".npy") for name in names) else "torch"
     except (OSError, zipfile.BadZipFile, *NONSENSE) as error:

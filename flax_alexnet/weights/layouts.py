@@ -22,11 +22,13 @@ from flax_alexnet.architectures import architecture, parameter_shapes, trace
 from flax_alexnet.errors import UserError, unknown
 from flax_alexnet.weights.pretrained import (
     LPIPS_HEADS,
+    MOST_CLASSES,
     Params,
     last_layers,
     need_tensors,
     unflatten,
 )
+from flax_alexnet.weights.stored import Stored, Tensor, listed, numbers
 
 DENSE = ("fc6", "fc7", "fc8")
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", *DENSE)
@@ -109,8 +111,8 @@ FLAX_HEADS = Layout({head: head for head in LPIPS_HEADS})
 
 
 def name_dense(
-    layout: Layout, tensors: Mapping[str, np.ndarray], file: object, head: str | None = None
-) -> tuple[dict[str, np.ndarray], list[str]]:
+    layout: Layout, tensors: Mapping[str, Tensor], file: object, head: str | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors of Caffe's nets with fc6, fc7 and fc8 under these names, whatever names they bear.
 
     Who fine-tunes in Caffe renames the last layer, and perhaps others, lest they are filled from
@@ -152,14 +154,14 @@ def name_dense(
     last = [name for name in layers if name == "fc8"] + others("fc8", *named)
     if head is None and len(last) > 1:
         raise UserError(
-            f"{file} has several last layers, {', '.join(last)}: choose one with convert --head "
+            f"{file} has several last layers, {listed(last)}: choose one with convert --head "
             "NAME, or load(…, head=NAME)"
         )
     if head not in (None, *last):
         raise UserError(f"{file}: {unknown('last layer', str(head), last)}")
     named |= {name: "fc8" for name in last if head in (None, name)}
     left_out = [name for name in last if name not in named]
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, value in tensors.items():
         end = next((end for end in (kernel, bias) if name.endswith(end)), "")
         theirs = name.removesuffix(end)
@@ -168,12 +170,10 @@ def name_dense(
     what = {"fc6": "fc6", "fc7": "fc7", "fc8": "the last layer"}
     said = [f"{name} is taken for {what[ours]}" for name, ours in named.items() if name != ours]
     said += [f"{name} is left out" for name in left_out]
-    return result, [f"note: {', '.join(said)}"] if said else []
+    return result, [f"note: {listed(said)}"] if said else []
 
 
-def read_grey(
-    layout: Layout, tensors: Mapping[str, np.ndarray]
-) -> tuple[dict[str, np.ndarray], list[str]]:
+def read_grey(layout: Layout, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors of a net of grey pictures as those of one that makes grey of the colours itself.
 
     Returns:
@@ -185,13 +185,18 @@ def read_grey(
     if kernel is None or kernel.ndim != 4 or kernel.shape[axis] != 1:
         return dict(tensors), []
     colors = GREY[::-1] if layout.bgr else GREY
-    kernel = np.concatenate([kernel * color for color in colors], axis)
+
+    def colored() -> np.ndarray:
+        grey = numbers(kernel)
+        return np.concatenate([grey * color for color in colors], axis)
+
+    shape = (*kernel.shape[:axis], len(colors), *kernel.shape[axis + 1 :])
     said = "note: it reads grey pictures; conv1 makes grey of colours by R .299 G .587 B .114"
-    return {**tensors, name: kernel}, [said]
+    return {**tensors, name: Stored(shape, kernel.dtype, colored)}, [said]
 
 
 def read_params(
-    layout: Layout, tensors: Mapping[str, np.ndarray], variant: str, file: object
+    layout: Layout, tensors: Mapping[str, Tensor], variant: str, file: object
 ) -> tuple[Params, int]:
     """Parameters in our layout, and the number of classes, which the last layer tells.
 
@@ -204,14 +209,16 @@ def read_params(
     """
     last = tensors.get(layout.names["fc8/bias"])
     published = architecture(variant)
-    num_classes = last.shape[0] if last is not None and last.ndim == 1 else published.num_classes
+    num_classes = published.num_classes
+    if last is not None and last.ndim == 1 and 1 <= last.shape[0] <= MOST_CLASSES:
+        num_classes = last.shape[0]
     shapes, flattened = _shapes(variant, num_classes)
     optional = [frozenset(layout.names[path] for path in last) for last in last_layers(shapes)]
     return unflatten(_read(layout, tensors, shapes, file, optional, flattened)), num_classes
 
 
 def read_heads(
-    layout: Layout, tensors: Mapping[str, np.ndarray], params: Params, file: object
+    layout: Layout, tensors: Mapping[str, Tensor], params: Params, file: object
 ) -> dict[str, np.ndarray]:
     """LPIPS heads, {"lin0": float32[1, 1, c, 1], …}, for the convolutions of `params`.
 
@@ -225,7 +232,7 @@ def read_heads(
 
 def _read(
     layout: Layout,
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, Tensor],
     shapes: Mapping[str, Sequence[int]],
     file: object,
     optional: Collection[frozenset[str]] = (),
@@ -240,11 +247,12 @@ def _read(
     whole = [name for name, v in tensors.items() if not jnp.issubdtype(v.dtype, jnp.floating)]
     if whole:
         raise UserError(
-            f"{file} does not fit: not floating-point numbers are {', '.join(whole)}; take weights "
+            f"{file} does not fit: not floating-point numbers are {listed(whole)}; take weights "
             "that have not been quantized"
         )
     found = {path: tensors[name] for path, name in layout.names.items() if name in tensors}
-    return {path: layout.ours(path, value, flattened) for path, value in found.items()}
+    # Now that all of it is a net's, and one after another.
+    return {path: layout.ours(path, numbers(value), flattened) for path, value in found.items()}
 
 
 def write_params(layout: Layout, params: Params, variant: str) -> dict[str, np.ndarray]:

@@ -6,21 +6,24 @@ one entry, `flax_alexnet`, since the order of several is another each time a fil
 with `format` (1), `model`, `preprocessing`, `label_names` and `source`.
 """
 
+import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from flax_alexnet.config import ModelConfig
 from flax_alexnet.errors import UserError, first_line
-from flax_alexnet.inputs import check_regular, parse_json
+from flax_alexnet.inputs import parse_json
 from flax_alexnet.outputs import need_room, writing
 from flax_alexnet.preprocessing import Preprocessing
 from flax_alexnet.text import printable
-from flax_alexnet.weights.formats import LARGEST
+from flax_alexnet.weights.headers import LARGEST_HEADER, read_header
+from flax_alexnet.weights.pickles import NONSENSE
 from flax_alexnet.weights.pretrained import (
     LPIPS_HEADS,
     Pretrained,
@@ -74,14 +77,17 @@ def write(net: Pretrained, path: Path) -> None:
         "label_names": net.label_names,
         "source": dict(net.source),
     }
+    said = json.dumps(metadata)
+    if len(said) > LARGEST_HEADER // 2:  # it is written as a text within JSON, with quotes escaped
+        raise UserError(f"{path} would not be read again: its label names have too many letters")
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     need_room(path, sum(value.nbytes for value in contiguous.values()))
-    save_file(contiguous, path, {KEY: json.dumps(metadata)})
+    save_file(contiguous, path, {KEY: said})
 
 
 def is_native(path: Path) -> bool:
     """Whether a safetensors file is one of ours; UserError where it cannot be read."""
-    return KEY in _open(path, tensors=False)[0]
+    return KEY in read_header(path)[0]
 
 
 def read(path: Path) -> Pretrained:
@@ -91,53 +97,56 @@ def read(path: Path) -> Pretrained:
       UserError: the file is damaged, of another version, or its tensors do not fit its model; all
         that do not are listed.
     """
-    metadata, tensors = _open(path)
+    metadata, stored = read_header(path)
     try:
         said = parse_json(metadata[KEY])
         if said["format"] != FORMAT:
-            raise UserError(f"{path} has the format {said['format']!r}; expected {FORMAT}")
+            raise UserError(f"{path} has the format {str(said['format'])[:20]}; expected {FORMAT}")
         rule = dict(said["preprocessing"])
         if rule.pop("channel_order") != "RGB":
             raise UserError(f"{path} is not for RGB images; convert its source once more")
-        scale = rule.pop("scale")
-        mean = tensors.pop("preprocessing/mean")
+        scale, labels, source = rule.pop("scale"), said["label_names"], said["source"]
+        _need_texts("label_names", labels if isinstance(labels, list) else [None])
+        _need_texts("source", source.values() if isinstance(source, dict) else [None])
+        mean: Any = stored["preprocessing/mean"]  # of which the shape is enough here
         net = Pretrained(
             ModelConfig(**said["model"]),
-            unflatten(_under("params/", tensors)),
+            {},
             Preprocessing(**rule, mean=mean, scale=_scale(scale)),
-            tuple(printable(name) for name in said["label_names"]),
-            {printable(key): printable(str(value)) for key, value in said["source"].items()},
-            _under("lpips/", tensors),
+            tuple(printable(name) for name in labels),
+            {printable(key): printable(value) for key, value in source.items()},
         )
         need_sane(net)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        shapes = expected_shapes(net)
+    except NONSENSE as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
             f"{path} is damaged (its metadata: {first_line(error)}); convert its source once more"
         ) from None
-    expected = {f"params/{name}": shape for name, shape in expected_shapes(net).items()}
-    last = last_layers(expected_shapes(net))
-    optional = [frozenset(f"params/{name}" for name in names) for names in last]
-    if net.lpips_heads:
+    expected = {f"params/{name}": shape for name, shape in shapes.items()}
+    expected["preprocessing/mean"] = mean.shape
+    optional = [frozenset(f"params/{name}" for name in names) for names in last_layers(shapes)]
+    if any(name.startswith("lpips/") for name in stored):
         features = [shape[-1] for name, shape in expected.items() if name.endswith("kernel")]
         heads = zip(LPIPS_HEADS, features, strict=False)
         expected |= {f"lpips/{name}": (1, 1, count, 1) for name, count in heads}
-    need_tensors({name: value.shape for name, value in tensors.items()}, expected, path, optional)
-    whole = [name for name, v in tensors.items() if not np.issubdtype(v.dtype, np.floating)]
+    need_tensors({name: value.shape for name, value in stored.items()}, expected, path, optional)
+    whole = [name for name, v in stored.items() if not np.issubdtype(v.dtype, np.floating)]
     if whole:
         raise UserError(f"{path} does not fit: not floating-point numbers are {', '.join(whole)}")
-    return net
+    tensors = {name: value.read() for name, value in stored.items()}
+    return dataclasses.replace(
+        net,
+        params=unflatten(_under("params/", tensors)),
+        preprocessing=dataclasses.replace(net.preprocessing, mean=tensors["preprocessing/mean"]),
+        lpips_heads=_under("lpips/", tensors),
+    )
 
 
-def _open(path: Path, tensors: bool = True) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    try:
-        check_regular(path, LARGEST)
-        with safe_open(path, framework="numpy") as file:
-            names = file.keys() if tensors else ()
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError, TypeError) as error:
-        raise UserError(f"{path} is no safetensors file: {first_line(error)}") from None
+def _need_texts(name: str, values: Iterable[object]) -> None:
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError(f"no net has such a value of {name}")
 
 
 def _under(prefix: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

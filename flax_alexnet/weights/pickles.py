@@ -17,10 +17,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flax_alexnet.weights.stored import is_shape
+
 # Weight files take some thousands; each costs a microsecond and at most some hundred bytes.
 MOST_INSTRUCTIONS = 1_000_000
-MOST_AXES = 8
-LONGEST_KEY = 1000  # characters
+LONGEST_KEY = 1000  # characters, of the names of functions too
+# Bytes of a pickle, with those that its calls make: of names, of numbers that describe tensors, and
+# of what else there is in the checkpoint of a training.
+LARGEST_PICKLE = 64 * 10**6
+LONGEST_VALUE = 302 * 10**6  # bytes: the 37,748,736 numbers of fc6, in 64 bits
+LONGEST_LINE = 2**24  # bytes of a text in letters, as protocol 0 has it
+LONGEST_TEXT = 240 * 10**6  # bytes: as many numbers of 32 bits, as Python 3 writes them for 2
+MOST_ARGUMENTS = 16  # of a function; those of PyTorch and NumPy have up to seven
 
 # What goes wrong when instructions make no sense together, and in reading any damaged file.
 NONSENSE = (
@@ -58,15 +66,16 @@ def read_pickle(
     file: Any,
     admitted: Mapping[str, Callable[..., Any] | None],
     persistent: Callable[[Any], Any] | None = None,
+    largest: int = LARGEST_PICKLE,
 ) -> Any:
     """The value of one pickle, of any protocol; strings of Python 2 are read as Latin-1.
 
     Args:
-      file: stands at the pickle's first byte, and after its last when it has been read. Reading
-        more than it has must give what is left and claim no memory: an `io.BytesIO` or a `mmap`.
+      file: stands at the pickle's first byte, and after its last when it has been read.
       admitted: names that may be asked for, such as "collections.OrderedDict", with a function
         that is called in its place; None for a name that is never called.
       persistent: from a persistent id to the value that it stands for.
+      largest: bytes that the pickle may have, with those that its calls make of them.
 
     Returns:
       Plain values, and a `Skipped` for every object within that is none.
@@ -76,12 +85,52 @@ def read_pickle(
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # of odd escapes in text of protocol 0
-            value = _run(file, admitted, persistent)
+            value = _run(_Metered(file, largest), admitted, persistent)
     except NONSENSE as error:
         raise PickleError(f"it is damaged ({_short(str(error) or type(error).__name__)})") from None
     if isinstance(value, Skipped):
         raise value.refusal()
     return value
+
+
+_TEXTS = (b"X", b"\x8d")  # BINUNICODE and BINUNICODE8
+_LAST_OF_LATIN_1 = 0xC3  # the largest byte of such letters in UTF-8
+
+
+class _Metered:
+    """A stream of a limited number of bytes; what is made of them counts as if it were read.
+
+    A call costs a few bytes of a pickle, and could copy a long value that was read once each time.
+    """
+
+    def __init__(self, file: Any, largest: int):
+        self._file, self._left, self._largest = file, largest, largest
+        self._code = b""
+
+    def count(self, size: int) -> None:
+        """Takes so many bytes from what is left; raises PickleError where that is less."""
+        self._left -= size
+        if size > LONGEST_VALUE:
+            raise PickleError(f"it has a value of more than {LONGEST_VALUE:,} bytes")
+        if self._left < 0:
+            raise PickleError(f"it takes more than {self._largest:,} bytes")
+
+    def read(self, size: int) -> bytes:
+        self.count(size)
+        data = self._file.read(size)
+        if size == 1:
+            self._code = data  # of an instruction, or within the argument of one with a short text
+        elif self._code in _TEXTS:
+            if size > LONGEST_TEXT:
+                raise PickleError(f"it has a text of more than {LONGEST_TEXT:,} bytes")
+            if (np.frombuffer(data, np.uint8) > _LAST_OF_LATIN_1).any():
+                self.count(3 * size)  # a single letter of many bits makes four bytes of each
+        return data
+
+    def readline(self) -> bytes:
+        line = self._file.readline(LONGEST_LINE)
+        self.count(len(line))
+        return line
 
 
 def _run(file: Any, admitted: Mapping[str, Any], persistent: Any) -> Any:
@@ -156,6 +205,7 @@ def _run(file: Any, admitted: Mapping[str, Any], persistent: Any) -> Any:
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
                 _need(isinstance(name, str) and isinstance(module, str))
+                _need(len(name) + len(module) <= LONGEST_KEY)
                 stack.append(_find(f"{module}.{name}", admitted))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
@@ -165,6 +215,8 @@ def _run(file: Any, admitted: Mapping[str, Any], persistent: Any) -> Any:
                 elif function.call is None:
                     raise PickleError(f"it calls {_short(function.name)}")
                 else:
+                    _need(len(arguments) <= MOST_ARGUMENTS)
+                    file.count(sum(map(_size, arguments)))
                     stack.append(function.call(*arguments))
             case "NEWOBJ" | "NEWOBJ_EX":
                 del stack[-1 if opcode.name == "NEWOBJ" else -2 :]  # its arguments
@@ -175,7 +227,7 @@ def _run(file: Any, admitted: Mapping[str, Any], persistent: Any) -> Any:
                 if isinstance(stack[-1], Skipped):
                     pass
                 elif isinstance(stack[-1], np.ndarray):
-                    _fill(stack[-1], state)
+                    file.count(_fill(stack[-1], state))
                 elif isinstance(stack[-1], _DType):
                     stack[-1].order = state[1]
                 else:  # attributes of a dictionary, such as PyTorch's _metadata, are passed over
@@ -251,21 +303,24 @@ def _new_array(kind: Any, shape: Any, code: Any) -> np.ndarray:
     return np.empty(0, np.float32)
 
 
-def _fill(array: np.ndarray, state: Any) -> None:
+def _fill(array: np.ndarray, state: Any) -> int:
+    """Sets the state of an array, and returns how many bytes were copied."""
     data: Any
     _, shape, kind, fortran_order, data = state
-    dtype = kind.numpy()
+    dtype, copied = kind.numpy(), 0
     if dtype.hasobject:
         # `np.save` wraps a dictionary so; anything else is a container that we need not know.
         if shape != () or not isinstance(data, list) or len(data) != 1:
             raise PickleError("it has an array of objects")
     else:
+        copied = len(data) * (isinstance(data, str) or dtype.byteorder not in "=|")
         data = data.encode("latin-1") if isinstance(data, str) else data
         _need(isinstance(data, bytes) and is_shape(shape))
         if math.prod(shape) * dtype.itemsize != len(data):
             size = "×".join(map(str, shape))
             raise PickleError(f"it has an array of {_short(size)}, but {len(data):,} bytes for it")
     array.__setstate__((1, shape, dtype, int(fortran_order == 1), data))  # type: ignore[arg-type]
+    return copied
 
 
 def _scalar(kind: Any, data: Any) -> Any:
@@ -295,10 +350,11 @@ NUMPY: Mapping[str, Callable[..., Any] | None] = {
 }
 
 
-def is_shape(value: Any) -> bool:
-    """Whether a value of a pickle is the shape of an array: a few whole numbers, none negative."""
-    sides = isinstance(value, tuple) and len(value) <= MOST_AXES
-    return sides and all(isinstance(side, int) and side >= 0 for side in value)
+def _size(value: Any) -> int:
+    """Bytes that a function may make of an argument, roughly: an entry of a dictionary has 100."""
+    if isinstance(value, list | tuple | dict):
+        return 100 * len(value)
+    return len(value) if isinstance(value, str | bytes) else 0
 
 
 def _need(sane: bool) -> None:

@@ -24,8 +24,10 @@ from flax_alexnet.data.decode import DecodeError, decode, read_file
 from flax_alexnet.errors import UserError, unknown
 from flax_alexnet.model import AlexNet
 from flax_alexnet.preprocessing import Preprocessing, ResizeRule
+from flax_alexnet.weights.stored import listed
 
 Params = dict[str, dict[str, Any]]
+MOST_CLASSES = 2**20
 LPIPS_HEADS = tuple(f"lin{stage}" for stage in range(5))
 
 
@@ -187,7 +189,7 @@ def need_sane(net: Pretrained) -> None:
     sizes = (rule.image_size, rule.crop_size, config.num_classes)
     square = (rule.image_size, rule.image_size, 3)
     for name, sane in (
-        ("sizes", all(type(n) is int and 1 <= n <= 2**20 for n in sizes)),
+        ("sizes", all(type(n) is int and 1 <= n <= MOST_CLASSES for n in sizes)),
         ("crop_size", rule.crop_size <= rule.image_size),
         ("width", type(config.width) in (int, float) and 0 < config.width <= 100),
         ("dtype", config.dtype in get_args(get_type_hints(ModelConfig)["dtype"])),
@@ -232,7 +234,7 @@ def need_tensors(
         if tuple(found[name]) != tuple(expected[name])
     ]
     if problems:
-        raise UserError(f"{file} does not fit: {'; '.join(problems)}")
+        raise UserError(f"{file} does not fit: {listed(problems, '; ')}")
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from flax_alexnet.text import printable
 from flax_alexnet.weights import layouts, native
 from flax_alexnet.weights.caffe_files import read_caffemodel, read_mean
 from flax_alexnet.weights.digests import mismatch
-from flax_alexnet.weights.formats import KINDS, LARGEST, format_of
+from flax_alexnet.weights.formats import KINDS, format_of
 from flax_alexnet.weights.labels import imagenet_labels
 from flax_alexnet.weights.numpy_files import read_npy, read_npz
 from flax_alexnet.weights.pretrained import (
@@ -27,6 +28,7 @@ from flax_alexnet.weights.pretrained import (
     need_sane,
     need_tensors,
 )
+from flax_alexnet.weights.stored import LARGEST, Tensor
 from flax_alexnet.weights.torch_files import read_pth, read_safetensors
 
 CAFFE_VARIANTS = ("caffe", "caffenet")
@@ -138,7 +140,8 @@ def _read_foreign(
     path: Path, kind: str, variant: str | None, mean: Path | None, head: str | None
 ) -> tuple[Pretrained, list[str]]:
     notes: list[str] = []
-    heads: dict[str, np.ndarray] = {}
+    heads: Mapping[str, Tensor] = {}
+    tensors: Mapping[str, Tensor]
     match kind:
         case "torch" | "safetensors":
             system, layout = "PyTorch", layouts.TORCHVISION
@@ -147,7 +150,8 @@ def _read_foreign(
             tensors, notes = read_file(path, known)
         case "npz":
             system, layout, tensors = "NumPy", layouts.FLAX, read_npz(path)
-            heads = {name: tensors.pop(name) for name in LPIPS_HEADS if name in tensors}
+            heads = {name: tensors[name] for name in LPIPS_HEADS if name in tensors}
+            tensors = {name: tensors[name] for name in tensors.keys() - heads}
         case "npy":
             system, layout, tensors = "caffe-tensorflow", layouts.CAFFE_TENSORFLOW, read_npy(path)
             variant = variant or "caffe"
@@ -185,14 +189,13 @@ def _read_foreign(
             )
 
     params, num_classes = layouts.read_params(layout, tensors, variant, path)
-    if heads:
-        heads = layouts.read_heads(layouts.FLAX_HEADS, heads, params, path)
+    found = layouts.read_heads(layouts.FLAX_HEADS, heads, params, path) if heads else {}
     names = imagenet_labels() if num_classes == len(imagenet_labels()) else ()
     digits = sha256(path)
     notes += [f"warning: {line}" for line in [mismatch(path, digits)] if line]
-    source = {"file": path.name, "format": system, "sha256": digits}
+    source = {"file": printable(path.name), "format": system, "sha256": digits}
     config = ModelConfig(variant=variant, num_classes=num_classes)
-    return Pretrained(config, params, rule, names, source, heads), notes
+    return Pretrained(config, params, rule, names, source, found), notes
 
 
 def _caffe_rule(mean: Path | None, is_grey: bool) -> Preprocessing:

@@ -11,33 +11,38 @@ several, and the net in a wrapper that puts its own name before those of the ten
 """
 
 import dataclasses
+import functools
 import io
 import math
-import mmap
 import os
 import re
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.inputs import open_regular
 from flax_alexnet.outputs import need_room
+from flax_alexnet.text import printable
+from flax_alexnet.weights.archives import open_zip, read_member
+from flax_alexnet.weights.headers import read_header
 from flax_alexnet.weights.pickles import (
+    LARGEST_PICKLE,
     NONSENSE,
     Global,
     PickleError,
     Skipped,
     dictionary,
-    is_shape,
     read_pickle,
 )
+from flax_alexnet.weights.stored import LARGEST, Stored, is_shape, listed, read_exactly
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
@@ -57,19 +62,29 @@ STORAGES: dict[str, np.dtype] = {
 }
 
 
+# Numbers that a storage may have beside those of a tensor, which it is read for: the whole net.
+MOST_BESIDE = 2**26
+
+
 @dataclasses.dataclass
 class _Storage:
-    """Numbers of one type; in the old format they follow after the tensors that look at them."""
+    """Numbers of one type, and how their bytes are read, which is known after the tensors are."""
 
     dtype: np.dtype
     count: int
-    numbers: np.ndarray | None = None
+    read: Callable[[], bytearray] | None = None
+    big_endian: bool = False
 
-    def fill(self, data: bytes, big_endian: bool) -> None:
-        if len(data) != self.count * self.dtype.itemsize:
-            raise PickleError(f"a storage of {self.count:,} numbers has {len(data):,} bytes")
-        numbers = np.frombuffer(data, self.dtype)
-        self.numbers = numbers.byteswap() if big_endian else numbers
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.count * self.dtype.itemsize
+
+    def numbers(self) -> np.ndarray:
+        if self.read is None:
+            raise PickleError("a storage is not there")
+        found = np.frombuffer(self.read(), self.dtype)
+        return found.byteswap() if self.big_endian else found
 
 
 class _Storages(dict[str, _Storage]):
@@ -99,20 +114,34 @@ class _Tensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
-    def array(self) -> np.ndarray:
-        """A view of the storage's numbers."""
-        numbers, shape, strides = self.storage.numbers, self.shape, self.strides
+    def check(self) -> None:
+        """Raises ValueError for one that makes no sense, or is not within its storage."""
+        shape, strides = self.shape, self.strides
         sane = is_shape(shape) and is_shape(strides) and is_shape((self.offset,))
-        if numbers is None or not sane or len(shape) != len(strides):
+        if not sane or len(shape) != len(strides):
             raise ValueError("a tensor makes no sense")
         last = self.offset + sum(
             max(0, n - 1) * step for n, step in zip(shape, strides, strict=True)
         )
         # A stride of zero would make much of little.
-        if math.prod(shape) > numbers.size or last >= max(1, numbers.size):
+        if math.prod(shape) > self.storage.count or last >= max(1, self.storage.count):
             raise ValueError("a tensor reaches beyond its storage")
-        in_bytes = [step * numbers.itemsize for step in strides]
-        return np.lib.stride_tricks.as_strided(numbers[self.offset :], shape, in_bytes)
+
+    def stored(self, path: Path) -> Stored:
+        """What the readers of layouts take; `path` is for the message."""
+        self.check()
+
+        def read() -> np.ndarray:
+            try:
+                if self.storage.count - math.prod(self.shape) > MOST_BESIDE:
+                    raise PickleError("a tensor is a small part of its storage; save a copy of it")
+                found = self.storage.numbers()
+            except DAMAGED as error:
+                raise _refusal(path, error) from None
+            in_bytes = [step * found.itemsize for step in self.strides]
+            return np.lib.stride_tricks.as_strided(found[self.offset :], self.shape, in_bytes)
+
+        return Stored(self.shape, self.storage.dtype, read)
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor | Skipped:
@@ -140,7 +169,7 @@ DEPTH = 3  # of dictionaries in which a state dict is looked for
 WRAPPER = re.compile(r"(?<![^.])(?:module|_orig_mod)\.")  # of DataParallel, and of torch.compile
 
 
-def read_pth(path: Path, known: Collection[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+def read_pth(path: Path, known: Collection[str]) -> tuple[dict[str, Stored], list[str]]:
     """The tensors of a state dict by PyTorch's names, such as "features.0.weight".
 
     It may be an entry of a checkpoint, beside objects of any kind, which are skipped and not made.
@@ -160,70 +189,97 @@ def read_pth(path: Path, known: Collection[str]) -> tuple[dict[str, np.ndarray],
     try:
         read_file = _read_zip if zipfile.is_zipfile(path) else _read_legacy
         tensors, notes = read_file(path, known)
-        arrays, more = _unwrapped({name: t.array() for name, t in tensors.items()}, known)
+        arrays, more = _unwrapped({name: t.stored(path) for name, t in tensors.items()}, known)
         return arrays, notes + more
     except DAMAGED as error:
-        raise UserError(
-            f"cannot read {path} as a state dict of PyTorch: {first_line(error)}"
-        ) from None
+        raise _refusal(path, error) from None
 
 
-def read_safetensors(path: Path, known: Collection[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+def _refusal(path: Path, error: BaseException) -> UserError:
+    return UserError(f"cannot read {path} as a state dict of PyTorch: {first_line(error)}")
+
+
+def read_safetensors(path: Path, known: Collection[str]) -> tuple[dict[str, Stored], list[str]]:
     """The tensors of a safetensors file; arguments and what is returned as in `read_pth`.
 
     Raises:
       UserError: it cannot be read.
     """
+    _, tensors = read_header(path)
     try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return _unwrapped(tensors, known)
-    # TypeError and AttributeError come of types that NumPy has not.
-    except (OSError, SafetensorError, TypeError, AttributeError, PickleError) as error:
+    except PickleError as error:
         raise UserError(f"cannot read {path} as safetensors: {first_line(error)}") from None
 
 
 def _read_zip(path: Path, known: Collection[str]) -> tuple[dict[str, _Tensor], list[str]]:
-    with zipfile.ZipFile(path) as file:
-        names = file.namelist()
-        if sum(info.file_size for info in file.infolist()) > path.stat().st_size:
+    with open_zip(path) as file:
+        sizes = {info.filename: info.file_size for info in file.infolist()}
+        stored = all(info.compress_type == zipfile.ZIP_STORED for info in file.infolist())
+        if not stored or sum(sizes.values()) > path.stat().st_size:
             raise PickleError("it is compressed, which torch.save never does")
-        pickles = [name for name in names if name.split("/")[-1] == "data.pkl"]
+        pickles = [name for name in file.namelist() if name.split("/")[-1] == "data.pkl"]
         if len(pickles) != 1:
             raise PickleError(
                 "it is a zip file without one data.pkl; expected what torch.save writes"
             )
         prefix = pickles[0].removesuffix("data.pkl")
-        order = file.read(f"{prefix}byteorder") if f"{prefix}byteorder" in names else b"little"
-        storages = _Storages()
-        value = read_pickle(io.BytesIO(file.read(pickles[0])), ADMITTED, storages.ask)
-        tensors, notes = _state_dict(value, known)
-        needed = {id(tensor.storage) for tensor in tensors.values()}
-        for key, storage in storages.items():
-            if id(storage) in needed:
-                storage.fill(file.read(f"{prefix}data/{key}"), order == b"big")
+        order = f"{prefix}byteorder"
+        big_endian = sizes.get(order) == 3 and read_member(file, order, 3) == b"big"
+        if sizes[pickles[0]] > LARGEST_PICKLE:
+            raise PickleError(f"its data.pkl has more than {LARGEST_PICKLE:,} bytes")
+        data = io.BytesIO(read_member(file, pickles[0], sizes[pickles[0]]))
+    storages = _Storages()
+    tensors, notes = _state_dict(read_pickle(data, ADMITTED, storages.ask), known)
+    needed = {id(tensor.storage) for tensor in tensors.values()}
+    for key, storage in storages.items():
+        if id(storage) in needed:
+            name = f"{prefix}data/{key}"
+            if name not in sizes:
+                raise PickleError(f"it has no item named {name!r}")
+            if sizes[name] != storage.size:
+                raise PickleError(
+                    f"a storage of {storage.count:,} numbers has {sizes[name]:,} bytes"
+                )
+            storage.read = functools.partial(_member, path, name, storage.size)
+            storage.big_endian = big_endian
     return tensors, notes
 
 
+def _member(path: Path, name: str, size: int) -> bytearray:
+    with open_zip(path) as file:
+        return read_member(file, name, size)
+
+
 def _read_legacy(path: Path, known: Collection[str]) -> tuple[dict[str, _Tensor], list[str]]:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
+    with open_regular(path, LARGEST) as stream:
         if read_pickle(stream, {}) != LEGACY_MAGIC or read_pickle(stream, {}) != LEGACY_PROTOCOL:
             raise PickleError("it does not begin as what torch.save writes")
         big_endian = not read_pickle(stream, {})["little_endian"]
         storages = _Storages()
         value = read_pickle(stream, ADMITTED, storages.ask)
         tensors, notes = _state_dict(value, known)
-        needed = {id(tensor.storage) for tensor in tensors.values()}
-        for key in read_pickle(stream, {}):
+        keys, end = read_pickle(stream, {}), path.stat().st_size
+        for key in keys:
+            if not isinstance(key, str):  # tuples within tuples would be hashed for ever
+                raise PickleError("a storage that makes no sense")
             storage = storages[key]
             count = int.from_bytes(stream.read(8), "big" if big_endian else "little")
             if count != storage.count:
                 raise PickleError(f"a storage of {storage.count:,} numbers says it has {count:,}")
-            if id(storage) in needed:
-                storage.fill(stream.read(count * storage.dtype.itemsize), big_endian)
-            else:
-                stream.seek(count * storage.dtype.itemsize, os.SEEK_CUR)
+            place = stream.tell()
+            if place + storage.size > end:
+                raise PickleError("it ends too early")
+            storage.read = functools.partial(_piece, path, place, storage.size)
+            storage.big_endian = big_endian
+            stream.seek(storage.size, os.SEEK_CUR)
     return tensors, notes
+
+
+def _piece(path: Path, place: int, size: int) -> bytearray:
+    with open_regular(path, LARGEST) as file:
+        file.seek(place)
+        return read_exactly(file, size)
 
 
 def _state_dict(value: Any, known: Collection[str]) -> tuple[dict[str, _Tensor], list[str]]:
@@ -238,18 +294,18 @@ def _state_dict(value: Any, known: Collection[str]) -> tuple[dict[str, _Tensor],
         raise objects[0].refusal() if objects else PickleError("it holds no tensors")
     where = next((entry for entry in ENTRIES if entry in nets), None)
     if where is None and len(nets) > 1:
-        raise PickleError(f"it holds several nets, {', '.join(nets)}; save one of them alone")
+        raise PickleError(f"it holds several nets, {listed(list(nets))}; save one of them alone")
     where = next(iter(nets)) if where is None else where
     others = [other for other in nets if other != where]
     result = {}
     for name, tensor in nets[where].items():
         if isinstance(tensor, _Tensor):
-            result[str(name)] = tensor
+            result[printable(str(name))] = tensor
         elif _prefixes([name], known):
             if isinstance(tensor, Skipped):
                 raise tensor.refusal()
             raise PickleError(f"its entry {name!r} is no tensor; expected a state dict")
-    said = f"note: its {where or 'top'} is taken, and not {', '.join(others)}"
+    said = f"note: its {where or 'top'} is taken, and not {listed(others)}"
     return result, [said] if others else []
 
 
@@ -266,7 +322,8 @@ def _with_tensors(value: dict[Any, Any]) -> Iterator[tuple[str, dict[Any, Any]]]
                 yield where, entries
             for key, entry in entries.items():
                 if isinstance(entry, dict):
-                    below[f"{where}.{key}" if where else str(key)] = entry
+                    name = printable(str(key))
+                    below[f"{where}.{name}" if where else name] = entry
         level = below
 
 
@@ -278,12 +335,12 @@ def _prefixes(names: Iterable[Any], known: Collection[str]) -> set[str]:
 
 
 def _unwrapped(
-    tensors: Mapping[str, np.ndarray], known: Collection[str]
-) -> tuple[dict[str, np.ndarray], list[str]]:
+    tensors: Mapping[str, Stored], known: Collection[str]
+) -> tuple[dict[str, Stored], list[str]]:
     """Tensors by the names that they have without a wrapper's, and a line that says so."""
     prefix, *others = sorted(_prefixes(tensors, known)) or [""]
     if others:
-        raise PickleError(f"it holds several nets, {', '.join((prefix, *others))}; save one alone")
+        raise PickleError(f"it holds several nets, {listed([prefix, *others])}; save one alone")
     result, changed, left_out = {}, [], []
     for name, value in tensors.items():
         bare = WRAPPER.sub("", name)
@@ -296,7 +353,7 @@ def _unwrapped(
         result[bare] = value
         changed += [f"{name} is read as {bare}"] * (name != bare)
     said = [f"{changed[0]}, and all others likewise"] if changed else []
-    said += [f"left out is what has not this prefix: {', '.join(left_out)}"] if left_out else []
+    said += [f"left out is what has not this prefix: {listed(left_out)}"] if left_out else []
     return result, [f"note: {'; '.join(said)}"] if said else []
 
 
