@@ -38,7 +38,7 @@ def open_regular(path: str | Path, largest: int | None = None) -> io.BufferedRea
         if largest is not None and status.st_size > largest:
             reason = f"it has {status.st_size:,} bytes; at most {largest:,} are read"
             raise OSError(errno.EFBIG, reason, str(path))
-        return os.fdopen(descriptor, "rb")
+        return open(path, "rb", opener=lambda *_: descriptor)  # which keeps its name
     except BaseException:
         os.close(descriptor)
         raise

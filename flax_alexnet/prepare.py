@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 
 from flax_alexnet.config import LARGEST_IMAGE
 from flax_alexnet.data import imagenet, shapes
+from flax_alexnet.data.descriptions import damaged
 from flax_alexnet.data.folders import list_left_out
 from flax_alexnet.data.pictures import summarize
 from flax_alexnet.data.prepared import OUTCOMES, Prepared, need_new, write_dataset
@@ -23,7 +24,7 @@ from flax_alexnet.data.sources import (
     PREPARED_FOLDER,
     UNREADABLE,
     FolderSplits,
-    damaged,
+    check_descriptions,
     default_data_dir,
     need_known,
     place_of,
@@ -169,6 +170,7 @@ def _describe(name: str, written: Prepared, left_out: Sequence[tuple[str, str]] 
 
 
 def _prepare_with_tfds(name: str, data_dir: Path) -> str:
+    check_descriptions(name, data_dir)
     if name == shapes.NAME:
         builder = shapes.builder(data_dir)
     else:

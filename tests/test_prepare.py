@@ -591,8 +591,14 @@ class TestImageNet:
         flipped[whole.index(b"ustar", whole.index(b"ustar") + 1) + 20] ^= 1  # in a second header
         short = whole.rstrip(b"\0")
         damages = [whole[:0], whole[:700], short[: len(short) // 2], short, flipped]
-        for damaged in (None, *damages):
-            path.unlink() if damaged is None else path.write_bytes(damaged)
+        for damaged in (None, *damages, "a pipe"):
+            if damaged is None:
+                path.unlink()
+            elif damaged == "a pipe":
+                path.unlink()
+                os.mkfifo(path)
+            else:
+                path.write_bytes(damaged)
             argv = ["--data.name", "imagenet2012", "--data.data-dir", str(data_dir)]
             assert prepare_main(argv) == 2
             said = capsys.readouterr().err

@@ -5,7 +5,6 @@ and label names.
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,12 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from flax_alexnet.data import shapes
 from flax_alexnet.data.decode import read_file
+from flax_alexnet.data.descriptions import (
+    check_description,
+    damaged,
+    read_label_names,
+    shards_of,
+)
 from flax_alexnet.data.folders import (
     File,
     class_folders,
@@ -34,10 +39,10 @@ from flax_alexnet.user_folders import home
 FOLDER = "folder:"
 NO_LABEL = -1  # of a picture whose right class nobody said
 PREPARED_FOLDER = "prepared_folder"  # what TFDS calls folders once they are prepared
-# The entries of `features.json` whose values are imported.
-CLASS_KEYS = frozenset({"pythonClassName", "python_class_name", "type"})
 # What TFDS raises for a prepared dataset whose description is damaged.
 UNREADABLE = (ParseError, tfds.core.dataset_info.DatasetInfoFileError)
+# What else it stumbles over in one that is JSON, but is not what it expects.
+MISREAD = (AssertionError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
 class Record(NamedTuple):
@@ -197,6 +202,7 @@ def open_splits(
         return FolderSplits(folder_of(name), label_order)
     data_dir = data_dir or default_data_dir()
     if name == shapes.NAME:
+        check_descriptions(name, data_dir)
         try:
             shapes.builder(data_dir).download_and_prepare()
         except OSError as error:
@@ -268,16 +274,18 @@ class TfdsSource:
         name, info = builder.name, builder.info
         self._image, self._label = image_key, label_key
         self._split, self._folder = split, Path(builder.data_path)
-        self.label_names: Sequence[str] = info.features[label_key].names
+        classes = info.features[label_key].num_classes
+        self.label_names: Sequence[str] = read_label_names(self._folder, label_key, classes)
         try:
             length = info.splits[split].num_examples
         except (ValueError, KeyError) as error:
             raise UserError(
                 f"dataset {name!r} has no split {split!r}: {first_line(error)}"
             ) from None
-        if length <= 0:
-            raise UserError(f"split {split!r} of dataset {name!r} is empty; choose another")
         try:
+            self._files = shards_of(self._folder, info.splits, split)
+            if length <= 0:
+                raise UserError(f"split {split!r} of dataset {name!r} is empty; choose another")
             self._data = builder.as_data_source(
                 split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
             )
@@ -516,23 +524,13 @@ def need_known(name: str, data_dir: Path) -> None:
         raise UserError(f"{said} (or folder:PATH, or a name of TFDS)")
 
 
-def damaged(folder: Path, error: Exception) -> UserError:
-    """What to say where a prepared dataset cannot be read."""
-    return UserError(
-        f"the dataset in {folder} is damaged ({first_line(error)}): remove that folder and "
-        "prepare it once more"
-    )
-
-
 def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     """The newest version of `name` on the disk, read without the code that prepared it."""
-    for prepared, folder in _prepared(data_dir).items():
-        if _base(prepared) == _base(name):
-            _need_features_of_tfds(folder)
+    check_descriptions(name, data_dir)
     try:
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=str(data_dir))
     # None of that name; or one that cannot be read; or no name at all.
-    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, *UNREADABLE) as error:
+    except (tfds.core.DatasetNotFoundError, *MISREAD, *UNREADABLE) as error:
         reason = error
     others = []
     for prepared, folder in _prepared(data_dir).items():
@@ -548,26 +546,19 @@ def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     )
 
 
-def _need_features_of_tfds(folder: Path) -> None:
-    """Raises UserError where a dataset names classes that are not TFDS's.
+def check_descriptions(name: str, data_dir: Path) -> None:
+    """Makes sure that TFDS can read what describes the dataset `name`, as far as it is prepared.
 
-    TFDS imports the classes that `features.json` names, and what is imported is run.
+    Raises:
+      UserError: it cannot, in any version, since TFDS looks at all of them.
     """
-    named: list[str] = []
-
-    def note(pairs: list[tuple[str, object]]) -> None:
-        named.extend(str(value) for key, value in pairs if key in CLASS_KEYS)
-
-    try:
-        json.loads((folder / "features.json").read_text(), object_pairs_hook=note)
-    except (OSError, ValueError, RecursionError):
-        return  # TFDS says it
-    for value in named:
-        if not value.startswith(("tensorflow_datasets.", "tfds.")):
-            raise UserError(
-                f"the dataset in {folder} would run {printable(value)}, which is not of TFDS: "
-                "prepare it once more from its source"
-            )
+    # There it finds the version that is meant where none is named.
+    default = data_dir / _base(name) / ".config"
+    others = [
+        folder for other, folder in _prepared(data_dir).items() if _base(other) == _base(name)
+    ]
+    for folder in [*others, *([default] if default.is_dir() else [])]:
+        check_description(folder)
 
 
 def _prepared(data_dir: Path) -> dict[str, Path]:
