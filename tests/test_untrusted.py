@@ -229,6 +229,18 @@ class TestNamesOfDatasets:
         assert "18 of 18" in said
         assert sorted(os.walk(elsewhere)) == before
 
+    def test_links_that_lead_back_are_passed_over(self, tmp_path):
+        source = make_pictures(tmp_path / "pets")
+        for number in range(3):  # 3 ** 40 ways
+            (source / "a" / f"link {number}").symlink_to(source)
+        for folder in (source, source / "a"):
+            (folder / "loop").symlink_to("loop")
+        assert len(open_dataset(f"folder:{source}").train) == 19  # with the loop, as a bad picture
+        said = prepare(f"folder:{source}", tmp_path / "data", image_size=16)
+        assert "20 of 21 pictures read" in said
+        assert "loop: Too many levels of symbolic links" in said
+        assert "3 other files: it is a link to a folder, such as" in said
+
     def test_messages_are_one_line_whatever_a_name_holds(self):
         assert printable("a\nb\x1b[31m\udcff") == r"a\nb\x1b[31m\xff"
         assert printable("Zoë 猫") == "Zoë 猫"

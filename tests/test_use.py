@@ -2,9 +2,11 @@
 
 import csv
 import dataclasses
+import glob
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +113,41 @@ def test_arguments_are_files_folders_and_globs(photographs):
     odd = photographs.parent / "[odd].png"
     odd.write_bytes(files[0].read_bytes())
     assert found(str(odd)) == [str(odd)]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["", "/**", "/**/*", "/**/*.png", "/*", "/**/**/*.png", "/*/**"]
+)
+def test_links_that_lead_back_are_not_followed_for_ever(
+    photographs, tmp_path, monkeypatch, pattern
+):
+    folder = tmp_path / "pictures"
+    shutil.copytree(photographs, folder)
+    for inside in (folder, *folder.iterdir()):
+        for number in range(3):  # 3 ** 40 ways
+            (inside / f"a link {number}").symlink_to(folder)
+    (folder / "loop").symlink_to("loop")
+    expected = [str(path) for path in sorted(folder.glob("*/*.png"))]
+
+    def found(pattern):
+        paths = find_pictures([pattern, pattern]).paths
+        return sorted(str(path) for path in paths if path.name != "loop")
+
+    assert found(f"{folder}{pattern}") == expected
+    monkeypatch.chdir(folder)
+    relative = [path.removeprefix(f"{folder}/") for path in expected]
+    assert found(pattern.removeprefix("/") or ".") == relative
+
+
+def test_globs_name_what_they_always_did(photographs, tmp_path, monkeypatch):
+    """Without links and hidden files, as Python's own."""
+    folder = tmp_path / "a" / "[odd]"
+    shutil.copytree(photographs, folder)
+    shutil.copytree(photographs, folder / "class a" / "deeper")
+    monkeypatch.chdir(tmp_path)
+    for pattern in ("**/*.png", "a/**/0.png", "*/*/*/*.png", "**/class */**/1.png", "**/deeper/**"):
+        named = (Path(path) for path in glob.glob(pattern, recursive=True))
+        assert set(find_pictures([pattern]).paths) == {path for path in named if path.is_file()}
 
 
 def test_evaluate_counts_every_picture_once(net, weights, photographs, tmp_path, capsys):

@@ -383,7 +383,7 @@ class FolderSplits:
     def __init__(self, path: Path, label_order: Sequence[str] = ()):
         self.path, self._label_order = path, label_order
         self._listed: dict[Path, tuple[list[File], list[str]]] = {}
-        with _reading():
+        with reading():
             if not path.is_dir():
                 raise UserError(
                     f"no folder {path}: --data.name folder:PATH needs one with a folder per class"
@@ -411,7 +411,7 @@ class FolderSplits:
             raise UserError(
                 f"{self.path} has no split {split!r}: choose {', '.join(self.names)} or all"
             )
-        with _reading():
+        with reading():
             if self._whole is None:
                 return self._source(self._folders[name])
             whole = self._source(self._whole)
@@ -456,7 +456,7 @@ class FolderSplits:
 
 
 @contextlib.contextmanager
-def _reading() -> Iterator[None]:
+def reading() -> Iterator[None]:
     """Says in a line which folder cannot be read."""
     try:
         yield
