@@ -21,7 +21,7 @@ from small_nets import make_net
 from flax_alexnet.checkpoint import Checkpoints
 from flax_alexnet.config import flatten
 from flax_alexnet.data.pictures import find_pictures
-from flax_alexnet.data.sources import Record
+from flax_alexnet.data.sources import Record, open_splits
 from flax_alexnet.errors import UserError
 from flax_alexnet.feature_files import READ, FeatureFile, nearest
 from flax_alexnet.recipes import QUICKSTART
@@ -250,6 +250,19 @@ def test_held_out_pictures_that_are_others_now_are_said(run, capsys):
     assert EVALUATE([str(run)]) == 0
     said = capsys.readouterr().err
     assert "has changed: 2 pictures were held out in training, and 1 are now" in said
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_held_out_pictures_of_the_same_number_are_compared(run, photographs, capsys, same):
+    digest = open_splits(f"folder:{photographs}").open("test").digest().content
+    config = json.loads((run / "config.json").read_text())
+    config["config"]["dataset.eval_digest"] = digest if same else digest[::-1]
+    (run / "config.json").write_text(json.dumps(config))
+    assert EVALUATE([str(run)]) == 0
+    said = capsys.readouterr().err
+    assert said.count("has changed: other pictures were held out in training than are now") == (
+        0 if same else 1
+    )
 
 
 def test_classes_are_matched_by_order_only_where_that_is_wanted(

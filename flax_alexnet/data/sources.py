@@ -23,6 +23,7 @@ from flax_alexnet.data.descriptions import (
     read_label_names,
     shards_of,
 )
+from flax_alexnet.data.digests import Digest, digest_files, join
 from flax_alexnet.data.folders import (
     File,
     class_folders,
@@ -39,6 +40,8 @@ from flax_alexnet.user_folders import home
 FOLDER = "folder:"
 NO_LABEL = -1  # of a picture whose right class nobody said
 PREPARED_FOLDER = "prepared_folder"  # what TFDS calls folders once they are prepared
+END_OF_PICTURE = 2**12  # bytes at either end of a file that are compared
+END_OF_SHARD = 2**16  # the last ones say where each of its records lies
 # What TFDS raises for a prepared dataset whose description is damaged.
 UNREADABLE = (ParseError, tfds.core.dataset_info.DatasetInfoFileError)
 # What else it stumbles over in one that is JSON, but is not what it expects.
@@ -83,6 +86,10 @@ class Source(Pictures, Protocol):
 
     def stamp(self, index: int, /) -> tuple[int, int]:
         """The bytes of the picture's own file and when it was changed, in ns; 0, 0 of none."""
+        ...
+
+    def digest(self) -> Digest:
+        """Over all pictures: another one says that some have changed, or cannot be read now."""
         ...
 
 
@@ -312,6 +319,11 @@ class TfdsSource:
         del index
         return 0, 0
 
+    def digest(self) -> Digest:
+        """Over its files; their times count for nothing."""
+        digest = digest_files([(path.name, path) for path in self._files], END_OF_SHARD)
+        return digest._replace(times="")
+
     def read(self, index: int) -> Record:
         """The record at `index`; UserError where its file is missing, cut off, or damaged."""
         try:
@@ -357,6 +369,12 @@ class FolderSource:
         except OSError:
             return 0, 0
         return status.st_size, status.st_mtime_ns
+
+    def digest(self) -> Digest:
+        """Over its files, by their places below the folder that all are in."""
+        paths = [os.fspath(path) for path, _ in self.files]
+        top = len(os.path.commonpath(paths))
+        return digest_files([(path[top:], path) for path in paths], END_OF_PICTURE)
 
     def read(self, index: int) -> Record:
         """The record at `index`; DecodeError says why its file cannot be read."""
@@ -498,6 +516,10 @@ class Joined:
         """That of its part."""
         source, index = self._find(index)
         return source.stamp(index)
+
+    def digest(self) -> Digest:
+        """Over those of its parts."""
+        return join([part.digest() for part in self._parts])
 
     def read(self, index: int) -> Record:
         """The record at `index`, as its part gives it."""
