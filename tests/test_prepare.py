@@ -1,7 +1,6 @@
 """`prepare`: every picture has an outcome, and what was interrupted goes on."""
 
 import contextlib
-import csv
 import fcntl
 import io
 import os
@@ -25,12 +24,15 @@ from flax_alexnet.data.sources import open_dataset
 from flax_alexnet.errors import UserError
 from flax_alexnet.prepare import main as prepare_main
 from flax_alexnet.prepare import prepare
+from flax_alexnet.text import read_table
 
 
 def outcomes(dataset):
     """{(split, name): outcome} as the dataset's table has it."""
     with (dataset / "outcomes.csv").open(newline="", encoding="utf-8") as file:
-        return {(row["split"], row["name"]): row["outcome"] for row in csv.DictReader(file)}
+        header, *rows = read_table(file)
+        assert header == ["split", "name", "outcome"]
+        return {(split, name): outcome for split, name, outcome in rows}
 
 
 def contents(folder):
@@ -301,6 +303,7 @@ from pathlib import Path
 from flax_alexnet.data import prepared
 from flax_alexnet.errors import UserError
 from flax_alexnet.prepare import prepare
+from flax_alexnet.text import read_table
 
 name, out, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 prepared.SHARD = 4
@@ -521,6 +524,7 @@ class TestImageNet:
         shark = [(name, data) for name, data in self.TRAIN.items() if self.SHARK in name]
         train = [
             ("readme.txt", b"Hello."),
+            ('=HYPERLINK("x")\n\x1b[2J\udcff.JPEG', photograph(7)),
             (f"{self.FISH}.tar", archive(fish)),
             (f"{self.SHARK}.tar", archive(shark)),
             ("n99999999.tar", archive(shark)),
@@ -565,6 +569,9 @@ class TestImageNet:
 
     def test_every_member_has_an_outcome(self, data_dir):
         prepare("imagenet2012", data_dir, image_size=32)
+        table = (data_dir / "imagenet2012" / "5.1.0" / "outcomes.csv").read_text()
+        assert "train,\"'=HYPERLINK" in table, "no spreadsheet computes it"
+        assert not re.search(r"[^ -~\n]", table)
         found = outcomes(data_dir / "imagenet2012" / "5.1.0")
         taken = [*(("train", name) for name in self.TRAIN)]
         taken += [("validation", f"ILSVRC2012_val_0000000{number}.JPEG") for number in (1, 3)]
@@ -573,6 +580,7 @@ class TestImageNet:
         assert "Truncated" in cut
         assert found == {
             ("train", "readme.txt"): self.STRANGE,
+            ("train", r'=HYPERLINK("x")\n\x1b[2J\xff.JPEG'): self.STRANGE,
             ("train", "../../evil.JPEG"): self.STRANGE,
             ("train", "/tmp/evil.JPEG"): self.STRANGE,
             ("train", f"{self.SHARK}_8.JPEG"): self.STRANGE,

@@ -6,6 +6,7 @@ and label names.
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -451,11 +452,15 @@ class FolderSplits:
                 "folders for them, or move one of both elsewhere"
             )
         names = class_folders(folder)
-        if sorted(names) == sorted(self._label_order):
-            names = list(self._label_order)
+        shown = [printable(name) for name in names]
+        if (twice := Counter(shown).most_common(1)[0])[1] > 1:
+            raise UserError(f"{folder} has two classes that both show as {twice[0]}; rename one")
+        order = [printable(name) for name in self._label_order]
+        if sorted(shown) == sorted(order):
+            names, shown = [names[shown.index(name)] for name in order], order
         if folder not in self._listed:
             self._listed[folder] = list_pictures(folder, names)
-        return FolderSource(self._listed[folder][0], names)
+        return FolderSource(self._listed[folder][0], shown)
 
     @property
     def pictures(self) -> list[str]:
@@ -469,7 +474,10 @@ class FolderSplits:
 
     def note(self) -> str:
         """How many these others are; and folders called as splits that have no class folders."""
-        lines = [f"{folder} has no class folders and is not used" for folder in self._unused]
+        lines = [
+            f"{printable(str(folder))} has no class folders and is not used"
+            for folder in self._unused
+        ]
         return "\n".join([*lines, *filter(None, [describe_others(self.others)])])
 
 
