@@ -6,8 +6,10 @@ and label names.
 
 import contextlib
 import os
+import shutil
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -35,12 +37,14 @@ from flax_alexnet.data.folders import (
     subfolders,
 )
 from flax_alexnet.errors import UserError, first_line, unknown
+from flax_alexnet.outputs import alone
 from flax_alexnet.text import printable
 from flax_alexnet.user_folders import home
 
 FOLDER = "folder:"
 NO_LABEL = -1  # of a picture whose right class nobody said
 PREPARED_FOLDER = "prepared_folder"  # what TFDS calls folders once they are prepared
+POLL = 0.2  # seconds between two looks at what another process does
 END_OF_PICTURE = 2**12  # bytes at either end of a file that are compared
 END_OF_SHARD = 2**16  # the last ones say where each of its records lies
 # What TFDS raises for a prepared dataset whose description is damaged.
@@ -212,17 +216,44 @@ def open_splits(
     if name == shapes.NAME:
         check_descriptions(name, data_dir)
         try:
-            shapes.builder(data_dir).download_and_prepare()
+            prepare_with_tfds(lambda: shapes.builder(data_dir))
         except OSError as error:
-            # Of several processes that prepare it at the same time the first one has its way.
-            if not shapes.builder(data_dir).is_prepared():
-                raise UserError(
-                    f"cannot prepare {name!r} in {data_dir} ({first_line(error)}); take another "
-                    "--data.data-dir"
-                ) from None
+            raise UserError(
+                f"cannot prepare {name!r} in {data_dir} ({first_line(error)}); take another "
+                "--data.data-dir"
+            ) from None
         except (AssertionError, *UNREADABLE) as error:
             raise damaged(data_dir / name, error) from None
     return TfdsSplits(_open_builder(name, data_dir), image_key, label_key)
+
+
+def prepare_with_tfds(
+    make: Callable[[], tfds.core.DatasetBuilder],
+) -> tfds.core.DatasetBuilder:
+    """Prepares what a builder of TFDS makes: one process does, and the others wait for it.
+
+    Args:
+      make: gives the builder, anew where another process has prepared the dataset.
+
+    Returns:
+      The builder of the dataset, which is prepared.
+    """
+    said = False
+    while not (builder := make()).is_prepared():
+        folder = Path(builder.data_path)
+        try:
+            with alone(folder):
+                # A process that was killed leaves them.
+                for left in folder.parent.glob(f"incomplete.*_{folder.name}"):
+                    shutil.rmtree(left)
+                if not (builder := make()).is_prepared():
+                    builder.download_and_prepare()
+        except UserError:  # there is another process
+            if not said:
+                print(f"another process prepares {folder}; this one waits for it", flush=True)
+            said = True
+            time.sleep(POLL)
+    return builder
 
 
 def place_of(name: str, data_dir: Path | None = None) -> Path:
