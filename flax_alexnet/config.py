@@ -196,11 +196,17 @@ LOCAL = frozenset(
         "data.data_dir",
         "data.threads",
         "dataset.folder",
+        "dataset.times",
         "parallel.coordinator",  # only process 0 needs to know itself by another name
         "parallel.num_processes",
         "parallel.process_id",
     }
 )
+# What differs where digests do.
+CONTENT = {
+    "dataset.train_digest": "the pictures to train on",
+    "dataset.eval_digest": "the pictures to evaluate on",
+}
 # What may also differ when a run is resumed: its steps are the same but for rounding.
 FREE_TO_CHANGE = LOCAL | {
     "workdir",
@@ -388,6 +394,9 @@ def misfit(values: Mapping[str, Any]) -> str:
         "batch_sizes": tuple[tuple[int, int], ...],
         "dataset.train": int,
         "dataset.eval": int,
+        "dataset.train_digest": str,
+        "dataset.eval_digest": str,
+        "dataset.times": str,
         "dataset.folder": str,
         "dataset.label_names": tuple[str, ...],
         "init_from.sha256": str,

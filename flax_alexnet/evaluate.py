@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,16 +112,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: EvaluateConfig) -> None:
     """Measures, prints and writes what `config` asks for."""
     nets = [load(path) for path in config.weights]
-    data, held_out = config.data, None
+    data, held_out = config.data, HeldOut(None, None)
     if not data.name:
         data, held_out = _own_dataset(config.weights, data)
     source, note = open_for_use(**vars(data))
     if note:
         print(note, flush=True)
-    if held_out not in (None, len(source)):
+    changed = ""
+    if held_out.pictures not in (None, len(source)):
+        changed = f"{held_out.pictures:,} pictures were held out in training, and {len(source):,}"
+    elif held_out.digest is not None and held_out.digest != source.digest().content:
+        changed = "other pictures were held out in training than"
+    if changed:
         print(
-            f"warning: {data.name} has changed: {held_out:,} pictures were held out in training, "
-            f"and {len(source):,} are now, some of which it may have been trained on",
+            f"warning: {data.name} has changed: {changed} are now, some of which it may have been "
+            "trained on",
             file=sys.stderr,
         )
     for net in nets:
@@ -160,10 +165,15 @@ def run(config: EvaluateConfig) -> None:
     print(f"everything is in {folder}")
 
 
-def _own_dataset(weights: Sequence[Path], given: UseDataConfig) -> tuple[UseDataConfig, int | None]:
-    """What runs were trained on, but for what is `given`, and how many pictures they held out.
+class HeldOut(NamedTuple):
+    """What a run evaluated on; None where it does not say it, or other pictures are asked for."""
 
-    The number is None where another split is asked for, or where a run does not say it.
+    pictures: int | None
+    digest: str | None
+
+
+def _own_dataset(weights: Sequence[Path], given: UseDataConfig) -> tuple[UseDataConfig, HeldOut]:
+    """What runs were trained on, but for what is `given`, and what the first of them held out.
 
     Raises:
       UserError: a weight file, or runs on different datasets.
@@ -193,7 +203,9 @@ def _own_dataset(weights: Sequence[Path], given: UseDataConfig) -> tuple[UseData
         raise UserError("the runs were trained on different datasets: name one with --data.name")
     data = own[0] | {name: value for name, value in vars(given).items() if value}
     data["data_dir"] = data["data_dir"] and Path(data["data_dir"])
-    return UseDataConfig(**data), None if given.split else runs[0].get("dataset.eval")
+    first = {} if given.split else runs[0]
+    held_out = HeldOut(first.get("dataset.eval"), first.get("dataset.eval_digest"))
+    return UseDataConfig(**data), held_out
 
 
 def _match(names: Sequence[str], net: Pretrained, by_order: bool) -> np.ndarray:

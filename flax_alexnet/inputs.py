@@ -37,7 +37,7 @@ def open_regular(path: str | Path, largest: int | None = None) -> io.BufferedRea
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
         if largest is not None and status.st_size > largest:
             raise _too_large(path, status.st_size, largest)
-        return os.fdopen(descriptor, "rb")
+        return open(path, "rb", opener=lambda *_: descriptor)  # which keeps its name
     except BaseException:
         os.close(descriptor)
         raise

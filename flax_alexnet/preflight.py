@@ -12,6 +12,7 @@ from flax_alexnet.architectures import Conv, Dense, Layer, architecture, trace
 from flax_alexnet.checkpoint import digest, need_steps, set_aside_damaged
 from flax_alexnet.cluster import gather, is_main, said_if_long
 from flax_alexnet.config import (
+    CONTENT,
     FREE_TO_CHANGE,
     LOCAL,
     Config,
@@ -107,6 +108,11 @@ def agree(identity: Mapping[str, Any], error: str) -> None:
     first = said[0]["run"]
     for process, other in enumerate(said):
         for name in sorted((first.keys() | other["run"].keys()) - LOCAL):
+            if first.get(name) != other["run"].get(name) and name in CONTENT:
+                raise UserError(
+                    f"{CONTENT[name]} differ between process 0 and process {process}: give all "
+                    "processes the same ones"
+                )
             if first.get(name) != other["run"].get(name):
                 raise UserError(
                     f"the processes disagree: {name} is {first.get(name)} on process 0 and "
@@ -116,7 +122,7 @@ def agree(identity: Mapping[str, Any], error: str) -> None:
 
 
 def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
-    data, parallel = config.data, config.parallel
+    data, parallel, known = config.data, config.parallel, recorded(config.workdir)
     dataset = open_dataset(
         data.name,
         data.data_dir,
@@ -124,7 +130,7 @@ def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
         data.eval_split,
         data.image_key,
         data.label_key,
-        recorded(config.workdir).get("dataset.label_names", ()),
+        known.get("dataset.label_names", ()),
     )
     if dataset.note and is_main():
         print(dataset.note, flush=True)
@@ -153,9 +159,13 @@ def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
             f"nearest that does is {max(1, round(config.batch_size / devices)) * devices}"
         )
     check_room(config, layers)
+    of_train, of_eval = dataset.train.digest(), dataset.eval.digest()
     identity = flatten(config) | {  # with other data it would be another run
         "dataset.train": len(dataset.train),
         "dataset.eval": len(dataset.eval),
+        "dataset.train_digest": of_train.content,
+        "dataset.eval_digest": of_eval.content,
+        "dataset.times": of_train.times + of_eval.times,
         "dataset.folder": str(place_of(data.name, data.data_dir)),
         "dataset.label_names": list(dataset.label_names),
     }
@@ -164,19 +174,25 @@ def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
     before, changes = claim(
         config.workdir,
         identity,
-        free_to_change=FREE_TO_CHANGE,
+        free_to_change=FREE_TO_CHANGE | (CONTENT.keys() - known.keys()),  # as of an older version
         allow_changes=config.allow_changes,
     )
     if is_main():
+        if known.get("dataset.times", identity["dataset.times"]) != identity["dataset.times"]:
+            print(
+                "pictures were written anew since the run was here last, with the same sizes, "
+                "beginnings and ends: they are taken for the same",
+                flush=True,
+            )
         held.enter_context(locked(config.workdir))
         for line in set_aside_damaged(config.workdir / "checkpoints", config.workdir / "damaged"):
             print(line, flush=True)
         need_steps(config.workdir / "checkpoints", config.workdir / SAVED)
     share = slice(jax.process_index(), None, jax.process_count())
-    of_train, of_eval = limits(dataset, data.max_bad)
+    limit_of_train, limit_of_eval = limits(dataset, data.max_bad)
     bad = (
-        _bad_records(config, "train", dataset.train, of_train),
-        _bad_records(config, "eval", dataset.eval, of_eval),
+        _bad_records(config, "train", dataset.train, limit_of_train),
+        _bad_records(config, "eval", dataset.eval, limit_of_eval),
     )
     return Ready(
         dataset,

@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 
 from flax_alexnet.config import LARGEST_IMAGE
 from flax_alexnet.data import imagenet, shapes
+from flax_alexnet.data.descriptions import damaged
 from flax_alexnet.data.folders import list_left_out
 from flax_alexnet.data.pictures import summarize
 from flax_alexnet.data.prepared import OUTCOMES, Prepared, need_new, write_dataset
@@ -23,10 +24,11 @@ from flax_alexnet.data.sources import (
     PREPARED_FOLDER,
     UNREADABLE,
     FolderSplits,
-    damaged,
+    check_descriptions,
     default_data_dir,
     need_known,
     place_of,
+    prepare_with_tfds,
 )
 from flax_alexnet.errors import UserError, exit_code, first_line
 from flax_alexnet.flags import need, parse
@@ -169,12 +171,14 @@ def _describe(name: str, written: Prepared, left_out: Sequence[tuple[str, str]] 
 
 
 def _prepare_with_tfds(name: str, data_dir: Path) -> str:
+    check_descriptions(name, data_dir)
     if name == shapes.NAME:
-        builder = shapes.builder(data_dir)
+        builder = prepare_with_tfds(lambda: shapes.builder(data_dir))
     else:
         need_known(name, data_dir)
-        builder = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
-    builder.download_and_prepare()
+        builder = prepare_with_tfds(
+            lambda: tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
+        )
     config = f"/{builder.builder_config.name}" if builder.builder_config else ""
     counts = ", ".join(f"{split.num_examples:,} {s}" for s, split in builder.info.splits.items())
     return f"{builder.name}{config}: {counts} pictures in {builder.data_path}"

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flax_alexnet.config import misfit
+from flax_alexnet.config import CONTENT, misfit
 from flax_alexnet.errors import UserError
 from flax_alexnet.inputs import read_json
 from flax_alexnet.outputs import lock, replacing
@@ -61,7 +61,9 @@ def claim(
         tempfile.TemporaryFile(dir=workdir).close()
         before = read_json(path)["config"] if path.exists() else config
         differences = [
-            f"{name} was {before.get(name)!r}, is now {config.get(name)!r}"
+            f"{CONTENT[name]} have changed"
+            if name in CONTENT
+            else f"{name} was {before.get(name)!r}, is now {config.get(name)!r}"
             for name in sorted(before.keys() | config.keys())
             if before.get(name) != config.get(name) and name not in free_to_change
         ]

@@ -1,14 +1,16 @@
 """`prepare`: every picture has an outcome, and what was interrupted goes on."""
 
 import contextlib
-import csv
 import fcntl
 import io
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -25,12 +27,15 @@ from flax_alexnet.data.sources import open_dataset
 from flax_alexnet.errors import UserError
 from flax_alexnet.prepare import main as prepare_main
 from flax_alexnet.prepare import prepare
+from flax_alexnet.text import read_table
 
 
 def outcomes(dataset):
     """{(split, name): outcome} as the dataset's table has it."""
     with (dataset / "outcomes.csv").open(newline="", encoding="utf-8") as file:
-        return {(row["split"], row["name"]): row["outcome"] for row in csv.DictReader(file)}
+        header, *rows = read_table(file)
+        assert header == ["split", "name", "outcome"]
+        return {(split, name): outcome for split, name, outcome in rows}
 
 
 def contents(folder):
@@ -301,6 +306,7 @@ from pathlib import Path
 from flax_alexnet.data import prepared
 from flax_alexnet.errors import UserError
 from flax_alexnet.prepare import prepare
+from flax_alexnet.text import read_table
 
 name, out, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 prepared.SHARD = 4
@@ -447,6 +453,225 @@ class TestInterruption:
             prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
         assert (tmp_path / "precious").read_text() == "mine"
 
+    @pytest.mark.parametrize("where", ["data", "data/prepared_folder/pets/1.0.0.incomplete"])
+    @pytest.mark.parametrize("what", ["moved", "deleted", "made anew"])
+    def test_a_place_that_is_gone_meanwhile_is_one_line(self, tmp_path, pets, where, what, capsys):
+        """Nothing is written into what is there now, which may be another process's."""
+
+        def attack():
+            (tmp_path / where).rename(tmp_path / "elsewhere")
+            if what == "deleted":
+                shutil.rmtree(tmp_path / "elsewhere")
+            elif what == "made anew":
+                shutil.copytree(tmp_path / "elsewhere", tmp_path / where)
+
+        flags = ["--data.data-dir", str(tmp_path / "data"), "--data.image-size", "16"]
+        with meanwhile(attack):
+            assert prepare_main(["--data.name", f"folder:{pets}", *flags]) == 2
+        work = tmp_path / "data" / "prepared_folder" / "pets" / "1.0.0.incomplete"
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: cannot write to {work}: ")
+        assert said.count("\n") == 1
+        assert what != "made anew" or "it was moved or removed, and made once more" in said
+        if what == "moved":
+            assert not (tmp_path / where).exists()
+        assert prepare_main(["--data.name", f"folder:{pets}", *flags]) == 0
+        prepare(f"folder:{pets}", tmp_path / "reference", image_size=16)
+        assert contents(tmp_path / "data") == contents(tmp_path / "reference")
+
+    @pytest.mark.parametrize("what", ["a file", "a folder", "a link"])
+    def test_what_is_put_in_the_place_meanwhile_stays(self, tmp_path, pets, what):
+        folder = tmp_path / "data" / "prepared_folder" / "pets" / "1.0.0"
+
+        def attack():
+            if what == "a link":
+                folder.symlink_to("nowhere")
+            elif what == "a folder":
+                folder.mkdir()
+            else:
+                folder.write_text("mine")
+
+        with meanwhile(attack), pytest.raises(UserError, match=r"1\.0\.0 is there already; remove"):
+            prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
+        assert folder.is_symlink() == (what == "a link")
+        folder.rmdir() if folder.is_dir() else folder.unlink()
+        prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
+        prepare(f"folder:{pets}", tmp_path / "reference", image_size=16)
+        assert contents(tmp_path / "data") == contents(tmp_path / "reference")
+
+    def test_what_a_kill_left_does_not_keep_other_pictures_out(self, tmp_path, pets):
+        with full_disk(2), pytest.raises(UserError):
+            prepare(f"folder:{pets}", tmp_path / "data", image_size=12)
+        work = tmp_path / "data" / "prepared_folder" / "pets" / "1.0.0.incomplete"
+        (work / ".plan.partial").mkdir()  # as a kill within `replacing` does
+        (work / ".plan.partial" / "plan").write_text("")
+        prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
+        prepare(f"folder:{pets}", tmp_path / "reference", image_size=16)
+        assert contents(tmp_path / "data") == contents(tmp_path / "reference")
+
+    def test_what_a_kill_left_when_all_was_done_is_removed(self, tmp_path, pets):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+            prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
+        folder = tmp_path / "data" / "prepared_folder" / "pets"
+        assert sorted(path.name for path in folder.iterdir()) == ["1.0.0", "1.0.0.incomplete"]
+        with pytest.raises(UserError, match="is there already"):
+            prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
+        assert [path.name for path in folder.iterdir()] == ["1.0.0"]
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+    def test_a_signal_costs_nothing(self, tmp_path, pets, number):
+        """One of them here, at a moment of its own; many in the slow test."""
+        assert kill_and_go_on(pets, tmp_path, [number], shards=2) == 1
+
+    @pytest.mark.slow
+    def test_signals_at_random_moments_cost_nothing(self, tmp_path, pets):
+        numbers = 5 * [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+        assert kill_and_go_on(pets, tmp_path, numbers) > 10
+
+    @pytest.mark.slow
+    def test_disks_of_several_sizes_that_are_full(self, tmp_path, pets):
+        """Each in a small file system of its own, which grows then; and a read-only one."""
+        own = ["unshare", "--user", "--map-root-user", "--mount"]
+        if subprocess.run([*own, "true"], stderr=subprocess.DEVNULL, check=False).returncode:
+            pytest.skip("the system permits no file systems of one's own")
+        prepare(f"folder:{pets}", tmp_path / "reference", image_size=16)
+        arguments = [sys.executable, "-c", DISKS, f"folder:{pets}", str(tmp_path)]
+        done = subprocess.run([*own, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "9 disks"
+
+    def test_leavings_of_a_render_that_was_killed_are_removed(self, tmp_path, monkeypatch):
+        for split in ("train", "test"):
+            monkeypatch.setitem(shapes.EXAMPLES, split, 10)
+        left = tmp_path / "shapes_and_textures" / "incomplete.ABC123_1.0.0"
+        left.mkdir(parents=True)
+        (left / "part").write_text("")
+        assert len(open_dataset("shapes_and_textures", tmp_path).train) == 10
+        assert [path.name for path in left.parent.iterdir()] == ["1.0.0"]
+
+
+@contextlib.contextmanager
+def meanwhile(attack):
+    """Something happens when the third of the shards is written."""
+    write = prepared._write
+    written = []
+
+    def watched(*arguments):
+        written.append(write(*arguments))
+        if len(written) == 3:
+            attack()
+        return written[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepared, "_write", watched)
+        yield
+
+
+COMMAND = """
+from flax_alexnet.process import end_on_signals, leave
+end_on_signals()  # as `python -m` does while it imports
+from flax_alexnet.data import prepared
+from flax_alexnet.prepare import main
+
+prepared.SHARD = 4
+leave(main)
+"""
+# Prepares into disks of so many kB, each full before the end; then again with more room.
+DISKS = """
+import contextlib, io, subprocess, sys
+from pathlib import Path
+from flax_alexnet.data import prepared
+from flax_alexnet.prepare import main
+
+name, where = sys.argv[1], Path(sys.argv[2])
+prepared.SHARD = 4
+disk = where / "disk"
+disk.mkdir()
+
+def mount(options):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(disk)], check=True)
+
+def run():
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+        code = main(["--data.name", name, "--data.data-dir", str(disk), "--data.image-size", "16"])
+    return code, error.getvalue()
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+whole = contents(where / "reference")
+total = sum(map(len, whole.values())) // 1024
+sizes = [4, 16, 36, 64, 100, 200, total // 2, total - 8]
+for size in sizes:
+    mount(f"size={size}k")
+    code, error = run()
+    lines = [line for line in error.splitlines() if "images/s" not in line]
+    assert (code, len(lines)) == (2, 1), (size, code, error)
+    assert "No space left on device" in lines[0], (size, error)
+    mount("remount,size=100m")
+    assert run()[0] == 0, size
+    assert contents(disk) == whole, size
+    subprocess.run(["umount", str(disk)], check=True)
+mount("size=10m,ro")
+code, error = run()
+assert code == 2 and "Read-only file system" in error and error.count("\\n") == 1, error
+subprocess.run(["umount", str(disk)], check=True)
+print(len(sizes) + 1, "disks")
+"""
+
+
+def kill_and_go_on(pets, tmp_path, numbers, shards=None):
+    """Sends signals to the command, each to one of its own, and starts it again undisturbed.
+
+    Args:
+      pets: the pictures.
+      tmp_path: where datasets go.
+      numbers: of the signals.
+      shards: after how many of nine each is sent; None: within the time that it all takes.
+
+    Returns:
+      How many commands were not through yet.
+    """
+
+    def start(data_dir):
+        flags = ["--data.name", f"folder:{pets}", "--data.data-dir", str(data_dir)]
+        return subprocess.Popen(
+            [sys.executable, "-c", COMMAND, *flags, "--data.image-size", "16"],
+            env=os.environ | {"JAX_PLATFORMS": "none"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    prepare(f"folder:{pets}", tmp_path / "reference", image_size=16)
+    whole, rng, ended = contents(tmp_path / "reference"), np.random.default_rng(0), 0
+    begun = time.perf_counter()
+    if shards is None:
+        start(tmp_path / "first").communicate()
+    usual = time.perf_counter() - begun
+    for turn, number in enumerate(numbers):
+        data_dir = tmp_path / f"killed {turn}"
+        command = start(data_dir)
+        if shards is None:
+            time.sleep(rng.uniform(0.3, 1) * usual)
+        else:
+            work = data_dir / "prepared_folder" / "pets" / "1.0.0.incomplete" / "dataset"
+            while not (work.exists() and len(list(work.iterdir())) >= shards):
+                time.sleep(0.001)
+        with command:
+            command.send_signal(number)
+            said = command.communicate(timeout=60)[1]
+        assert command.returncode in (0, -number, 128 + number)
+        assert "Traceback" not in said
+        if command.returncode:
+            ended += 1
+            with contextlib.suppress(UserError):  # all was done
+                prepare(f"folder:{pets}", data_dir, image_size=16)
+        assert contents(data_dir) == whole, "the same bytes, and nothing that was left behind"
+    return ended
+
 
 class TestProgress:
     """Pictures a second and the time left, at a terminal and in a log."""
@@ -521,6 +746,7 @@ class TestImageNet:
         shark = [(name, data) for name, data in self.TRAIN.items() if self.SHARK in name]
         train = [
             ("readme.txt", b"Hello."),
+            ('=HYPERLINK("x")\n\x1b[2J\udcff.JPEG', photograph(7)),
             (f"{self.FISH}.tar", archive(fish)),
             (f"{self.SHARK}.tar", archive(shark)),
             ("n99999999.tar", archive(shark)),
@@ -565,6 +791,9 @@ class TestImageNet:
 
     def test_every_member_has_an_outcome(self, data_dir):
         prepare("imagenet2012", data_dir, image_size=32)
+        table = (data_dir / "imagenet2012" / "5.1.0" / "outcomes.csv").read_text()
+        assert "train,\"'=HYPERLINK" in table, "no spreadsheet computes it"
+        assert not re.search(r"[^ -~\n]", table)
         found = outcomes(data_dir / "imagenet2012" / "5.1.0")
         taken = [*(("train", name) for name in self.TRAIN)]
         taken += [("validation", f"ILSVRC2012_val_0000000{number}.JPEG") for number in (1, 3)]
@@ -573,6 +802,7 @@ class TestImageNet:
         assert "Truncated" in cut
         assert found == {
             ("train", "readme.txt"): self.STRANGE,
+            ("train", r'=HYPERLINK("x")\n\x1b[2J\xff.JPEG'): self.STRANGE,
             ("train", "../../evil.JPEG"): self.STRANGE,
             ("train", "/tmp/evil.JPEG"): self.STRANGE,
             ("train", f"{self.SHARK}_8.JPEG"): self.STRANGE,
@@ -591,8 +821,14 @@ class TestImageNet:
         flipped[whole.index(b"ustar", whole.index(b"ustar") + 1) + 20] ^= 1  # in a second header
         short = whole.rstrip(b"\0")
         damages = [whole[:0], whole[:700], short[: len(short) // 2], short, flipped]
-        for damaged in (None, *damages):
-            path.unlink() if damaged is None else path.write_bytes(damaged)
+        for damaged in (None, *damages, "a pipe"):
+            if damaged is None:
+                path.unlink()
+            elif damaged == "a pipe":
+                path.unlink()
+                os.mkfifo(path)
+            else:
+                path.write_bytes(damaged)
             argv = ["--data.name", "imagenet2012", "--data.data-dir", str(data_dir)]
             assert prepare_main(argv) == 2
             said = capsys.readouterr().err

@@ -229,6 +229,42 @@ class TestNamesOfDatasets:
         assert "18 of 18" in said
         assert sorted(os.walk(elsewhere)) == before
 
+    def test_names_of_any_bytes_are_shown_printable(self, tmp_path, capsys):
+        source = make_pictures(tmp_path / "pets")
+        for letter, name in (("a", b"=1+1"), ("b", b"\x1b[31mred\n\xff")):
+            (source / letter).rename(source / os.fsdecode(name))
+        classes = [r"\x1b[31mred\n\xff", "=1+1"]
+        (source / "=1+1" / "0.png").rename(source / "=1+1" / "\udcff\n\x1b[2J.png")
+        (source / "=1+1" / "note.\udcff\n").write_text("Hello.")
+        (source / "stray \udcff\n").write_text("Hello.")
+        dataset = open_dataset(f"folder:{source}")
+        assert dataset.label_names == classes
+        assert dataset.eval.name(1) == rf"{source}/=1+1/\xff\n\x1b[2J.png"
+        assert dataset.note.count("\n") == 0
+        other = open_dataset(f"folder:{source}", label_order=["=1+1", "\x1b[31mred\n\udcff"])
+        assert other.label_names == classes[::-1], "so of a run that kept them as they are"
+        assert [other.train.read(0).label, dataset.train.read(0).label] == [1, 0]
+        print(prepare(f"folder:{source}", tmp_path / "data", image_size=16))
+        said = capsys.readouterr().out
+        said.encode("ascii")
+        assert "\x1b" not in said
+        assert list(open_dataset("prepared_folder/pets", tmp_path / "data").label_names) == classes
+        (source / r"\x1b[31mred\n\xff").mkdir()
+        with pytest.raises(UserError, match="two classes that both show as"):
+            open_dataset(f"folder:{source}")
+
+    def test_links_that_lead_back_are_passed_over(self, tmp_path):
+        source = make_pictures(tmp_path / "pets")
+        for number in range(3):  # 3 ** 40 ways
+            (source / "a" / f"link {number}").symlink_to(source)
+        for folder in (source, source / "a"):
+            (folder / "loop").symlink_to("loop")
+        assert len(open_dataset(f"folder:{source}").train) == 19  # with the loop, as a bad picture
+        said = prepare(f"folder:{source}", tmp_path / "data", image_size=16)
+        assert "20 of 21 pictures read" in said
+        assert "loop: Too many levels of symbolic links" in said
+        assert "3 other files: it is a link to a folder, such as" in said
+
     def test_messages_are_one_line_whatever_a_name_holds(self):
         assert printable("a\nb\x1b[31m\udcff") == r"a\nb\x1b[31m\xff"
         assert printable("Zoë 猫") == "Zoë 猫"

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import glob
 import importlib
 import json
 import os
@@ -20,7 +21,7 @@ from small_nets import make_net
 from flax_alexnet.checkpoint import Checkpoints
 from flax_alexnet.config import flatten
 from flax_alexnet.data.pictures import find_pictures
-from flax_alexnet.data.sources import Record
+from flax_alexnet.data.sources import Record, open_splits
 from flax_alexnet.errors import UserError
 from flax_alexnet.feature_files import READ, FeatureFile, nearest
 from flax_alexnet.recipes import QUICKSTART
@@ -112,6 +113,41 @@ def test_arguments_are_files_folders_and_globs(photographs):
     odd = photographs.parent / "[odd].png"
     odd.write_bytes(files[0].read_bytes())
     assert found(str(odd)) == [str(odd)]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["", "/**", "/**/*", "/**/*.png", "/*", "/**/**/*.png", "/*/**"]
+)
+def test_links_that_lead_back_are_not_followed_for_ever(
+    photographs, tmp_path, monkeypatch, pattern
+):
+    folder = tmp_path / "pictures"
+    shutil.copytree(photographs, folder)
+    for inside in (folder, *folder.iterdir()):
+        for number in range(3):  # 3 ** 40 ways
+            (inside / f"a link {number}").symlink_to(folder)
+    (folder / "loop").symlink_to("loop")
+    expected = [str(path) for path in sorted(folder.glob("*/*.png"))]
+
+    def found(pattern):
+        paths = find_pictures([pattern, pattern]).paths
+        return sorted(str(path) for path in paths if path.name != "loop")
+
+    assert found(f"{folder}{pattern}") == expected
+    monkeypatch.chdir(folder)
+    relative = [path.removeprefix(f"{folder}/") for path in expected]
+    assert found(pattern.removeprefix("/") or ".") == relative
+
+
+def test_globs_name_what_they_always_did(photographs, tmp_path, monkeypatch):
+    """Without links and hidden files, as Python's own."""
+    folder = tmp_path / "a" / "[odd]"
+    shutil.copytree(photographs, folder)
+    shutil.copytree(photographs, folder / "class a" / "deeper")
+    monkeypatch.chdir(tmp_path)
+    for pattern in ("**/*.png", "a/**/0.png", "*/*/*/*.png", "**/class */**/1.png", "**/deeper/**"):
+        named = (Path(path) for path in glob.glob(pattern, recursive=True))
+        assert set(find_pictures([pattern]).paths) == {path for path in named if path.is_file()}
 
 
 def test_evaluate_counts_every_picture_once(net, weights, photographs, tmp_path, capsys):
@@ -214,6 +250,19 @@ def test_held_out_pictures_that_are_others_now_are_said(run, capsys):
     assert EVALUATE([str(run)]) == 0
     said = capsys.readouterr().err
     assert "has changed: 2 pictures were held out in training, and 1 are now" in said
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_held_out_pictures_of_the_same_number_are_compared(run, photographs, capsys, same):
+    digest = open_splits(f"folder:{photographs}").open("test").digest().content
+    config = json.loads((run / "config.json").read_text())
+    config["config"]["dataset.eval_digest"] = digest if same else digest[::-1]
+    (run / "config.json").write_text(json.dumps(config))
+    assert EVALUATE([str(run)]) == 0
+    said = capsys.readouterr().err
+    assert said.count("has changed: other pictures were held out in training than are now") == (
+        0 if same else 1
+    )
 
 
 def test_classes_are_matched_by_order_only_where_that_is_wanted(

@@ -50,7 +50,7 @@ def natural(names: Iterable[str]) -> list[str]:
 def subfolders(path: str | Path) -> list[str]:
     """Names of the folders in `path`, or links to some, hidden ones left out, in natural order."""
     with os.scandir(path) as entries:
-        return natural(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
+        return natural(e.name for e in entries if _is_folder(e) and not is_hidden(e.name))
 
 
 def split_folders(path: Path) -> dict[str, str]:
@@ -102,13 +102,21 @@ def class_folders(path: Path) -> list[str]:
     return names
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # of a link that leads back to itself
+        return False
+
+
 def _count(path: Path) -> tuple[int, int]:
     """How many folders and other files a folder holds; none, where a picture is among the files."""
     folders, files = 0, []
     with os.scandir(path) as entries:
         for entry in entries:
             if not is_hidden(entry.name):
-                if entry.is_dir():
+                if _is_folder(entry):
                     folders += 1
                 else:
                     files.append(entry.path)
@@ -134,7 +142,7 @@ def list_pictures(path: Path, label_names: Sequence[str]) -> tuple[list[File], l
     pictures: list[File] = []
     others: list[str] = []
     for label, name in sorted(enumerate(label_names), key=lambda pair: pair[1]):
-        files = _files_below(os.path.join(path, name))
+        _, files = list_below(os.path.join(path, name))
         chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
         tried = map_threads(lambda chunk: [is_picture(file) for file in chunk], chunks, READERS)
         before = len(pictures)
@@ -145,19 +153,30 @@ def list_pictures(path: Path, label_names: Sequence[str]) -> tuple[list[File], l
     return pictures, others
 
 
-def _files_below(folder: str) -> list[str]:
-    files: list[str] = []
-    folders = [folder]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
+def list_below(folder: str) -> tuple[list[str], list[str]]:
+    """The folders below a folder, itself too, and the files in them, each sorted by its parts.
+
+    Hidden ones and links to folders are passed over: a link may lead back.
+
+    Raises:
+      OSError: a folder that cannot be read.
+    """
+    folders, files = [folder], []
+    for inside in folders:  # which grows meanwhile
+        with os.scandir(inside or os.curdir) as entries:
             for entry in entries:
                 if is_hidden(entry.name):
                     continue
+                path = os.path.join(inside, entry.name)
                 if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                elif not os.path.isdir(entry.path):  # a link to a folder may lead back
-                    files.append(entry.path)
-    return sorted(files, key=lambda path: path.split(os.sep))
+                    folders.append(path)
+                elif not os.path.isdir(path):
+                    files.append(path)
+
+    def parts(path: str) -> list[str]:
+        return path.split(os.sep)
+
+    return sorted(folders, key=parts), sorted(files, key=parts)
 
 
 def describe_others(others: Sequence[str]) -> str:

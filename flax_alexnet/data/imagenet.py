@@ -15,6 +15,7 @@ from tqdm import tqdm
 from flax_alexnet.data.decode import LARGEST_FILE, DecodeError
 from flax_alexnet.data.sources import Record
 from flax_alexnet.errors import UserError
+from flax_alexnet.inputs import open_regular
 from flax_alexnet.text import printable
 
 NAME, VERSION, NAME_FEATURE = "imagenet2012", "5.1.0", "file_name"  # as TFDS has them
@@ -72,18 +73,24 @@ def open_archives(data_dir: Path) -> Iterator[dict[str, TarPictures]]:
       data_dir: the archives lie in its `downloads/manual`, where TFDS wants them.
 
     Raises:
-      UserError: an archive is not there, or damaged.
-      OSError: one cannot be read.
+      UserError: an archive is not there, cannot be read, or is damaged.
     """
     folder = data_dir / "downloads" / "manual"
-    missing = [name for name in (TRAIN, VALIDATION) if not (folder / name).is_file()]
+    missing = [name for name in (TRAIN, VALIDATION) if not (folder / name).exists()]
     if missing:
         raise UserError(
             f"{NAME} needs {' and '.join(missing)} in {folder}. You need to register on "
             "https://image-net.org/download-images to fetch what is missing"
         )
-    with (folder / TRAIN).open("rb") as train, (folder / VALIDATION).open("rb") as validation:
+    with _open(folder / TRAIN) as train, _open(folder / VALIDATION) as validation:
         yield {"train": _list_train(train), "validation": _list_validation(validation)}
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; fetch it once more") from None
 
 
 def _list_train(file: BinaryIO) -> TarPictures:

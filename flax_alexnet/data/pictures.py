@@ -1,5 +1,6 @@
 """Pictures that a trained net is used on: each has an outcome, and a bad one stops no other."""
 
+import functools
 import glob
 import os
 from collections import Counter
@@ -11,7 +12,7 @@ import numpy as np
 
 from flax_alexnet.data.ahead import map_threads
 from flax_alexnet.data.decode import DecodeError, decode
-from flax_alexnet.data.folders import is_hidden
+from flax_alexnet.data.folders import list_below
 from flax_alexnet.data.sources import (
     NO_LABEL,
     FolderSource,
@@ -19,6 +20,7 @@ from flax_alexnet.data.sources import (
     Source,
     held_out_split,
     open_splits,
+    reading,
 )
 from flax_alexnet.errors import UserError
 from flax_alexnet.preprocessing import ResizeRule
@@ -37,23 +39,29 @@ def find_pictures(arguments: Sequence[str]) -> FolderSource:
     """The files that paths, folders (with all below them) and globs name, in that order.
 
     Hidden files are passed over; any other is taken, whatever its name says, so that each has an
-    outcome. A file that is named twice is taken once.
+    outcome. A file that is named twice is taken once, and no link to a folder is followed but one
+    that is named, or is what a part of a glob other than "**" stands for: it may lead back.
 
     Raises:
-      UserError: an argument that names nothing.
+      UserError: an argument that names nothing, or a folder that cannot be read.
     """
     if not arguments:
         raise UserError("no pictures: name files, folders or globs")
-    files: dict[Path, int] = {}
+    files: dict[tuple[str, str], Path] = {}  # by where they really are
+    place = functools.cache(os.path.realpath)
     for argument in arguments:
         expanded = os.path.expanduser(argument)
         # A name may hold the signs of a glob, so what is there goes first.
-        named = [expanded] if os.path.lexists(expanded) else glob.glob(expanded, recursive=True)
-        found = [file for path in sorted(named) for file in _files(Path(path))]
+        with reading():
+            named = [expanded] if os.path.lexists(expanded) else _expand(expanded)
+            # What a link leads to, and is also there, keeps its own name.
+            named.sort(key=lambda path: (os.path.islink(path) and os.path.isdir(path), path))
+            found = [Path(file) for path in named for file in _files(path)]
         if not found:
             raise UserError(f"no pictures {argument}: expected a file, a folder or a glob")
-        files |= dict.fromkeys(found, NO_LABEL)
-    return FolderSource(list(files.items()), ())
+        for file in found:
+            files.setdefault((place(file.parent), file.name), file)
+    return FolderSource([(file, NO_LABEL) for file in files.values()], ())
 
 
 def open_for_use(
@@ -86,11 +94,25 @@ def open_for_use(
     return splits.open(chosen), splits.note()
 
 
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    below = (p.relative_to(path) for p in sorted(path.rglob("*")) if not p.is_dir())
-    return [path / p for p in below if not any(map(is_hidden, p.parts))]
+def _files(path: str) -> list[str]:
+    return list_below(path)[1] if os.path.isdir(path) else [path]
+
+
+def _expand(pattern: str) -> list[str]:
+    """What a glob names, where "**" is any number of folders, each once: it follows no link."""
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        return glob.glob(pattern)
+    first = parts.index("**")
+    head, rest = os.sep.join(parts[:first]), os.sep.join(parts[first + 1 :])
+    if not head:
+        tops = [os.sep * pattern.startswith(os.sep)]
+    else:
+        tops = [path for path in glob.glob(head) if os.path.isdir(path)]
+    if not rest:  # all below them
+        return [top or os.curdir for top in tops]
+    folders = (folder for top in tops for folder in list_below(top)[0])
+    return [path for folder in folders for path in _expand(os.path.join(glob.escape(folder), rest))]
 
 
 def read_pictures(

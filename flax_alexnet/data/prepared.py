@@ -7,6 +7,7 @@ shard that has its list is whole, and a run that is started again leaves it as i
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -95,9 +96,9 @@ def write_dataset(
     label_names = next(iter(splits.values())).label_names
     features, serialize = _format(label_names, size, name_feature)
     shards = [shard for split in splits for shard in _shards(name, split, len(splits[split]))]
-    work = folder.with_name(f"{folder.name}.incomplete")
+    work = _unfinished(folder)
     try:
-        with _alone(work):
+        with _alone(work) as need_own:
             need_new(folder)  # another process may just have made it
             _begin(work, _plan(splits, shards, size))
             results = {s.file: result for s in shards if (result := _result(work, s))}
@@ -107,6 +108,7 @@ def write_dataset(
             with tqdm(total=total, initial=done, unit=" images", disable=None) as bar:
                 for shard in shards:
                     if shard.file not in results:
+                        need_own()
                         example = _example(splits[shard.split], size, serialize)
                         results[shard.file] = _write(work, shard, _examples(example, shard), bar)
                         if bar.disable:
@@ -128,6 +130,8 @@ def write_dataset(
                 supervised_keys=("image", "label"),
                 description=f"Pictures brought to {size} × {size} by the rule of the 2012 paper.",
             )
+            need_own()
+            need_new(folder)
             _publish(work, folder)
     except OSError as error:
         reason = error.strerror or first_line(error)
@@ -141,11 +145,18 @@ def write_dataset(
 
 def need_new(folder: Path, instead: str = "--data.data-dir") -> None:
     """Raises UserError if there is a dataset in `folder`; the flags of `instead` take another."""
-    if folder.exists():
+    if os.path.lexists(folder):
+        work = _unfinished(folder)
+        if not os.path.lexists(work / DATASET):  # what a kill has left once all was done
+            shutil.rmtree(work, ignore_errors=True)
         raise UserError(
             f"{folder} is there already; remove it to prepare it once more, or take another "
             f"{instead}"
         )
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.incomplete")
 
 
 def _format(
@@ -197,8 +208,12 @@ def _plan(splits: Mapping[str, Pictures], shards: Sequence[Shard], size: int) ->
 
 
 @contextlib.contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes out of it; when one dies, it lets go."""
+def _alone(work: Path) -> Iterator[Callable[[], None]]:
+    """Makes the folder and keeps other processes out of it; when one dies, it lets go.
+
+    Gives a function that raises OSError where the folder is not the one that it was: another
+    process may be at work in one of the same name.
+    """
     work.mkdir(parents=True, exist_ok=True)
     # What a link of that name points to is not ours, and nothing of it is cut off.
     descriptor = os.open(work / LOCK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -207,7 +222,12 @@ def _alone(work: Path) -> Iterator[None]:
             lock(file.fileno(), work / LOCK)
         except BlockingIOError:
             raise UserError(f"another process is at work in {work}; wait until it ends") from None
-        yield
+
+        def need_own() -> None:
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(work / LOCK)):
+                raise OSError(errno.ESTALE, "it was moved or removed, and made once more")
+
+        yield need_own
 
 
 def _begin(work: Path, plan: str) -> None:
@@ -218,11 +238,12 @@ def _begin(work: Path, plan: str) -> None:
         path.unlink()
     if not path.exists():
         for left in work.iterdir():
-            if left.name == DATASET:
+            if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
             elif left.name != LOCK:
                 left.unlink()
-        path.write_text(plan)
+        with replacing(path) as partial:
+            partial.write_text(plan)
     (work / DATASET).mkdir(exist_ok=True)
 
 

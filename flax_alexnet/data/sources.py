@@ -5,9 +5,11 @@ and label names.
 """
 
 import contextlib
-import json
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -18,6 +20,13 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from flax_alexnet.data import shapes
 from flax_alexnet.data.decode import read_file
+from flax_alexnet.data.descriptions import (
+    check_description,
+    damaged,
+    read_label_names,
+    shards_of,
+)
+from flax_alexnet.data.digests import Digest, digest_files, join
 from flax_alexnet.data.folders import (
     File,
     class_folders,
@@ -28,16 +37,20 @@ from flax_alexnet.data.folders import (
     subfolders,
 )
 from flax_alexnet.errors import UserError, first_line, unknown
+from flax_alexnet.outputs import alone
 from flax_alexnet.text import printable
 from flax_alexnet.user_folders import home
 
 FOLDER = "folder:"
 NO_LABEL = -1  # of a picture whose right class nobody said
 PREPARED_FOLDER = "prepared_folder"  # what TFDS calls folders once they are prepared
-# The entries of `features.json` whose values are imported.
-CLASS_KEYS = frozenset({"pythonClassName", "python_class_name", "type"})
+POLL = 0.2  # seconds between two looks at what another process does
+END_OF_PICTURE = 2**12  # bytes at either end of a file that are compared
+END_OF_SHARD = 2**16  # the last ones say where each of its records lies
 # What TFDS raises for a prepared dataset whose description is damaged.
 UNREADABLE = (ParseError, tfds.core.dataset_info.DatasetInfoFileError)
+# What else it stumbles over in one that is JSON, but is not what it expects.
+MISREAD = (AssertionError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
 class Record(NamedTuple):
@@ -78,6 +91,10 @@ class Source(Pictures, Protocol):
 
     def stamp(self, index: int, /) -> tuple[int, int]:
         """The bytes of the picture's own file and when it was changed, in ns; 0, 0 of none."""
+        ...
+
+    def digest(self) -> Digest:
+        """Over all pictures: another one says that some have changed, or cannot be read now."""
         ...
 
 
@@ -197,18 +214,46 @@ def open_splits(
         return FolderSplits(folder_of(name), label_order)
     data_dir = data_dir or default_data_dir()
     if name == shapes.NAME:
+        check_descriptions(name, data_dir)
         try:
-            shapes.builder(data_dir).download_and_prepare()
+            prepare_with_tfds(lambda: shapes.builder(data_dir))
         except OSError as error:
-            # Of several processes that prepare it at the same time the first one has its way.
-            if not shapes.builder(data_dir).is_prepared():
-                raise UserError(
-                    f"cannot prepare {name!r} in {data_dir} ({first_line(error)}); take another "
-                    "--data.data-dir"
-                ) from None
+            raise UserError(
+                f"cannot prepare {name!r} in {data_dir} ({first_line(error)}); take another "
+                "--data.data-dir"
+            ) from None
         except (AssertionError, *UNREADABLE) as error:
             raise damaged(data_dir / name, error) from None
     return TfdsSplits(_open_builder(name, data_dir), image_key, label_key)
+
+
+def prepare_with_tfds(
+    make: Callable[[], tfds.core.DatasetBuilder],
+) -> tfds.core.DatasetBuilder:
+    """Prepares what a builder of TFDS makes: one process does, and the others wait for it.
+
+    Args:
+      make: gives the builder, anew where another process has prepared the dataset.
+
+    Returns:
+      The builder of the dataset, which is prepared.
+    """
+    said = False
+    while not (builder := make()).is_prepared():
+        folder = Path(builder.data_path)
+        try:
+            with alone(folder):
+                # A process that was killed leaves them.
+                for left in folder.parent.glob(f"incomplete.*_{folder.name}"):
+                    shutil.rmtree(left)
+                if not (builder := make()).is_prepared():
+                    builder.download_and_prepare()
+        except UserError:  # there is another process
+            if not said:
+                print(f"another process prepares {folder}; this one waits for it", flush=True)
+            said = True
+            time.sleep(POLL)
+    return builder
 
 
 def place_of(name: str, data_dir: Path | None = None) -> Path:
@@ -268,16 +313,18 @@ class TfdsSource:
         name, info = builder.name, builder.info
         self._image, self._label = image_key, label_key
         self._split, self._folder = split, Path(builder.data_path)
-        self.label_names: Sequence[str] = info.features[label_key].names
+        classes = info.features[label_key].num_classes
+        self.label_names: Sequence[str] = read_label_names(self._folder, label_key, classes)
         try:
             length = info.splits[split].num_examples
         except (ValueError, KeyError) as error:
             raise UserError(
                 f"dataset {name!r} has no split {split!r}: {first_line(error)}"
             ) from None
-        if length <= 0:
-            raise UserError(f"split {split!r} of dataset {name!r} is empty; choose another")
         try:
+            self._files = shards_of(self._folder, info.splits, split)
+            if length <= 0:
+                raise UserError(f"split {split!r} of dataset {name!r} is empty; choose another")
             self._data = builder.as_data_source(
                 split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
             )
@@ -303,6 +350,11 @@ class TfdsSource:
         """Nothing, since many pictures share a file."""
         del index
         return 0, 0
+
+    def digest(self) -> Digest:
+        """Over its files; their times count for nothing."""
+        digest = digest_files([(path.name, path) for path in self._files], END_OF_SHARD)
+        return digest._replace(times="")
 
     def read(self, index: int) -> Record:
         """The record at `index`; UserError where its file is missing, cut off, or damaged."""
@@ -350,6 +402,12 @@ class FolderSource:
             return 0, 0
         return status.st_size, status.st_mtime_ns
 
+    def digest(self) -> Digest:
+        """Over its files, by their places below the folder that all are in."""
+        paths = [os.fspath(path) for path, _ in self.files]
+        top = len(os.path.commonpath(paths))
+        return digest_files([(path[top:], path) for path in paths], END_OF_PICTURE)
+
     def read(self, index: int) -> Record:
         """The record at `index`; DecodeError says why its file cannot be read."""
         path, label = self.files[index]
@@ -375,7 +433,7 @@ class FolderSplits:
     def __init__(self, path: Path, label_order: Sequence[str] = ()):
         self.path, self._label_order = path, label_order
         self._listed: dict[Path, tuple[list[File], list[str]]] = {}
-        with _reading():
+        with reading():
             if not path.is_dir():
                 raise UserError(
                     f"no folder {path}: --data.name folder:PATH needs one with a folder per class"
@@ -403,7 +461,7 @@ class FolderSplits:
             raise UserError(
                 f"{self.path} has no split {split!r}: choose {', '.join(self.names)} or all"
             )
-        with _reading():
+        with reading():
             if self._whole is None:
                 return self._source(self._folders[name])
             whole = self._source(self._whole)
@@ -425,11 +483,15 @@ class FolderSplits:
                 "folders for them, or move one of both elsewhere"
             )
         names = class_folders(folder)
-        if sorted(names) == sorted(self._label_order):
-            names = list(self._label_order)
+        shown = [printable(name) for name in names]
+        if (twice := Counter(shown).most_common(1)[0])[1] > 1:
+            raise UserError(f"{folder} has two classes that both show as {twice[0]}; rename one")
+        order = [printable(name) for name in self._label_order]
+        if sorted(shown) == sorted(order):
+            names, shown = [names[shown.index(name)] for name in order], order
         if folder not in self._listed:
             self._listed[folder] = list_pictures(folder, names)
-        return FolderSource(self._listed[folder][0], names)
+        return FolderSource(self._listed[folder][0], shown)
 
     @property
     def pictures(self) -> list[str]:
@@ -443,12 +505,15 @@ class FolderSplits:
 
     def note(self) -> str:
         """How many these others are; and folders called as splits that have no class folders."""
-        lines = [f"{folder} has no class folders and is not used" for folder in self._unused]
+        lines = [
+            f"{printable(str(folder))} has no class folders and is not used"
+            for folder in self._unused
+        ]
         return "\n".join([*lines, *filter(None, [describe_others(self.others)])])
 
 
 @contextlib.contextmanager
-def _reading() -> Iterator[None]:
+def reading() -> Iterator[None]:
     """Says in a line which folder cannot be read."""
     try:
         yield
@@ -491,6 +556,10 @@ class Joined:
         source, index = self._find(index)
         return source.stamp(index)
 
+    def digest(self) -> Digest:
+        """Over those of its parts."""
+        return join([part.digest() for part in self._parts])
+
     def read(self, index: int) -> Record:
         """The record at `index`, as its part gives it."""
         source, index = self._find(index)
@@ -516,23 +585,13 @@ def need_known(name: str, data_dir: Path) -> None:
         raise UserError(f"{said} (or folder:PATH, or a name of TFDS)")
 
 
-def damaged(folder: Path, error: Exception) -> UserError:
-    """What to say where a prepared dataset cannot be read."""
-    return UserError(
-        f"the dataset in {folder} is damaged ({first_line(error)}): remove that folder and "
-        "prepare it once more"
-    )
-
-
 def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     """The newest version of `name` on the disk, read without the code that prepared it."""
-    for prepared, folder in _prepared(data_dir).items():
-        if _base(prepared) == _base(name):
-            _need_features_of_tfds(folder)
+    check_descriptions(name, data_dir)
     try:
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=str(data_dir))
     # None of that name; or one that cannot be read; or no name at all.
-    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, *UNREADABLE) as error:
+    except (tfds.core.DatasetNotFoundError, *MISREAD, *UNREADABLE) as error:
         reason = error
     others = []
     for prepared, folder in _prepared(data_dir).items():
@@ -548,26 +607,19 @@ def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     )
 
 
-def _need_features_of_tfds(folder: Path) -> None:
-    """Raises UserError where a dataset names classes that are not TFDS's.
+def check_descriptions(name: str, data_dir: Path) -> None:
+    """Makes sure that TFDS can read what describes the dataset `name`, as far as it is prepared.
 
-    TFDS imports the classes that `features.json` names, and what is imported is run.
+    Raises:
+      UserError: it cannot, in any version, since TFDS looks at all of them.
     """
-    named: list[str] = []
-
-    def note(pairs: list[tuple[str, object]]) -> None:
-        named.extend(str(value) for key, value in pairs if key in CLASS_KEYS)
-
-    try:
-        json.loads((folder / "features.json").read_text(), object_pairs_hook=note)
-    except (OSError, ValueError, RecursionError):
-        return  # TFDS says it
-    for value in named:
-        if not value.startswith(("tensorflow_datasets.", "tfds.")):
-            raise UserError(
-                f"the dataset in {folder} would run {printable(value)}, which is not of TFDS: "
-                "prepare it once more from its source"
-            )
+    # There it finds the version that is meant where none is named.
+    default = data_dir / _base(name) / ".config"
+    others = [
+        folder for other, folder in _prepared(data_dir).items() if _base(other) == _base(name)
+    ]
+    for folder in [*others, *([default] if default.is_dir() else [])]:
+        check_description(folder)
 
 
 def _prepared(data_dir: Path) -> dict[str, Path]:
