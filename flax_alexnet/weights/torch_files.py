@@ -24,7 +24,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from flax_alexnet.errors import UserError, first_line
