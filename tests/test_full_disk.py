@@ -23,7 +23,7 @@ DRIVER = """
 import contextlib, errno, os, shutil, subprocess, sys, threading, time
 from pathlib import Path
 from flax_alexnet import reporting, train
-from flax_alexnet.errors import leave
+from flax_alexnet.process import leave
 
 where, *flags = sys.argv[1:]
 usual, small = Path(where) / "usual", Path(where) / "small"
