@@ -1,9 +1,20 @@
 """The AlexNet of JAX. Public names load on first use, so that importing the package is cheap."""
 
-import importlib
+import os
+import signal
 import sys
-import types
-from typing import TYPE_CHECKING, Any
+
+# `python -m flax_alexnet.NAME` imports the package first, with "-m" for its name. JAX and others
+# lose a Ctrl-C that comes while they are imported, so until the command begins it ends the process.
+_IS_COMMAND = os.path.basename(sys.argv[0] if sys.argv else "") == "flax-alexnet" or (
+    sys.argv[:1] == ["-m"] and any("flax_alexnet" in word for word in sys.orig_argv)
+)
+if _IS_COMMAND and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import importlib  # noqa: E402
+import types  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -73,7 +84,5 @@ class _Package(types.ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 
-# `python -m flax_alexnet.NAME` imports the package first, with "-m" for its name. JAX and others
-# lose a Ctrl-C that comes while they are imported, so until the command begins it ends the process.
-if sys.argv[:1] == ["-m"] and any("flax_alexnet" in word for word in sys.orig_argv):
-    importlib.import_module("flax_alexnet.process").end_on_signals()
+if _IS_COMMAND:
+    importlib.import_module("flax_alexnet.process").begin()

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from flax_alexnet.errors import UserError, exit_code, unknown
-from flax_alexnet.process import end_on_signals, leave
+from flax_alexnet.process import begin, leave
 
 COMMANDS = {
     "train": "train a net, or go on with a training",
@@ -24,7 +24,7 @@ COMMANDS = {
 
 def console() -> None:
     """The console script."""
-    end_on_signals()
+    begin()
     leave(find(sys.argv[1:]), training=sys.argv[1:2] == ["train"])
 
 

@@ -3,13 +3,14 @@
 import contextlib
 import io
 import os
+import select
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
-from flax_alexnet.errors import END_SIGNALS, INTERRUPTED, Terminated
+from flax_alexnet.errors import END_SIGNALS, INTERRUPTED, Terminated, exit_code
 
 PATIENCE = 10.0  # seconds for tidying up after a signal
 
@@ -25,7 +26,9 @@ class _Output(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            return super().write(data)
+            while (written := super().write(data)) is None:  # it does not block, and is not ready
+                select.select([], [self], [])
+            return written
         except OSError as error:
             if not isinstance(error, BrokenPipeError):
                 self.failure = self.failure or error
@@ -51,11 +54,16 @@ def leave(main: Callable[[], int], *, training: bool = False) -> NoReturn:
       training: whether a signal ends the process at once, since a run has its own way of ending
         tidily from the first step on, and lost output is no failure, since it is only a log.
     """
+    begin()
     outputs = _take_output()
-    for number in END_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
-            signal.signal(number, _end if training else _end_tidily)
-    code = main()
+    heard = [number for number in END_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    for number in heard:  # `nohup` has one ignored
+        signal.signal(number, _end if training else _end_tidily)
+    _watch(heard, 0.0 if training else PATIENCE)
+    try:
+        code = main()
+    except KeyboardInterrupt as error:  # which has come outside of where `main` looks
+        code = exit_code(error)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -68,6 +76,20 @@ def leave(main: Callable[[], int], *, training: bool = False) -> NoReturn:
     if code >= INTERRUPTED or not (jax and jax.distributed.is_initialized()):
         os._exit(code)
     sys.exit(code)
+
+
+def begin() -> None:
+    """Prepares the process of a command for its imports, before `leave` has them behind it.
+
+    Standard streams that are closed lead nowhere: else the next file that is opened would get the
+    number of one, and what is printed there. A signal ends the process at once.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the least number that is free, which is this
+    end_on_signals()
 
 
 def end_on_signals() -> None:
@@ -86,11 +108,33 @@ def _end_tidily(number: int, frame: Any) -> NoReturn:
     """Ends the command so that what it was writing is removed."""
     del frame
     end_on_signals()  # the next one ends it at once
-    # Some libraries lose what is raised within them.
-    timer = threading.Timer(PATIENCE, os._exit, [128 + number])
-    timer.daemon = True
-    timer.start()
     raise Terminated(number)
+
+
+def _watch(heard: Collection[int], patience: float) -> None:
+    """Ends the process so many seconds after one of the signals `heard`, if nothing else has.
+
+    Python handles a signal between two of its instructions, of which one may take minutes, such as
+    waiting for other processes, and some libraries lose what is raised within them. A thread is
+    told of each signal at once; the second one ends its waiting.
+    """
+
+    def told() -> int:
+        while (number := os.read(reader, 1)[0]) not in heard:
+            pass
+        return number
+
+    def watch() -> None:
+        number = told()
+        timer = threading.Timer(patience, os._exit, [128 + number])
+        timer.daemon = True
+        timer.start()
+        os._exit(128 + told())
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, name="ending", daemon=True).start()
 
 
 def _take_output() -> list[_Output]:
@@ -98,18 +142,13 @@ def _take_output() -> list[_Output]:
     found = []
     for number, name in ((1, "stdout"), (2, "stderr")):
         before = getattr(sys, name)
-        if before is None:
-            # Else the next file that is opened would get the number, and what others print there.
-            descriptor = os.open(os.devnull, os.O_WRONLY)
-            if descriptor != number:
-                os.dup2(descriptor, number)
-                os.close(descriptor)
         raw = _Output(number, "w", closefd=False)
         stream = io.TextIOWrapper(
             io.BufferedWriter(raw),
             encoding=before.encoding if before else "utf-8",
             errors="backslashreplace",
             line_buffering=number == 2 or raw.isatty(),
+            write_through=bool(before and before.write_through),  # as `python -u` has it
         )
         setattr(sys, name, stream)
         found.append(raw)
