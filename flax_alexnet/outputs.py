@@ -5,13 +5,13 @@ import errno
 import fcntl
 import os
 import shutil
-import signal
 import stat
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from flax_alexnet.errors import END_SIGNALS, UserError, first_line
+from flax_alexnet.errors import UserError, first_line
 
 LOCK = "lock"
 
@@ -154,19 +154,20 @@ def new_files(
         with _failures_said(path, *failures):
             yield folders[path] / path.name
 
+    def publish() -> None:
+        for path, folder in folders.items():
+            if os.path.lexists(folder / path.name):
+                with _failures_said(path):
+                    _publish(folder, path)
+
     with contextlib.ExitStack() as held:
         for path in chosen:
             with _failures_said(path):
                 folders[path] = held.enter_context(alone(path))
         yield write
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)  # all of them or none
-        try:
-            for path, folder in folders.items():
-                if os.path.lexists(folder / path.name):
-                    with _failures_said(path):
-                        _publish(folder, path)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # In a thread, which a signal does not interrupt: all get their names, or none.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(publish).result()
 
 
 def _partial(path: Path) -> Path:

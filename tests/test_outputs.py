@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -94,6 +96,8 @@ def test_links_are_never_written_through(tmp_path):
 
 HOLD = """
 import sys
+import time
+from pathlib import Path
 from pathlib import Path
 from flax_alexnet.outputs import replacing
 with replacing(Path("x.csv")) as partial:
@@ -177,6 +181,28 @@ def test_several_files_get_their_names_together(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.csv", "b.png"]
 
 
+def write_all(write, files):
+    for file in files:
+        with write(file) as path:
+            path.write_text("whole")
+
+
+def test_a_signal_while_names_are_given_leaves_all_or_none(tmp_path, monkeypatch):
+    files = [tmp_path / "a.csv", tmp_path / "b.png"]
+    usual = Path.replace
+
+    def interrupted(self, target):
+        if target == files[0]:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+        return usual(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), new_files(files) as write:
+        write_all(write, files)
+    assert sorted(os.listdir(tmp_path)) == ["a.csv", "b.png"]
+
+
 KILLED = """
 import os
 from pathlib import Path
@@ -197,9 +223,7 @@ def test_a_command_that_is_killed_between_two_names_can_be_started_again(tmp_pat
     assert not (tmp_path / "b.png").exists()
     files = [tmp_path / "a.csv", tmp_path / "b.png"]
     with new_files(files) as write:
-        for file in files:
-            with write(file) as path:
-                path.write_text("whole")
+        write_all(write, files)
     assert [file.read_text() for file in files] == ["whole", "whole"]
     assert sorted(os.listdir(tmp_path)) == ["a.csv", "b.png"]
 
