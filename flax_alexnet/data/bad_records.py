@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flax_alexnet.data.sources import NO_LABEL, Dataset
 from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.inputs import LARGEST_TEXT, read_bytes
 
 MOST_OF_CLASS = 0.1  # of a folder's: there are such pictures wherever people gather some
 MOST_OF_PREPARED = 0.001  # which was whole when it was prepared
@@ -144,7 +145,7 @@ class BadRecords:
         """Writes the lines that wait, but for those that an earlier start wrote."""
         cut = False  # whether a kill or a full disk cut the last line off
         if self._written is None:
-            there = self.path.read_bytes() if self.path.exists() else b""
+            there = read_bytes(self.path, LARGEST_TEXT) if self.path.exists() else b""
             self._written = set(there.splitlines())
             cut = bool(there) and not there.endswith(b"\n")
         lines = [line + b"\n" for line in self._waiting if line not in self._written]

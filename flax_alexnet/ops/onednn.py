@@ -29,6 +29,8 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from flax_alexnet.errors import UserError
+from flax_alexnet.inputs import read_json
 from flax_alexnet.outputs import replacing
 from flax_alexnet.user_folders import cache_folder
 
@@ -57,12 +59,13 @@ def _passed() -> bool:
     known = folder / f"onednn-{_circumstances()}.json" if folder else None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged
         if known:
-            return bool(json.loads(known.read_text())["passed"])
+            return bool(read_json(known)["passed"])
     passed = probe()
     if passed is None:
         print("oneDNN could not be tried in a process of its own; XLA is used", file=sys.stderr)
     elif known:
-        with contextlib.suppress(OSError), replacing(known) as partial:  # else the next one asks
+        # Where it cannot be written, or another process does so just now, the next one asks again.
+        with contextlib.suppress(OSError, UserError), replacing(known) as partial:
             partial.write_text(json.dumps({"passed": passed}) + "\n")
     return bool(passed)
 
