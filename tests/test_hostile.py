@@ -167,11 +167,15 @@ def overlapping_exif(count):
 
 
 def lossless_jpeg(width, height):
-    """Grey, each value as the one before: a bit each. It cannot be decoded smaller."""
-    frame = struct.pack(">2sHBHHB3s", b"\xff\xc3", 11, 8, height, width, 1, b"\1\x11\0")
+    """Medium grey, each value as the one before: a bit each. It cannot be decoded smaller.
+
+    libjpeg-turbo ends the process when it is asked to.
+    """
+    channels = b"".join(b"%c\x11\0" % channel for channel in (1, 2, 3))
+    frame = struct.pack(">2sHBHHB9s", b"\xff\xc3", 17, 8, height, width, 3, channels)
     code = b"\xff\xc4\0\x14\0" + bytes([1] + [0] * 15) + b"\0"
-    scan = b"\xff\xda\0\x08\1\1\0\1\0\0"
-    return b"\xff\xd8" + frame + code + scan + bytes(width * height // 8) + b"\xff\xd9"
+    scan = b"\xff\xda\0\x0c\3\1\0\2\0\3\0\1\0\0"
+    return b"\xff\xd8" + frame + code + scan + bytes(3 * width * height // 8) + b"\xff\xd9"
 
 
 def segment(kind, body):
@@ -468,6 +472,7 @@ CORPUS = {
         },
         None,
     ),
+    "lossless JPEG": (one("jpg", lossless_jpeg, SIDE, SIDE), MEDIUM),
     "lossless JPEG of 5008 × 4000, and an arithmetic one": (
         lambda: {
             "a.jpg": lossless_jpeg(5008, 4000),
