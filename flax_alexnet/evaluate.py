@@ -18,7 +18,7 @@ from flax_alexnet.data.pictures import Picture, open_for_use, read_pictures, sum
 from flax_alexnet.data.sources import FOLDER, Source, place_of
 from flax_alexnet.errors import UserError, exit_code
 from flax_alexnet.flags import NO_DATASET, UseDataConfig, need_batch, parse
-from flax_alexnet.inference import infer, log_probabilities
+from flax_alexnet.inference import infer, log_probabilities, need_numbers
 from flax_alexnet.inputs import read_json
 from flax_alexnet.outputs import Write, new_files
 from flax_alexnet.plots import plot_confusion
@@ -278,10 +278,7 @@ def evaluate(
             continue
         if not 0 <= picture.label < len(labels):
             raise UserError(f"picture {picture.name} has no label; take a split with labels")
-        if np.isnan(row).any():
-            raise UserError(
-                f"the net gives what is not a number for {picture.name}; see its values"
-            )
+        need_numbers(row, picture.name)
         evaluation.add(int(labels[picture.label]), row)
     return evaluation
 

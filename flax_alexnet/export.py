@@ -21,6 +21,7 @@ import tyro
 from flax_alexnet.activations import features
 from flax_alexnet.errors import UserError, exit_code, first_line, unknown
 from flax_alexnet.flags import parse
+from flax_alexnet.inference import need_numbers
 from flax_alexnet.inputs import read_bytes
 from flax_alexnet.outputs import new_files, writing
 from flax_alexnet.process import leave
@@ -82,7 +83,8 @@ def export(
       layer: the activation that the program gives.
 
     Raises:
-      UserError: an unknown format, ending or layer; a trunk that does not reach that far; a path
+      UserError: an unknown format, ending or layer; a trunk that does not reach that far; a net
+        that gives what is not a number; a path
         that cannot be written to; or the packages of the format are not installed.
     """
     path = Path(path).expanduser()
@@ -107,6 +109,7 @@ def _export(net: Pretrained, path: Path, partial: Path, kind: str | None, layer:
         with jax.default_device(_cpu()):
             program = write(net, layer, partial)
             ours = np.asarray(jax.jit(_forward(net, layer))(net.params, images))
+            need_numbers(ours, "random pictures")
             if program is None:
                 check = "not checked, since onnxruntime is not installed"
             else:

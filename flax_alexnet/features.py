@@ -28,7 +28,7 @@ from flax_alexnet.data.sources import NO_LABEL, FolderSource, Source
 from flax_alexnet.errors import UserError, exit_code
 from flax_alexnet.feature_files import READ, SUFFIXES, UNREADABLE, FeatureFile, nearest
 from flax_alexnet.flags import NO_DATASET, UseDataConfig, need, need_batch, need_png, parse
-from flax_alexnet.inference import infer, on_devices
+from flax_alexnet.inference import infer, need_numbers, on_devices
 from flax_alexnet.model import AlexNet
 from flax_alexnet.outputs import check_not_read, need_room, new_files
 from flax_alexnet.plots import plot_neighbours
@@ -112,6 +112,7 @@ def run(config: FeaturesConfig) -> None:
         if config.nearest:
             queries = choose_queries(source, file, named)
             rows, distances = nearest(file, layers[-1], queries, config.neighbours, config.distance)
+            need_numbers(distances, "the neighbours of pictures")
             with write(config.nearest) as path:
                 draw_nearest(net, source, queries, rows, distances, path)
     if config.nearest:
@@ -142,7 +143,8 @@ def extract(
 ) -> int:
     """Writes the features of all pictures that `file` does not have yet, a batch at a time.
 
-    Pictures that could not be read, and those whose files have changed since, are tried again.
+    Pictures that could not be read, and those whose files have changed since, are tried again. A
+    net may give what is not finite, of which a line warns.
 
     Returns:
       How many were there before.
@@ -164,6 +166,7 @@ def extract(
     before = len(source) - len(todo)
     bar = tqdm(results, total=len(source), initial=before, unit="picture", disable=None)
     results = iter(bar)
+    odd: list[str] = []
     for start in range(0, len(todo), batch_size):
         rows = todo[start : start + batch_size]
         batch = list(itertools.islice(results, len(rows)))
@@ -178,11 +181,22 @@ def extract(
             )
             for layer in layers
         }
+        odd += [
+            picture.name
+            for picture, row in batch
+            if row is not None and not all(np.isfinite(row[layer]).all() for layer in layers)
+        ]
         columns["label"] = [picture.label for picture, _ in batch]
         columns["problem"] = [picture.problem.encode() for picture, _ in batch]
         columns["size"], columns["changed"] = stamps[rows].T
         status = np.array([UNREADABLE if row is None else READ for _, row in batch], np.uint8)
         file.write(rows, columns, status)
+    if odd:  # their rows say that they were read, and not that they could not
+        print(
+            f"warning: the net gives what is not a finite number for {len(odd):,} pictures (the "
+            f"first: {odd[0]}): its weights are too large or damaged",
+            file=sys.stderr,
+        )
     return before
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from flax_alexnet.data.ahead import ahead
 from flax_alexnet.data.pictures import Picture
+from flax_alexnet.errors import UserError
 from flax_alexnet.model import AlexNet
 from flax_alexnet.sharding import make_layout
 from flax_alexnet.weights.pretrained import Pretrained
@@ -65,6 +66,20 @@ def _rows(results: Any, count: int) -> list[Any]:
         return []
     results = jax.tree.map(np.asarray, results)
     return [jax.tree.map(lambda values, row=row: values[row], results) for row in range(count)]
+
+
+def need_numbers(values: Any, what: str) -> None:
+    """Raises UserError where a net gives NaN or ∞, as one of huge or damaged weights does.
+
+    Args:
+      values: an array, such as log-probabilities; −∞ is that of 0.
+      what: they are of, such as the name of a picture.
+    """
+    if not np.all(values < np.inf):
+        raise UserError(
+            f"the net gives what is not a number for {what}: its weights are too large or damaged; "
+            "take another net"
+        )
 
 
 def on_devices(

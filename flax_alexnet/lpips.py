@@ -13,6 +13,7 @@ from flax_alexnet.data.decode import DecodeError, decode_whole, read_file
 from flax_alexnet.data.pictures import find_pictures, summarize
 from flax_alexnet.errors import UserError, exit_code
 from flax_alexnet.flags import need, need_png, parse
+from flax_alexnet.inference import need_numbers
 from flax_alexnet.outputs import new_files
 from flax_alexnet.perceptual import lpips, signed
 from flax_alexnet.plots import plot_distance
@@ -80,6 +81,7 @@ def run(config: LpipsConfig) -> None:
                     )
                 images = signed(a[None]), signed(b[None])
                 value = float(distance(net.params, net.lpips_heads, *images)[0])
+                need_numbers(value, "these pictures")
             except (DecodeError, UserError) as error:
                 problems.append((name, str(error)))
                 rows.append((name, str(error)))

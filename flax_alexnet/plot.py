@@ -17,6 +17,7 @@ from flax_alexnet.architectures import activation_names, architecture
 from flax_alexnet.augment import center_crop
 from flax_alexnet.errors import UserError, exit_code, unknown
 from flax_alexnet.flags import parse
+from flax_alexnet.inference import need_numbers
 from flax_alexnet.outputs import new_files
 from flax_alexnet.plots import plot_activations, plot_grad_cam, plot_kernels
 from flax_alexnet.process import leave
@@ -98,6 +99,8 @@ def draw_activations(net: Pretrained, image: jax.Array, layers: Sequence[str], p
     """Draws what each of `layers` makes of uint8[image_size, image_size, 3]."""
     found = of_layers(net.model, net.params, net.preprocess(image[None]), tuple(layers))
     activations = {layer: np.asarray(found[layer][0], np.float32) for layer in layers}
+    for layer, values in activations.items():
+        need_numbers(values, f"{layer} of a picture")
     plot_activations(_crop(net, image), activations, path)
 
 
@@ -106,6 +109,7 @@ def draw_grad_cam(net: Pretrained, image: jax.Array, labels: Sequence[int], path
     seen = net.preprocess(image[None])
     logits = of_layers(net.model, net.params, seen, ("logits",))["logits"][0]
     probabilities = np.asarray(jax.nn.softmax(logits.astype(jnp.float32)))
+    need_numbers(probabilities, "a picture")
     chosen = np.array(labels or np.argsort(-probabilities, kind="stable")[:5], np.int32)
     images = jnp.broadcast_to(seen, (len(chosen), *seen.shape[1:]))
     maps = np.asarray(maps_of_classes(net.model, net.params, images, chosen))

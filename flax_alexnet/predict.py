@@ -14,7 +14,7 @@ from flax_alexnet.data.pictures import Picture, find_pictures, read_pictures, su
 from flax_alexnet.data.sources import Source
 from flax_alexnet.errors import UserError, exit_code
 from flax_alexnet.flags import need, need_batch, need_png, parse
-from flax_alexnet.inference import infer, log_probabilities
+from flax_alexnet.inference import infer, log_probabilities, need_numbers
 from flax_alexnet.outputs import new_files
 from flax_alexnet.plots import plot_predictions
 from flax_alexnet.process import leave
@@ -82,7 +82,8 @@ def predict(config: PredictConfig) -> None:
     """Prints, writes and draws what `config` asks for.
 
     Raises:
-      UserError: weights or pictures that are not there, or not one picture that could be read.
+      UserError: weights or pictures that are not there, or not one picture that could be
+        read, or a net that gives what is not a number.
     """
     source = find_pictures(config.pictures)
     net = load(config.weights)
@@ -121,11 +122,17 @@ def predict(config: PredictConfig) -> None:
 def predictions(
     net: Pretrained, source: Source, crops: int = 1, batch_size: int = 32
 ) -> Iterator[Prediction]:
-    """Every picture of a source, in order, with the probabilities of its classes."""
+    """Every picture of a source, in order, with the probabilities of its classes.
+
+    Raises:
+      UserError: the net gives what is not a number.
+    """
     rule = net.preprocessing
     pictures = read_pictures(source, rule.image_size, rule.resize)
     batch_size = min(batch_size, len(source))
     for picture, row in infer(log_probabilities(net, crops), pictures, batch_size):
+        if row is not None:
+            need_numbers(row, picture.name)
         yield Prediction(picture, None if row is None else np.exp(row))
 
 

@@ -32,7 +32,7 @@ def read_table(file: TextIO) -> Iterator[list[str]]:
 
 def markdown(text: str) -> str:
     """The text in one line that Markdown, and HTML within it, show as it is."""
-    return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|&~$])", r"\\\1", printable(text))
+    return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|&~$:@])", r"\\\1", printable(text))
 
 
 def _harmless(cell: Any) -> Any:

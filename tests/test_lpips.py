@@ -46,6 +46,20 @@ def opened(path):
         return jnp.asarray(np.asarray(image.convert("RGB"))[None] / np.float32(127.5) - 1)
 
 
+def test_a_net_of_huge_weights_gives_no_distance(trunk, full, tmp_path, capsys):
+    _, _, pictures = trunk
+    net = native.read(full)
+    net.params["conv1"]["kernel"] *= np.float32(1e38)
+    native.save(net, tmp_path / "huge.safetensors")
+    files = [str(pictures[name]) for name in ("ref", "p0")]
+    table = tmp_path / "distances.csv"
+    assert main([str(tmp_path / "huge.safetensors"), *files, "--output", str(table)]) == 2
+    said = capsys.readouterr()
+    assert said.err == "error: no pair of pictures could be compared\n"
+    assert "the net gives what is not a number for these pictures" in said.out
+    assert "the net gives what is not a number" in table.read_text()
+
+
 @pytest.mark.parametrize(("other", "expected"), [("p0", 0.72188), ("p1", 0.13757)])
 def test_the_example_pictures(trunk, other, expected):
     """The values are those that PyTorch gives: see tests/parity/test_torch_lpips.py."""

@@ -1,13 +1,17 @@
 """Files and names from others: what they may decide, and what is said of what does not fit."""
 
+import csv
 import dataclasses
+import importlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from small_nets import make_net
 
 from flax_alexnet.config import FREE_TO_CHANGE, flatten, misfit
 from flax_alexnet.data.sources import open_dataset
@@ -16,7 +20,8 @@ from flax_alexnet.preflight import recorded_parts
 from flax_alexnet.prepare import prepare
 from flax_alexnet.recipes import QUICKSTART, RECIPES
 from flax_alexnet.reporting import Clock, RunLog
-from flax_alexnet.text import printable
+from flax_alexnet.text import printable, read_table
+from flax_alexnet.weights import native
 from flax_alexnet.weights.reading import load
 from flax_alexnet.workdir import FILES, claim, locked, record
 
@@ -164,6 +169,135 @@ class TestWorkingDirectories:
         with pytest.raises(UserError, match="cannot write to"):
             claim(tmp_path / "link", CONFIG)
         assert (tmp_path / "file").read_text() == "mine"
+
+
+# What a weight file may call its classes, and itself.
+LABELS = (
+    "\x1b[2J\x1b[31mHACKED\x1b[0m",
+    '=HYPERLINK("http://evil","x")',
+    "+1+1",
+    "-2+3",
+    "@SUM(1)",
+    'a,b"c',
+    "line\nbreak",
+    "\t=1",
+    "<script>alert(1)</script>",
+    "\u202ertl\u2028x\0",
+    "\ud800",
+    "$\\frac{$ ![x](http://evil)",
+)
+SOURCE = {
+    "file": "x\x1b]0;owned\x07\nerror: a line of its own",
+    "format": "<img src=x onerror=alert(1)>\n\n## Injected",
+    "sha256": "`\n```\n[click](http://evil) www.evil.com me@evil.com \ud800",
+}
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """The file; written past `save`, with the raw texts."""
+    net = make_net(num_classes=len(LABELS))
+    path = tmp_path_factory.mktemp("hostile") / "net.safetensors"
+    native.save(dataclasses.replace(net, label_names=LABELS, source=SOURCE), path)
+    assert b"u001b[2J" in path.read_bytes()
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A picture for each of as many classes."""
+    folder = tmp_path_factory.mktemp("folder")
+    for number in range(len(LABELS)):
+        (folder / f"{number:02} class").mkdir()
+        image = Image.new("RGB", (80, 80), (20 * number, 90, 0))
+        image.save(folder / f"{number:02} class" / "a.png")
+    return folder
+
+
+class TestLabelNamesAndSource:
+    """They reach the terminal, tables, JSON, Markdown and pictures; each in a form that is safe."""
+
+    @pytest.fixture
+    def run(self, hostile, capfd):
+        """Runs a command on the file; what it prints are lines that any terminal shows."""
+
+        def run(command, *arguments):
+            main = importlib.import_module(f"flax_alexnet.{command[0]}").main
+            code = main([*command[1:], str(hostile), *map(str, arguments)])
+            said, errors = capfd.readouterr()
+            assert code == 0, errors
+            assert all(line.isprintable() for line in (said + errors).split("\n"))
+            return said
+
+        return run
+
+    SHOWN = tuple(map(printable, LABELS))
+
+    def test_they_are_printable_as_soon_as_they_are_read(self, hostile):
+        net = load(hostile)
+        assert net.label_names == self.SHOWN
+        assert net.label_names[0] == r"\x1b[2J\x1b[31mHACKED\x1b[0m"
+        assert net.source == {key: printable(value) for key, value in SOURCE.items()}
+
+    def test_convert(self, run, tmp_path):
+        said = run(["convert"], tmp_path / "out.safetensors")
+        assert r"source x\x1b]0;owned\x07\nerror: a line of its own (<img" in said
+        assert load(tmp_path / "out.safetensors").label_names == self.SHOWN
+
+    def test_predict(self, run, folder, tmp_path):
+        table, file, plot = (tmp_path / f"p.{ending}" for ending in ("csv", "json", "png"))
+        picture, every = folder / "00 class" / "a.png", ["--top", str(len(LABELS))]
+        run(["predict"], picture, *every, "--output", table, "--plot", plot)
+        run(["predict"], picture, *every, "--output", file)
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        assert {best["name"] for row in rows for best in row["predictions"]} == set(self.SHOWN)
+        with table.open(newline="", encoding="utf-8") as lines:
+            assert {row[4] for row in read_table(lines)} == {"class", *self.SHOWN}
+        harmless(table)
+        with Image.open(plot) as image:
+            assert image.width < 5000
+
+    def test_evaluate(self, run, folder, tmp_path):
+        flags = ["--data.name", f"folder:{folder}", "--data.split", "all", "--match-by-order"]
+        run(["evaluate"], *flags, "--output", tmp_path)
+        report = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+        assert report["weights"][0]["file"] == printable(SOURCE["file"])
+        with (tmp_path / "classes.csv").open(newline="", encoding="utf-8") as lines:
+            assert [row[0] for row in read_table(lines)] == ["class", *self.SHOWN]
+        with (tmp_path / "confusion.csv").open(newline="", encoding="utf-8") as lines:
+            head, *rows = read_table(lines)
+        assert head[1:] == [row[0] for row in rows] == list(self.SHOWN)
+        for name in ("classes.csv", "confusion.csv"):
+            harmless(tmp_path / name)
+        with Image.open(tmp_path / "confusion.png") as image:
+            assert image.width < 5000
+
+    @pytest.mark.slow
+    def test_plot(self, run, folder, tmp_path):
+        picture = folder / "00 class" / "a.png"
+        run(["plot"], picture, "--output", tmp_path, "--layers", "conv1")
+        with Image.open(tmp_path / "a_grad_cam.png") as image:
+            assert image.width < 5000
+
+    def test_the_card_of_the_hub(self, run, tmp_path):
+        run(["hub", "push"], "me/net", "--folder", tmp_path / "card")
+        card = (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
+        (line,) = (line for line in card.split("\n") if line.startswith("- **Source:**"))
+        assert line.isprintable()
+        shown = re.sub(r"\\.", "", line.partition("** ")[2])  # without what is escaped
+        assert not re.search(r"[<>\[\]`#:@.]", shown)
+        headings = [line for line in card.split("\n") if line.startswith("#")]
+        assert headings == ["# net", "## Use"]
+        assert load(tmp_path / "card" / "model.safetensors").label_names == self.SHOWN
+
+
+def harmless(table):
+    """No cell is one that a spreadsheet would compute, and each line is one."""
+    with table.open(newline="", encoding="utf-8") as lines:
+        for row in csv.reader(lines):
+            for cell in row:
+                assert not cell.startswith(("=", "+", "-", "@", "\t", "\r")), cell
+                assert cell.isprintable()
 
 
 def test_a_dataset_runs_no_code_of_its_own(tmp_path, monkeypatch):

@@ -30,9 +30,9 @@ from flax_alexnet.weights import native
 from flax_alexnet.weights.labels import imagenet_labels, imagenet_synsets, match_labels
 from flax_alexnet.workdir import claim, record
 
-PREDICT, EVALUATE, FEATURES = (
+PREDICT, EVALUATE, FEATURES, EXPORT, PLOT = (
     importlib.import_module(f"flax_alexnet.{name}").main
-    for name in ("predict", "evaluate", "features")
+    for name in ("predict", "evaluate", "features", "export", "plot")
 )
 
 
@@ -362,6 +362,55 @@ def test_a_picture_without_a_label_and_a_net_without_numbers_are_refused(
     native.save(broken, tmp_path / "nan.safetensors")
     assert EVALUATE([str(tmp_path / "nan.safetensors"), *flags]) == 2
     assert "not a number" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def huge(tmp_path_factory):
+    """A net whose weights are finite, and too large for what is computed from them."""
+    net = make_net()
+    for layer in ("conv1", "conv2"):
+        net.params[layer]["kernel"] *= np.float32(1e30)
+    path = tmp_path_factory.mktemp("huge") / "huge.safetensors"
+    native.save(net, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (PREDICT, ["{photographs}", "--output", "out.json", "--plot", "out.png"]),
+        (PREDICT, ["{photographs}", "--output", "out.csv", "--crops", "10"]),
+        (EVALUATE, ["--data.name", "folder:{photographs}", "--output", "out"]),
+        (FEATURES, ["{photographs}", "--output", "out.npy", "--nearest", "out.png"]),
+        (EXPORT, ["out.stablehlo"]),
+        (PLOT, ["{photographs}/class a/0.png", "--output", ".", "--layers", "pool5"]),
+    ],
+)
+def test_a_net_of_huge_weights_is_refused(
+    huge, photographs, tmp_path, monkeypatch, capsys, command, arguments
+):
+    monkeypatch.chdir(tmp_path)
+    assert command([str(huge), *(a.format(photographs=photographs) for a in arguments)]) == 2
+    said = capsys.readouterr()
+    *warnings, error = said.err.splitlines()
+    assert error.startswith("error: the net gives what is not a number for ")
+    assert len(warnings) == (command is FEATURES)
+    assert "nan" not in said.out
+    # Features that are there stay, and the kernels are drawn before anything is computed.
+    files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert files <= {"out.npy", "conv1.png"}
+
+
+def test_features_that_are_not_finite_are_said(huge, photographs, tmp_path, capsys):
+    """Their rows tell them from those of pictures that could not be read."""
+    (tmp_path / "bad.png").write_bytes(b"bad")
+    output = tmp_path / "features.npy"
+    flags = ["--output", str(output), "--batch-size", "8"]
+    assert FEATURES([str(huge), str(photographs), str(tmp_path / "bad.png"), *flags]) == 0
+    said = capsys.readouterr()
+    assert "warning: the net gives what is not a finite number for 12 pictures (the" in said.err
+    assert "12 of 13 pictures read" in said.out
+    assert (column(output, "status") == READ).sum() == 12
 
 
 def unlabelled(source, index):

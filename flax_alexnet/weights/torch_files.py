@@ -186,7 +186,8 @@ def read_pth(path: Path, known: Collection[str]) -> tuple[dict[str, Stored], lis
         which could be code.
     """
     try:
-        read_file = _read_zip if zipfile.is_zipfile(path) else _read_legacy
+        with open_regular(path, LARGEST) as file:
+            read_file = _read_zip if zipfile.is_zipfile(file) else _read_legacy
         tensors, notes = read_file(path, known)
         arrays, more = _unwrapped({name: t.stored(path) for name, t in tensors.items()}, known)
         return arrays, notes + more
