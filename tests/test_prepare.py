@@ -499,6 +499,20 @@ class TestInterruption:
         prepare(f"folder:{pets}", tmp_path / "reference", image_size=16)
         assert contents(tmp_path / "data") == contents(tmp_path / "reference")
 
+    @pytest.mark.parametrize("name", ["lock", "plan", "dataset", "a result"])
+    def test_a_pipe_in_the_place_of_a_file_of_ours_is_not_waited_for(self, tmp_path, pets, name):
+        with full_disk(2), pytest.raises(UserError):
+            prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
+        work = tmp_path / "data" / "prepared_folder" / "pets" / "1.0.0.incomplete"
+        path = min(work.glob("*array_record*")) if name == "a result" else work / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        os.mkfifo(path)
+        if name == "a result":  # it is made once more
+            prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
+        else:
+            with pytest.raises(UserError, match="cannot write to "):
+                prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
+
     def test_what_a_kill_left_does_not_keep_other_pictures_out(self, tmp_path, pets):
         with full_disk(2), pytest.raises(UserError):
             prepare(f"folder:{pets}", tmp_path / "data", image_size=12)

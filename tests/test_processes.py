@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_data import make_folder
 
 from flax_alexnet.cluster import detected, join, total
+from flax_alexnet.prepare import prepare
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "local.sh"
 HEARTBEAT = 5
@@ -237,6 +239,21 @@ def test_a_mistake_ends_every_process_with_the_same_line(tmp_path, data_dir, fla
     assert errors[0] == errors[1]
     assert len(errors[0]) == 1
     assert message in errors[0][0]
+
+
+@pytest.mark.slow
+def test_pictures_that_differ_between_processes_are_found(tmp_path, data_dir):
+    """Of the same names and numbers, in folders of their own, as on disks of two machines."""
+    flags = []
+    for process, size in enumerate((20, 30)):
+        pets = make_folder(tmp_path / f"{process}" / "pets", {"cat": 12, "dog": 13}, size)
+        prepare(f"folder:{pets}", tmp_path / f"{process}", image_size=64)
+        flags.append(["--data.name", "prepared_folder/pets", "--data.data-dir", f"{pets.parent}"])
+    codes, errors = run_both(tmp_path, data_dir, *flags)
+    assert codes == [2, 2], errors
+    assert errors[0] == errors[1]
+    (line,) = errors[0]
+    assert "the pictures to evaluate on differ between process 0 and process 1: give" in line
 
 
 @pytest.mark.parametrize(

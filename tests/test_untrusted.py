@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from PIL import Image
 from small_nets import make_net
 
 from flax_alexnet.config import FREE_TO_CHANGE, flatten, misfit
-from flax_alexnet.data.sources import open_dataset
+from flax_alexnet.data.pictures import find_pictures, read_pictures
+from flax_alexnet.data.sources import open_dataset, open_splits
 from flax_alexnet.errors import UserError
 from flax_alexnet.preflight import recorded_parts
 from flax_alexnet.prepare import prepare
@@ -398,6 +400,31 @@ class TestNamesOfDatasets:
         assert "20 of 21 pictures read" in said
         assert "loop: Too many levels of symbolic links" in said
         assert "3 other files: it is a link to a folder, such as" in said
+
+    def test_pipes_sockets_and_devices_are_not_waited_for(self, tmp_path, monkeypatch):
+        source = make_pictures(tmp_path / "pets")
+        odd = ["device.png", "pipe.png", "socket.png"]
+        monkeypatch.chdir(source / "a")  # the path of a socket is short
+        os.mkfifo("pipe.png")
+        (source / "a" / "device.png").symlink_to("/dev/zero")
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind("socket.png")
+        named = find_pictures([str(source / "a")])
+        opened = open_splits(f"folder:{source}").open("all")
+        for pictures in (named, opened):
+            problems = {
+                Path(picture.name).name: picture.problem
+                for picture in read_pictures(pictures, 16)
+                if picture.image is None
+            }
+            assert sorted(problems) == odd
+            assert problems["pipe.png"] == problems["device.png"] == "it is no regular file"
+            assert problems["socket.png"] == "No such device or address"
+        assert opened.digest() == opened.digest()
+        assert "20 of 23 pictures read" in prepare(f"folder:{source}", tmp_path / "data", 16)
+        for path in (source / "a" / "pipe.png", tmp_path / "nothing"):
+            with pytest.raises(UserError, match="no folder "):
+                open_dataset(f"folder:{path}")
 
     def test_messages_are_one_line_whatever_a_name_holds(self):
         assert printable("a\nb\x1b[31m\udcff") == r"a\nb\x1b[31m\xff"

@@ -215,8 +215,9 @@ def _alone(work: Path) -> Iterator[Callable[[], None]]:
     process may be at work in one of the same name.
     """
     work.mkdir(parents=True, exist_ok=True)
-    # What a link of that name points to is not ours, and nothing of it is cut off.
-    descriptor = os.open(work / LOCK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    # What a link of that name points to is not ours, and a pipe would be waited for.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(work / LOCK, flags, 0o666)
     with open(descriptor, "w") as file:
         try:
             lock(file.fileno(), work / LOCK)
@@ -252,7 +253,9 @@ def _result(work: Path, shard: Shard) -> Result | None:
     try:
         result = Result(*read_json(work / shard.file))
         whole = (work / DATASET / shard.file).stat().st_size == result.size
-    except (OSError, ValueError):  # not there, or cut off when the machine lost its power
+        whole = whole and len(result.outcomes) == len(shard.indices)
+    # Not there, cut off when the machine lost its power, or not ours.
+    except (OSError, ValueError, TypeError):
         return None
     return result if whole and OK in result.outcomes else None
 
