@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.inputs import LARGEST_TEXT, check_regular
 from flax_alexnet.integrity import damage, write_manifest
 
 T = TypeVar("T")
@@ -294,8 +295,11 @@ def _damage(folder: Path) -> str:
     if problem := damage(folder, manifest(int(folder.name)), UNLISTED):
         return problem
     try:
+        for name in UNLISTED:
+            if (folder / name).exists():
+                check_regular(folder / name, LARGEST_TEXT)
         ocp.metadata.get_step_metadata(folder)
-    except (KeyError, TypeError, *FAILURES):
+    except (KeyError, TypeError, AttributeError, RecursionError, *FAILURES):
         return "its _CHECKPOINT_METADATA is damaged"
     return ""
 

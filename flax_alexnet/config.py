@@ -225,6 +225,15 @@ FREE_TO_CHANGE = LOCAL | {
     "parallel.mesh",
     "parallel.heartbeat_timeout",
 }
+# JAX's own settings, such as JAX_ENABLE_X64, by which the same flags give other numbers, with their
+# types. They are kept with a run as "jax.enable_x64".
+JAX_SETTINGS: dict[str, Any] = {
+    "default_matmul_precision": str | None,
+    "default_prng_impl": str,
+    "enable_x64": bool,
+    "random_seed_offset": int,
+    "threefry_partitionable": bool,
+}
 
 
 def validate(config: Config) -> None:
@@ -400,7 +409,7 @@ def misfit(values: Mapping[str, Any]) -> str:
     Args:
       values: flat, as JSON has them; some may be missing, as in a file of an older version.
     """
-    hints = _hints(Config) | {  # beside the flags: facts on the data, the past, and the start
+    hints = _hints(Config) | {  # beside the flags: facts on the data, the past, the start, and JAX
         "batch_sizes": tuple[tuple[int, int], ...],
         "dataset.train": int,
         "dataset.eval": int,
@@ -410,6 +419,7 @@ def misfit(values: Mapping[str, Any]) -> str:
         "dataset.folder": str,
         "dataset.label_names": tuple[str, ...],
         "init_from.sha256": str,
+        **{f"jax.{name}": hint for name, hint in JAX_SETTINGS.items()},
     }
     for name, value in sorted(values.items()):
         if name not in hints:

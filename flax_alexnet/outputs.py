@@ -215,7 +215,10 @@ def check_not_read(path: Path, inputs: Iterable[Path]) -> None:
 
 def need_room(path: Path, needed: int) -> None:
     """Raises UserError unless the disk of `path`, which may not exist, has `needed` bytes free."""
-    ancestors = (path.absolute(), *path.absolute().parents)
+    try:
+        ancestors = (path.absolute(), *path.absolute().parents)
+    except OSError as error:  # the working directory has been removed
+        raise cannot_write(path, error) from None
     folder = next(place for place in ancestors if os.path.exists(place))
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -14,6 +14,7 @@ from flax_alexnet.cluster import gather, is_main, said_if_long
 from flax_alexnet.config import (
     CONTENT,
     FREE_TO_CHANGE,
+    JAX_SETTINGS,
     LOCAL,
     Config,
     flatten,
@@ -165,6 +166,7 @@ def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
         "dataset.times": of_train.times + of_eval.times,
         "dataset.folder": str(place_of(data.name, data.data_dir)),
         "dataset.label_names": list(dataset.label_names),
+        **{f"jax.{name}": getattr(jax.config, f"jax_{name}") for name in JAX_SETTINGS},
     }
     if config.init_from:
         identity["init_from.sha256"] = digest(net.params)
@@ -224,14 +226,11 @@ def recorded_parts(before: Mapping[str, Any], config: Config) -> tuple[Part, ...
 
 
 def _evaluations(path: Path) -> list[tuple[int, float, float]]:
-    try:
-        return [
-            (int(line["step"]), float(line["epoch"]), float(line["eval_loss"]))
-            for line in read_metrics(path)
-            if "eval_loss" in line
-        ]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: remove it or repair it by hand") from None
+    return [
+        (line["step"], float(line["epoch"]), float(line["eval_loss"]))
+        for line in read_metrics(path)
+        if "eval_loss" in line
+    ]
 
 
 def _bad_records(config: Config, split: str, source: Source, limit: Limit) -> BadRecords:

@@ -26,6 +26,10 @@ from tensorboardX.proto import event_pb2, summary_pb2  # noqa: E402
 if _hidden:
     del sys.modules["torch"]
 
+LARGEST_METRICS = 2**30  # bytes: some ten million lines
+LARGEST_FLOAT = 3.4e38  # of float32, in which metrics are computed
+_MEND = "remove it or repair it by hand"
+
 
 class RunLog:
     """Metrics of a run to `metrics.jsonl`, to TensorBoard, and to the terminal.
@@ -47,6 +51,7 @@ class RunLog:
 
     def __init__(self, workdir: Path, start_step: int, total_steps: int, clock: "Clock"):
         self._workdir, self._clock = workdir, clock
+        self._place = os.stat(workdir)
         self._failing = False
         self._files = contextlib.ExitStack()
         self.rewind(start_step)
@@ -65,10 +70,7 @@ class RunLog:
     def rewind(self, step: int) -> None:
         """Removes what was logged beyond `step`, since those steps are made again."""
         path = self._workdir / "metrics.jsonl"
-        try:
-            kept = [line for line in read_metrics(path) if line["step"] <= step]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is damaged: remove it or repair it by hand") from None
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
         self._files.close()
         try:
             with replacing(path) as partial:  # so that a kill here loses nothing
@@ -80,7 +82,21 @@ class RunLog:
             raise UserError(f"cannot write to {self._workdir}: {error.strerror}") from None
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """One line of metrics; it has a "step" and an "epoch"."""
+        """One line of metrics; it has a "step" and an "epoch".
+
+        Raises:
+          UserError: the directory is no longer in its place; what is saved there would lie apart
+            from what was.
+        """
+        try:
+            in_place = os.path.samestat(os.stat(self._workdir), self._place)
+        except OSError:
+            in_place = False
+        if not in_place:
+            raise UserError(
+                f"{self._workdir} was moved or removed while the run went on: move it back, and "
+                "the same command goes on from the newest checkpoint in it"
+            )
         self._clock.keep()
         self._lines.add(json.dumps(metrics))
         self._events.add(metrics)
@@ -138,7 +154,10 @@ class Clock:
     def __init__(self, path: Path, started: float):
         self._path, self._started, self._before = path, started, 0.0
         try:
-            self._before = float(read_text(path)) if path.exists() else 0.0
+            before = float(read_text(path)) if path.exists() else 0.0
+            if not 0 <= before < float("inf"):
+                raise ValueError(before)
+            self._before = before
         except (OSError, ValueError):
             print(f"{path} has no number of seconds; they are counted from 0", flush=True)
 
@@ -161,7 +180,8 @@ class Lines:
     """Lines added to the end of a file, whole ones only, however often the disk is full."""
 
     def __init__(self, path: Path):
-        self._file = path.open("ab", buffering=0)
+        self._path = path
+        self._file = path.open("a+b", buffering=0)
         self._size = path.stat().st_size  # of whole lines
         self._pending = b""
 
@@ -171,6 +191,7 @@ class Lines:
 
     def flush(self) -> None:
         """Gives all that is pending to the system; raises OSError, and then has written nothing."""
+        self._put_back()
         try:
             written = 0
             while written < len(self._pending):
@@ -181,6 +202,15 @@ class Lines:
             raise
         self._size += len(self._pending)
         self._pending = b""
+
+    def _put_back(self) -> None:
+        """Writes the file anew where somebody has removed it; it is there as long as it is open."""
+        if not self._pending or self._path.exists() or not self._path.parent.exists():
+            return
+        with replacing(self._path) as partial:
+            partial.write_bytes(os.pread(self._file.fileno(), self._size, 0))
+        self._file.close()
+        self._file = self._path.open("a+b", buffering=0)
 
     def sync(self) -> None:
         """Waits until the disk has what was flushed; raises OSError."""
@@ -314,17 +344,41 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All lines of a metrics file but a last one that a kill cut off; none where there is no file.
 
     Raises:
-      ValueError: a line before the last is damaged.
+      UserError: the file cannot be read; or a line, which is named, is none that a run writes.
     """
-    texts = read_text(path, 2**30).splitlines() if path.exists() else []
+    try:
+        texts = read_text(path, LARGEST_METRICS).splitlines() if path.exists() else []
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged (it is no text): {_MEND}") from None
     result = []
     for number, text in enumerate(texts, start=1):
         try:
-            result.append(parse_json(text))
+            line = parse_json(text)
         except ValueError:
-            if number < len(texts):
-                raise
+            if number == len(texts):
+                break
+            line = None
+        if not _is_of_a_run(line):
+            raise UserError(f"{path} is damaged (line {number}): {_MEND}")
+        result.append(line)
     return result
+
+
+def _is_of_a_run(line: Any) -> bool:
+    """Whether all that is drawn and computed from a line of metrics is there, and is a number."""
+    return (
+        isinstance(line, dict)
+        and line.keys() >= {"step", "epoch"}
+        and ("eval_loss" in line) == ("eval_top1" in line)
+        and ("train_loss" in line) == ("train_top1" in line)
+        and type(line["step"]) is int
+        and all(
+            type(value) in (int, float) and abs(value) <= LARGEST_FLOAT for value in line.values()
+        )
+        and line.get("images_per_second", 1) > 0
+    )
 
 
 _FORMATS: dict[str, Callable[[Any], str]] = {

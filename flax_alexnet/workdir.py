@@ -65,7 +65,9 @@ def claim(
             if name in CONTENT
             else f"{name} was {before.get(name)!r}, is now {config.get(name)!r}"
             for name in sorted(before.keys() | config.keys())
-            if before.get(name) != config.get(name) and name not in free_to_change
+            if before.get(name) != config.get(name)
+            and name not in free_to_change
+            and (name in before or not name.startswith("jax."))  # which once were not kept
         ]
     except OSError as error:
         raise UserError(_cannot_write(workdir, error)) from None

@@ -227,6 +227,9 @@ DAMAGE = {
     ),
     "no times": lambda step: (step / "_CHECKPOINT_METADATA").unlink(),
     "times of another kind": lambda step: (step / "_CHECKPOINT_METADATA").write_text("[1, 2]"),
+    "times that are nothing": lambda step: (step / "_CHECKPOINT_METADATA").write_text("null"),
+    "times nested deep": lambda step: (step / "_CHECKPOINT_METADATA").write_text("[" * 100_000),
+    "a pipe in the place of times": lambda step: replace(step / "_CHECKPOINT_METADATA", os.mkfifo),
 }
 
 

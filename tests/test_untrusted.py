@@ -8,20 +8,23 @@ import os
 import re
 import shutil
 import socket
+import time
 from pathlib import Path
 
+import jax
 import pytest
 from PIL import Image
 from small_nets import make_net
 
-from flax_alexnet.config import FREE_TO_CHANGE, flatten, misfit
+from flax_alexnet.config import FREE_TO_CHANGE, JAX_SETTINGS, flatten, misfit
 from flax_alexnet.data.pictures import find_pictures, read_pictures
 from flax_alexnet.data.sources import open_dataset, open_splits
 from flax_alexnet.errors import UserError
+from flax_alexnet.outputs import need_room
 from flax_alexnet.preflight import recorded_parts
 from flax_alexnet.prepare import prepare
 from flax_alexnet.recipes import QUICKSTART, RECIPES
-from flax_alexnet.reporting import Clock, RunLog
+from flax_alexnet.reporting import Clock, RunLog, read_metrics
 from flax_alexnet.text import printable, read_table
 from flax_alexnet.weights import native
 from flax_alexnet.weights.reading import load
@@ -120,7 +123,111 @@ class TestConfigurationFiles:
             load(tmp_path)
 
 
+NESTED = "[" * 100_000
+METRICS = [
+    {"step": 1, "epoch": 0.5, "train_loss": 2.3, "train_top1": 0.1, "images_per_second": 9.0},
+    {"step": 2, "epoch": 1, "eval_loss": 2.2, "eval_top1": 0.1, "eval_top5": 0.5},
+]
+
+
+class TestMetrics:
+    """All lines are looked at before a run goes on, and not only where it draws them at its end."""
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            *("null", "{}", "[]", "7", "{broken", "", NESTED, "\u2028", "\ufeff{}"),
+            *('{"step": 1}', '{"step": "1", "epoch": 1}', '{"step": 1.5, "epoch": 1}'),
+            *('{"step": NaN, "epoch": 1}', '{"step": 1, "epoch": null}'),
+            '{"step": 1, "epoch": ' + "9" * 5000 + "}",
+            '{"step": 1, "epoch": ' + "9" * 4000 + "}",
+            *(
+                '{"step": 1, "epoch": 1, "eval_top1": 0, "train_top1": 0, ' + wrong
+                for wrong in (
+                    *('"train_loss": null, "eval_loss": 1}', '"eval_loss": NaN, "train_loss": 1}'),
+                    *('"train_loss": [1], "eval_loss": 1}', '"eval_loss": true, "train_loss": 1}'),
+                    *('"train_loss": 1}', '"eval_loss": 1, "train_loss": 1, "learning_rate": ""}'),
+                    '"eval_loss": 1, "train_loss": 1, "images_per_second": 0}',
+                )
+            ),
+        ],
+        ids=lambda line: line[:60].encode().decode("ascii", "backslashreplace"),
+    )
+    def test_a_line_that_no_run_writes_is_one_line(self, tmp_path, line):
+        path = tmp_path / "metrics.jsonl"
+        path.write_text("\n".join([*map(json.dumps, METRICS), line, *map(json.dumps, METRICS), ""]))
+        with pytest.raises(UserError, match=r"metrics\.jsonl is damaged \(line 3\): remove it or"):
+            read_metrics(path)
+
+    def test_bytes_are_one_line_and_what_a_kill_cut_off_is_left_out(self, tmp_path):
+        path = tmp_path / "metrics.jsonl"
+        whole = "".join(json.dumps(line) + "\n" for line in METRICS)
+        for last in ("", '{"step": 3, "ep', NESTED, "{"):
+            path.write_text(whole + last)
+            assert read_metrics(path) == METRICS
+        path.write_bytes(whole.encode() + b"\xff\x00\n")
+        with pytest.raises(UserError, match=r"is damaged \(it is no text\)"):
+            read_metrics(path)
+
+    @pytest.mark.parametrize("text", ["nan", "-1", "1e999", "x", NESTED, ""])
+    def test_seconds_that_are_none_are_counted_anew(self, tmp_path, capsys, text):
+        (tmp_path / "seconds").write_text(text)
+        assert 0 <= Clock(tmp_path / "seconds", time.monotonic()).seconds() < 60
+        assert "has no number of seconds; they are counted from 0" in capsys.readouterr().out
+
+
+class TestSettingsOfJax:
+    OURS = CONFIG | {"jax.enable_x64": False, "jax.threefry_partitionable": True}
+
+    def test_others_are_refused_when_a_run_goes_on(self, tmp_path):
+        write(tmp_path, self.OURS)
+        with pytest.raises(UserError, match=r"\(jax\.enable_x64 was False, is now True\): take an"):
+            claim(tmp_path, self.OURS | {"jax.enable_x64": True}, free_to_change=FREE_TO_CHANGE)
+        changed = claim(tmp_path, self.OURS | {"jax.enable_x64": True}, allow_changes=True)[1]
+        assert changed == ["jax.enable_x64 was False, is now True"]
+
+    def test_a_run_that_did_not_keep_them_goes_on(self, tmp_path):
+        write(tmp_path, CONFIG)
+        assert claim(tmp_path, self.OURS)[1] == []
+
+    def test_all_that_change_numbers_are_there(self):
+        """Of the names of JAX as it is here, with values of the types that are expected of them."""
+        values = {f"jax.{name}": getattr(jax.config, f"jax_{name}") for name in JAX_SETTINGS}
+        assert misfit(values) == ""
+
+
 class TestWorkingDirectories:
+    def test_one_that_is_gone_is_one_line(self, tmp_path, monkeypatch):
+        (tmp_path / "gone").mkdir()
+        monkeypatch.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        with pytest.raises(UserError, match="cannot write run: No such file or directory"):
+            need_room(Path("run"), 1)
+
+    def test_metrics_that_are_removed_while_a_run_goes_on_are_written_anew(self, tmp_path):
+        log = RunLog(tmp_path, 0, 9, Clock(tmp_path / "seconds", 0.0))
+        log.write(METRICS[0])
+        (tmp_path / "metrics.jsonl").unlink()
+        log.write(METRICS[1])
+        log.close()
+        assert read_metrics(tmp_path / "metrics.jsonl") == METRICS
+
+    @pytest.mark.parametrize("again", [False, True], ids=["moved", "another in its place"])
+    def test_one_that_is_moved_while_a_run_goes_on_is_one_line(self, tmp_path, again):
+        workdir = tmp_path / "run"
+        workdir.mkdir()
+        log = RunLog(workdir, 0, 9, Clock(workdir / "seconds", 0.0))
+        log.write(METRICS[0])
+        workdir.rename(tmp_path / "moved")
+        if again:
+            workdir.mkdir()
+        with pytest.raises(UserError, match="run was moved or removed while the run went on: move"):
+            log.write(METRICS[1])
+        log.close()
+        if not again:
+            assert not workdir.exists()
+        assert read_metrics(tmp_path / "moved" / "metrics.jsonl") == METRICS[:1]
+
     def test_a_link_elsewhere_is_followed_and_both_names_are_one_directory(self, tmp_path):
         (tmp_path / "real").mkdir()
         link = tmp_path / "link"
