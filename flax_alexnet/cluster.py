@@ -20,7 +20,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from flax_alexnet.errors import LOST, UserError, exit_code, first_line
+from flax_alexnet.flags import need
+from flax_alexnet.meeting import meet, place
 from flax_alexnet.process import END_SIGNALS
+from flax_alexnet.program import program
 
 WATCHER = "signals"  # the name of the thread that is told of them
 PATIENCE = 5.0  # seconds of waiting for others that nothing is said of
@@ -31,6 +34,7 @@ def join(
     num_processes: int | None = None,
     process_id: int | None = None,
     heartbeat_timeout: int = 100,
+    join_timeout: int = 300,
 ) -> None:
     """Joins the other processes of the run, if there are any; JAX leaves them when this one ends.
 
@@ -44,9 +48,11 @@ def join(
       process_id: of this one, from 0.
       heartbeat_timeout: seconds of silence after which a process counts as lost; the others then
         end with a code that is not zero.
+      join_timeout: seconds to wait for the others to come.
 
     Raises:
-      UserError: flags that are incomplete or wrong, or the others cannot be reached.
+      UserError: flags that are incomplete or wrong, the others cannot be reached, or they are of
+        another program.
     """
     cluster = detected(os.environ)
     given = {
@@ -60,27 +66,57 @@ def join(
         return
     if missing and not cluster:
         raise UserError(f"several processes were asked for without {' and '.join(missing)}")
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
-        raise UserError(f"--parallel.coordinator is {coordinator!r}; expected HOST:PORT")
+    if coordinator is not None:
+        place(coordinator)
+    if num_processes is not None:
+        need("parallel.num-processes", num_processes, num_processes >= 1, "1 or more")
+        last = num_processes - 1
+        if process_id is not None:
+            need("parallel.process-id", process_id, 0 <= process_id <= last, f"0 to {last}")
     # It would catch SIGTERM, and only tell those who ask.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        who = "this process" if process_id is None else f"process {process_id} of {num_processes}"
-        where = coordinator or f"the place that {cluster} says"
-        with said_if_long(f"{who} waits for the others at {where}"):
+        where, number, own = coordinator, num_processes, process_id
+        if missing:
+            where, number, own = _by_launcher(coordinator, num_processes, process_id, join_timeout)
+        if where is None or number is None or own is None:
+            raise RuntimeError("the launcher does not say enough")
+        with said_if_long(f"process {own} of {number} waits for the others at {where}"):
+            meet(where, number, own, join_timeout, heartbeat_timeout, program())
             jax.distributed.initialize(
                 coordinator,
                 num_processes,
                 process_id,
-                heartbeat_timeout_seconds=heartbeat_timeout,
+                initialization_timeout=join_timeout,
+                # `meet` has noticed before; JAX aborts the process with a trace.
+                heartbeat_timeout_seconds=2 * heartbeat_timeout + 10,
                 cluster_detection_method=None if missing else "deactivate",
             )
+    except UserError:
+        raise
     except Exception as error:  # of a dozen kinds, those of the cluster's own packages among them
         raise UserError(
             f"cannot join the other processes ({cluster or 'by flags'}): {first_line(error)}; give "
             "--parallel.coordinator, --parallel.num-processes and --parallel.process-id, or "
             "--parallel.num-processes 1 to run alone"
         ) from None
+
+
+def _by_launcher(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, seconds: int
+) -> tuple[str | None, int | None, int | None]:
+    """What `jax.distributed.initialize` would find out from the launcher, where it is not given."""
+    from jax._src.clusters import ClusterEnv
+
+    coordinator, num_processes, process_id, _ = ClusterEnv.auto_detect_unset_distributed_params(
+        coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        num_processes,
+        process_id,
+        None,
+        None,
+        seconds,
+    )
+    return coordinator, num_processes, process_id
 
 
 def detected(environment: Mapping[str, str]) -> str | None:

@@ -22,6 +22,7 @@ from flax_alexnet.text import printable
 # Beyond these a value is a slip of the keyboard.
 LARGEST_NUMBER = 1e10
 LARGEST_IMAGE = 8192
+LARGEST_TIMEOUT = 10**6  # seconds; with more, JAX's own would overflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +141,8 @@ class ParallelConfig:
     """Which of them this one is, from 0."""
     heartbeat_timeout: int = 100
     """Seconds of silence after which a process counts as lost, and the others end."""
+    join_timeout: int = 300
+    """Seconds that a process waits for the others to come."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +200,7 @@ LOCAL = frozenset(
         "data.threads",
         "dataset.folder",
         "parallel.coordinator",  # only process 0 needs to know itself by another name
+        "parallel.join_timeout",
         "parallel.num_processes",
         "parallel.process_id",
     }
@@ -311,8 +315,14 @@ def validate(config: Config) -> None:
         (
             "parallel.heartbeat-timeout",
             config.parallel.heartbeat_timeout,
-            config.parallel.heartbeat_timeout >= 1,
-            "1 or more",
+            1 <= config.parallel.heartbeat_timeout <= LARGEST_TIMEOUT,
+            f"1 to {LARGEST_TIMEOUT}",
+        ),
+        (
+            "parallel.join-timeout",
+            config.parallel.join_timeout,
+            1 <= config.parallel.join_timeout <= LARGEST_TIMEOUT,
+            f"1 to {LARGEST_TIMEOUT}",
         ),
         (
             "optimizer.warmup-epochs",

@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parallel.num_processes,
             parallel.process_id,
             parallel.heartbeat_timeout,
+            parallel.join_timeout,
         )
         return train(config)
     except (UserError, KeyboardInterrupt) as error:

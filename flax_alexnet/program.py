@@ -1,0 +1,40 @@
+"""What a process of a run computes with: this package's code, other packages, JAX's settings."""
+
+import hashlib
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flax_alexnet.inputs import MB, read_bytes
+
+PACKAGES = ("flax", "jax", "jaxlib", "numpy", "optax")  # whose versions may change numbers
+SETTINGS = (  # of JAX, which change numbers; those of its environment in small letters
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_enable_x64",
+    "jax_random_seed_offset",
+    "jax_threefry_partitionable",
+)
+
+
+def program() -> dict[str, Any]:
+    """What must be the same on all processes of a run, by names that a user knows."""
+    versions = {f"the version of {name}": importlib.metadata.version(name) for name in PACKAGES}
+    return {"the digest of the code of flax_alexnet": _sources(), **versions, **settings()}
+
+
+def settings() -> dict[str, Any]:
+    """JAX's settings that change numbers, by the names of their environment variables."""
+    return {name.upper(): getattr(jax.config, name) for name in SETTINGS}
+
+
+def _sources() -> str:
+    """A short digest of the files of this package."""
+    folder = Path(__file__).parent
+    found = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".txt")):
+        found.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        found.update(hashlib.sha256(read_bytes(path, MB)).digest())
+    return found.hexdigest()[:16]
