@@ -20,11 +20,14 @@ from flax_alexnet.config import (
     layer_rates,
 )
 from flax_alexnet.data.bad_records import BadRecords, Limit, limits
+from flax_alexnet.data.contents import digest as contents_digest
 from flax_alexnet.data.examples import Examples, open_examples
 from flax_alexnet.data.sources import Dataset, Source, open_dataset, place_of
 from flax_alexnet.epochs import Epochs, Part
 from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.meeting import difference, disagreement
 from flax_alexnet.outputs import need_room
+from flax_alexnet.program import program
 from flax_alexnet.reporting import read_metrics
 from flax_alexnet.sharding import Layout, make_layout
 from flax_alexnet.weights.finetuning import Start, start_from
@@ -66,11 +69,13 @@ def check_and_open(config: Config, held: contextlib.ExitStack) -> Ready:
         another process of the run, or the processes' configurations differ. All processes raise.
     """
     error, ready, devices = "", None, use_devices()
+    about = flatten(config) | program()
     try:
         ready = _open(config, devices, held)
+        about |= ready.identity | contents(ready.dataset)
     except UserError as mistake:
         error = str(mistake)
-    agree(ready.identity if ready else flatten(config), error)
+    agree(about, error)
     assert ready is not None, "an error has ended all processes"
     # Now that the main process has set aside what is damaged, all must see the same.
     left = sorted(path.name for path in config.workdir.glob("checkpoints/*") if path.name.isdigit())
@@ -95,24 +100,30 @@ def use_devices() -> int:
         raise UserError(f"JAX finds no device ({first_line(error)}): see JAX_PLATFORMS") from None
 
 
-def agree(identity: Mapping[str, Any], error: str) -> None:
-    """Raises UserError on every process where one has an error, or another configuration."""
-    own = json.dumps({"error": error, "run": identity})
+def agree(about: Mapping[str, Any], error: str) -> None:
+    """Raises UserError on every process where one has an error, or is not about the same."""
+    own = json.dumps({"error": error, "run": about})
     said = [json.loads(text) for text in gather(own, "open their data and agree on the run")]
     several = len(said) > 1
     for process, other in enumerate(said):
         if other["error"]:
             where = f"process {process}: " if several else ""
             raise UserError(where + other["error"])
-    first = said[0]["run"]
-    for process, other in enumerate(said):
-        for name in sorted((first.keys() | other["run"].keys()) - LOCAL):
-            if first.get(name) != other["run"].get(name):
-                raise UserError(
-                    f"the processes disagree: {name} is {first.get(name)} on process 0 and "
-                    f"{other['run'].get(name)} on process {process}; start all with the same flags "
-                    "and a --workdir that all share"
-                )
+    shared = [
+        {name: value for name, value in other["run"].items() if name not in LOCAL} for other in said
+    ]
+    if differs := difference(dict(enumerate(shared))):
+        raise UserError(disagreement(differs))
+
+
+def contents(dataset: Dataset) -> dict[str, str]:
+    """Digests of the pictures, by names that a user knows, where several processes must agree."""
+    if jax.process_count() == 1:
+        return {}
+    return {
+        "the digest of the training pictures": contents_digest(dataset.train),
+        "the digest of the test pictures": contents_digest(dataset.eval),
+    }
 
 
 def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
