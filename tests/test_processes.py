@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 import flax_alexnet
-from flax_alexnet.cluster import detected, join, total
+from flax_alexnet.cluster import detected, join, nobody_waits, total
+from flax_alexnet.errors import UserError
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "local.sh"
 HEARTBEAT = 5
@@ -400,6 +401,25 @@ def test_who_waits_for_long_says_for_what_and_where(monkeypatch, capsys):
     monkeypatch.setattr("flax_alexnet.cluster.multihost_utils.process_allgather", slow)
     assert total(np.arange(3)).tolist() == [0, 2, 4]
     assert capsys.readouterr().err == "process 0 of 2 waits for the others to add up their sums\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("checkpoint 20 could not be saved: no RPC to coordination service"), 3),
+        (ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"), 3),
+        (UserError("no connection to the disk; make room"), 2),
+        (KeyboardInterrupt(), 130),
+        (ValueError("a bug"), 1),
+    ],
+)
+def test_how_a_process_ends_says_whether_another_was_lost(monkeypatch, capsys, error, code):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit) as ended, nobody_waits():
+        raise error
+    assert ended.value.code == code
+    assert ("another process was lost" in capsys.readouterr().err) == (code == 3)
 
 
 @pytest.mark.parametrize(
