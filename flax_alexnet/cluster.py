@@ -150,12 +150,14 @@ def nobody_waits() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         code = 1
-        if isinstance(error, UserError | KeyboardInterrupt):
+        # A ValueError where the step is waited for as soon as it is asked for; a UserError where a
+        # checkpoint cannot be saved, since for that the processes meet at JAX's service.
+        of_loss = _SERVICE if isinstance(error, UserError) else _LOSS
+        kinds = (jax.errors.JaxRuntimeError, ValueError)
+        lost = isinstance(error, kinds) and of_loss.search(str(error))
+        if isinstance(error, UserError | KeyboardInterrupt) and not lost:
             code = exit_code(error)
-        # A ValueError where the step is waited for as soon as it is asked for.
-        elif isinstance(error, jax.errors.JaxRuntimeError | ValueError) and _LOSS.search(
-            str(error)
-        ):
+        elif lost:
             print(f"error: another process was lost: {first_line(error)}", file=sys.stderr)
             code = LOST
         else:
@@ -166,6 +168,7 @@ def nobody_waits() -> Iterator[None]:
 
 
 # What collectives, and the service that processes meet at, say of one that has gone.
+_SERVICE = re.compile("coordination service")
 _LOSS = re.compile("gloo|nccl|unavailable|aborted|deadline|coordination|connection", re.IGNORECASE)
 
 

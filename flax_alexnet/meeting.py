@@ -179,21 +179,23 @@ def _watch(
     silent = 0.0
     with contextlib.suppress(OSError), connection:
         while True:
-            connection.settimeout(beat)
-            connection.sendall(b"\n")
-            try:
-                said = connection.recv(LONGEST)
-            except TimeoutError:
-                silent += beat
-                if silent >= seconds:
-                    lost(f"nothing was heard of {who} for {seconds:g} s")
-                continue
-            if not said:
-                return
-            if told := _parse(said.strip().rpartition(b"\n")[2]).get("lost"):
-                lost(str(told))
-            silent = 0.0
-            time.sleep(beat)
+            with contextlib.suppress(OSError):  # it has ended, and may have said why before
+                connection.sendall(b"\n")
+            heard, until = False, time.monotonic() + beat
+            while (left := until - time.monotonic()) > 0:
+                connection.settimeout(left)
+                try:
+                    said = connection.recv(LONGEST)
+                except TimeoutError:
+                    break
+                if not said:
+                    return
+                if told := _parse(said.strip().rpartition(b"\n")[2]).get("lost"):
+                    lost(str(told))
+                heard = True
+            silent = 0.0 if heard else silent + beat
+            if silent >= seconds:
+                lost(f"nothing was heard of {who} for {seconds:g} s")
 
 
 def _end(reason: str) -> NoReturn:
@@ -295,6 +297,7 @@ class _Room(socketserver.ThreadingTCPServer):
         for connection in self.connections:
             with contextlib.suppress(OSError):
                 _tell(connection, lost=reason)
+        time.sleep(BEAT)  # in which they end, before JAX there misses this one
         _end(reason)
 
 

@@ -14,7 +14,6 @@ from flax_alexnet.cluster import gather, is_main, said_if_long
 from flax_alexnet.config import (
     CONTENT,
     FREE_TO_CHANGE,
-    JAX_SETTINGS,
     LOCAL,
     Config,
     flatten,
@@ -28,7 +27,7 @@ from flax_alexnet.epochs import Epochs, Part
 from flax_alexnet.errors import UserError, first_line
 from flax_alexnet.meeting import difference, disagreement
 from flax_alexnet.outputs import need_room
-from flax_alexnet.program import program
+from flax_alexnet.program import program, settings
 from flax_alexnet.reporting import read_metrics
 from flax_alexnet.sharding import Layout, make_layout
 from flax_alexnet.weights.finetuning import Start, start_from
@@ -166,7 +165,7 @@ def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
         "dataset.times": of_train.times + of_eval.times,
         "dataset.folder": str(place_of(data.name, data.data_dir)),
         "dataset.label_names": list(dataset.label_names),
-        **{f"jax.{name}": getattr(jax.config, f"jax_{name}") for name in JAX_SETTINGS},
+        **settings(),
     }
     if config.init_from:
         identity["init_from.sha256"] = digest(net.params)

@@ -7,27 +7,21 @@ from typing import Any
 
 import jax
 
+from flax_alexnet.config import JAX_SETTINGS
 from flax_alexnet.inputs import MB, read_bytes
 
 PACKAGES = ("flax", "jax", "jaxlib", "numpy", "optax")  # whose versions may change numbers
-SETTINGS = (  # of JAX, which change numbers; those of its environment in small letters
-    "jax_default_matmul_precision",
-    "jax_default_prng_impl",
-    "jax_enable_x64",
-    "jax_random_seed_offset",
-    "jax_threefry_partitionable",
-)
 
 
 def program() -> dict[str, Any]:
     """What must be the same on all processes of a run, by names that a user knows."""
     versions = {f"the version of {name}": importlib.metadata.version(name) for name in PACKAGES}
-    return {"the code of flax_alexnet": _sources(), **versions, **settings()}
+    return {"the digest of the code of flax_alexnet": _sources(), **versions, **settings()}
 
 
 def settings() -> dict[str, Any]:
-    """JAX's settings that change numbers, by the names of their environment variables."""
-    return {name.upper(): getattr(jax.config, name) for name in SETTINGS}
+    """JAX's settings that change numbers, such as "jax.enable_x64"."""
+    return {f"jax.{name}": getattr(jax.config, f"jax_{name}") for name in JAX_SETTINGS}
 
 
 def _sources() -> str:

@@ -221,14 +221,14 @@ def test_flags_that_cannot_be_right_are_a_line(flags, line):
 
 
 def test_a_program_is_its_code_its_packages_and_the_settings_of_jax(monkeypatch, tmp_path):
-    about = program()
+    about, name = program(), "the digest of the code of flax_alexnet"
     assert about == program()
-    assert {"the code of flax_alexnet", "the version of jaxlib", *settings()} < about.keys()
-    assert about["JAX_ENABLE_X64"] is False
+    assert {name, "the version of jaxlib", *settings()} < about.keys()
+    assert about["jax.enable_x64"] is False
     json.dumps(about)
     monkeypatch.setattr("flax_alexnet.program.__file__", str(tmp_path / "program.py"))
     codes = []
     for text in ("a = 1", "a = 2"):
         (tmp_path / "program.py").write_text(text)
-        codes.append(program()["the code of flax_alexnet"])
-    assert len({about["the code of flax_alexnet"], *codes}) == 3
+        codes.append(program()[name])
+    assert len({about[name], *codes}) == 3

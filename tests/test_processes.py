@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,9 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_data import make_folder
 
-from flax_alexnet.cluster import detected, join, total
+import flax_alexnet
+from flax_alexnet.cluster import detected, join, nobody_waits, total
+from flax_alexnet.errors import UserError
 from flax_alexnet.prepare import prepare
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "local.sh"
@@ -32,11 +36,11 @@ FLAGS = [
 ]
 
 
-def start(processes, workdir, data_dir, *more, restarts=0):
-    """Starts the launcher on four CPU devices in all; its output goes to a file."""
+def start(processes, workdir, data_dir, *more, restarts=0, devices=4):
+    """Starts the launcher on so many CPU devices in all; its output goes to a file."""
     flags = ["--workdir", str(workdir), "--data.data-dir", str(data_dir), *FLAGS, *more]
     environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": str(4 // processes),
+        "JAX_NUM_CPU_DEVICES": str(devices // processes),
         "JAX_COMPILATION_CACHE_DIR": str(data_dir / "compiled"),
         "RESTARTS": str(restarts),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -194,18 +198,78 @@ def test_what_four_saved_others_resume(lost, single, data_dir, processes, name):
     assert f"steps {saved} to {STEPS}" in workdir.with_suffix(".log").read_text()
 
 
-def run_both(tmp_path, data_dir, *flags_of_each):
-    """Two processes with flags of their own: exit codes and last lines."""
-    port = 20_000 + os.getpid() % 20_000
+@pytest.mark.slow
+def test_a_run_goes_on_in_other_numbers_of_processes_and_devices_and_back(
+    single, data_dir, tmp_path
+):
+    workdir = tmp_path / "run"
+    for processes, devices, checkpoint in ((2, 2, 10), (1, 4, 20)):
+        launcher = start(processes, workdir, data_dir, devices=devices)
+        wait_for(launcher, workdir, checkpoint)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(timeout=100) == 75, workdir.with_suffix(".log").read_text()[-3000:]
+        on = f"on {devices} cpu device(s) of {processes} process(es)"
+        assert on in workdir.with_suffix(".log").read_text()
+    assert_same(finish(start(2, workdir, data_dir, devices=8), workdir), single)
+    assert "on 8 cpu device(s) of 2 process(es)" in workdir.with_suffix(".log").read_text()
+
+
+@pytest.mark.slow
+def test_who_is_stopped_for_less_than_the_heartbeat_costs_nothing(single, data_dir, tmp_path):
+    workdir = tmp_path / "run"
+    launcher = start(2, workdir, data_dir)
+    for victim, checkpoint in ((1, 10), (0, 20)):
+        wait_for(launcher, workdir, checkpoint)
+        stopped = children(launcher)[victim]
+        os.kill(stopped, signal.SIGSTOP)
+        time.sleep(HEARTBEAT - 2)
+        os.kill(stopped, signal.SIGCONT)
+    assert_same(finish(launcher, workdir), single)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.slow
+def test_who_is_stopped_for_longer_is_lost_to_the_others(single, data_dir, tmp_path, victim):
+    workdir = tmp_path / "run"
+    launcher = start(4, workdir, data_dir, restarts=1)
+    wait_for(launcher, workdir, 10)
+    processes = children(launcher)
+    os.kill(processes[victim], signal.SIGSTOP)
+    stopped = time.monotonic()
+    while set(children(launcher)) & set(processes) != {processes[victim]}:
+        assert time.monotonic() < stopped + HEARTBEAT + 5
+        time.sleep(0.05)
+    os.kill(processes[victim], signal.SIGCONT)
+    assert_same(finish(launcher, workdir), single)
+    said = workdir.with_suffix(".log").read_text()
+    for process in set(range(4)) - {victim}:
+        assert said.count(f"process {process} ended with exit code 3\n") == 1
+    assert f"process {victim} ended with exit code" in said, "once it went on"
+    assert f"error: another process was lost: nothing was heard of process {victim} for 5 s" in said
+
+
+def run_each(tmp_path, data_dir, *each, port=None):
+    """Processes with their own flags, environment and folder: exit codes and last lines."""
+    port = port or 20_000 + os.getpid() % 20_000
     started = []
-    for index, flags in enumerate(flags_of_each):
-        command = [
-            *(sys.executable, "-m", "flax_alexnet.train", "--workdir", str(tmp_path / "run")),
-            *("--data.data-dir", str(data_dir), *FLAGS, *flags),
-            *("--parallel.coordinator", f"localhost:{port}", "--parallel.num-processes", "2"),
-            *("--parallel.process-id", str(index)),
-        ]
-        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for index, own in enumerate(each):
+        common = {
+            "workdir": tmp_path / "run",
+            "data.data-dir": data_dir,
+            "parallel.coordinator": f"localhost:{port}",
+            "parallel.num-processes": len(each),
+            "parallel.process-id": index,
+        }
+        command = [sys.executable, "-m", "flax_alexnet.train", *FLAGS]
+        for name, value in (common | own.get("flags", {})).items():
+            command += [f"--{name}", str(value)]
+        environment = os.environ | own.get("environment", {})
+        folder = own.get("folder")
+        started.append(
+            subprocess.Popen(
+                command, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
+            )
+        )
     said = [process.communicate(timeout=200)[1] for process in started]
     errors = [[line for line in text.splitlines() if "error" in line] for text in said]
     return [process.returncode for process in started], errors
@@ -214,29 +278,43 @@ def run_both(tmp_path, data_dir, *flags_of_each):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (([], ["--seed", "1"]), "the processes disagree: seed is 0 on process 0 and 1 on process"),
-        (([], ["--data.name", "folder:gone"]), "process 1: no folder gone"),
+        (({}, {"seed": 1}), "the processes disagree: seed is 0 on process 0 and 1 on process"),
+        (({}, {"data.name": "folder:gone"}), "process 1: no folder gone"),
         pytest.param(
-            (["--batch-size", "9"],) * 2,
+            ({"batch-size": 9},) * 2,
             "process 0: --batch-size 9 does not divide by the 16 devices",
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            (["--parallel.mesh", "3"],) * 2,
+            ({"parallel.mesh": 3},) * 2,
             "process 0: --parallel.mesh 3 does not fit",
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            (["--parallel.layout", "towers"],) * 2,
+            ({"parallel.layout": "towers"},) * 2,
             "process 0: --parallel.layout towers needs a",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ({}, {"parallel.num-processes": 3}),
+            "the number of processes is 2 on process 0 and 3 on process 1",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ({}, {}, {"parallel.process-id": 1}),
+            "say that they are process 1: give each another --parallel.process-id",
             marks=pytest.mark.slow,
         ),
     ],
 )
 def test_a_mistake_ends_every_process_with_the_same_line(tmp_path, data_dir, flags, message):
-    codes, errors = run_both(tmp_path, data_dir, *flags)
-    assert codes == [2, 2], errors
-    assert errors[0] == errors[1]
+    codes, errors = run_each(tmp_path, data_dir, *({"flags": own} for own in flags))
+    assert_one_line(codes, errors, message)
+
+
+def assert_one_line(codes, errors, message):
+    assert set(codes) == {2}, errors
+    assert all(lines == errors[0] for lines in errors)
     assert len(errors[0]) == 1
     assert message in errors[0][0]
 
@@ -244,16 +322,57 @@ def test_a_mistake_ends_every_process_with_the_same_line(tmp_path, data_dir, fla
 @pytest.mark.slow
 def test_pictures_that_differ_between_processes_are_found(tmp_path, data_dir):
     """Of the same names and numbers, in folders of their own, as on disks of two machines."""
-    flags = []
+    each = []
     for process, size in enumerate((20, 30)):
-        pets = make_folder(tmp_path / f"{process}" / "pets", {"cat": 12, "dog": 13}, size)
-        prepare(f"folder:{pets}", tmp_path / f"{process}", image_size=64)
-        flags.append(["--data.name", "prepared_folder/pets", "--data.data-dir", f"{pets.parent}"])
-    codes, errors = run_both(tmp_path, data_dir, *flags)
-    assert codes == [2, 2], errors
-    assert errors[0] == errors[1]
-    (line,) = errors[0]
-    assert "the pictures to evaluate on differ between process 0 and process 1: give" in line
+        folder = tmp_path / f"{process}"
+        pets = make_folder(folder / "pets", {"cat": 12, "dog": 13}, size)
+        prepare(f"folder:{pets}", folder, image_size=64)
+        each.append({"flags": {"data.name": "prepared_folder/pets", "data.data-dir": folder}})
+    message = "the digest of the pictures to evaluate on is "
+    assert_one_line(*run_each(tmp_path, data_dir, *each), message)
+
+
+@pytest.mark.parametrize("kind", ["settings", "code", "pictures"])
+@pytest.mark.slow
+def test_processes_that_would_compute_something_else_end_with_a_line(
+    data_dir, photographs, tmp_path, kind
+):
+    if kind == "settings":
+        message = "jax.enable_x64 is False on process 0 and True on process 1"
+        each = [{}, {"environment": {"JAX_ENABLE_X64": "1"}}]
+    elif kind == "code":
+        message = "the digest of the code of flax_alexnet is "
+        package = Path(flax_alexnet.__file__).parent
+        other = tmp_path / "other" / package.name
+        shutil.copytree(package, other, ignore=shutil.ignore_patterns("__pycache__"))
+        step = other / "step.py"
+        step.write_text(step.read_text() + "# another\n")
+        each = [{"folder": path.parent} for path in (package, other)]  # the first place for `-m`
+    else:  # at the same place of two machines
+        message = "the digest of the pictures to train on is "
+        each = []
+        for machine in ("one", "two"):
+            shutil.copytree(photographs, tmp_path / machine / "pictures")
+            each.append({"folder": tmp_path / machine, "flags": {"data.name": "folder:pictures"}})
+        picture = tmp_path / "two" / "pictures" / "class c" / "1.png"
+        before = picture.stat()
+        pixels = 255 - np.asarray(Image.open(picture))
+        Image.fromarray(pixels).save(picture)
+        data = picture.read_bytes()
+        picture.write_bytes(data[: before.st_size].ljust(before.st_size, b"\0"))
+    assert_one_line(*run_each(tmp_path, data_dir, *each), message)
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_a_line_on_all(tmp_path, data_dir):
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        own = {"flags": {"parallel.join-timeout": 3}}
+        codes, errors = run_each(tmp_path, data_dir, own, own, port=port)
+    assert codes == [2, 2]
+    assert [len(lines) for lines in errors] == [1, 1]
+    assert f"process 0 cannot listen at port {port} of this machine" in errors[0][0]
+    assert f"process 1 does not reach process 0 at localhost:{port} within 3 s" in errors[1][0]
 
 
 @pytest.mark.parametrize(
@@ -285,6 +404,7 @@ def test_slurm_gives_back_to_the_queue_what_can_go_on(tmp_path, code, restarts, 
 
 def test_who_waits_for_long_says_for_what_and_where(monkeypatch, capsys):
     monkeypatch.setattr("flax_alexnet.cluster.PATIENCE", 0.05)
+    monkeypatch.setattr("flax_alexnet.cluster.meet", lambda *_: None)
     monkeypatch.setattr("jax.distributed.initialize", lambda *_, **__: time.sleep(0.5))
     join("there:1234", 3, 2)
     assert capsys.readouterr().err == "process 2 of 3 waits for the others at there:1234\n"
@@ -296,6 +416,25 @@ def test_who_waits_for_long_says_for_what_and_where(monkeypatch, capsys):
     monkeypatch.setattr("flax_alexnet.cluster.multihost_utils.process_allgather", slow)
     assert total(np.arange(3)).tolist() == [0, 2, 4]
     assert capsys.readouterr().err == "process 0 of 2 waits for the others to add up their sums\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("checkpoint 20 could not be saved: no RPC to coordination service"), 3),
+        (ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"), 3),
+        (UserError("no connection to the disk; make room"), 2),
+        (KeyboardInterrupt(), 130),
+        (ValueError("a bug"), 1),
+    ],
+)
+def test_how_a_process_ends_says_whether_another_was_lost(monkeypatch, capsys, error, code):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit) as ended, nobody_waits():
+        raise error
+    assert ended.value.code == code
+    assert ("another process was lost" in capsys.readouterr().err) == (code == 3)
 
 
 @pytest.mark.parametrize(
