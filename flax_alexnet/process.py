@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import resource
 import select
 import signal
 import sys
@@ -10,8 +11,9 @@ import threading
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
-from flax_alexnet.errors import END_SIGNALS, INTERRUPTED, Terminated, exit_code
+from flax_alexnet.errors import END_SIGNALS, INTERRUPTED, Terminated, UserError, exit_code
 
+LEAST_MEMORY = 1_500_000_000  # bytes of addresses, with fewer of which JAX hangs or does not load
 PATIENCE = 10.0  # seconds for tidying up after a signal
 
 
@@ -64,6 +66,8 @@ def leave(main: Callable[[], int], *, training: bool = False) -> NoReturn:
         code = main()
     except KeyboardInterrupt as error:  # which has come outside of where `main` looks
         code = exit_code(error)
+    except MemoryError:
+        code = exit_code(UserError("there is too little memory: see `ulimit -v`, or end others"))
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -90,6 +94,15 @@ def begin() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the least number that is free, which is this
     end_on_signals()
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if allowed != resource.RLIM_INFINITY and allowed < LEAST_MEMORY:
+        print(
+            f"error: `ulimit -v` allows {allowed / 1e9:.1f} GB of addresses, and JAX takes more "
+            f"than {LEAST_MEMORY / 1e9:.1f} GB: raise it",
+            file=sys.stderr,
+        )
+        sys.stderr.flush()
+        os._exit(2)
 
 
 def end_on_signals() -> None:

@@ -156,7 +156,7 @@ def test_processes_with_other_pictures_are_found(start, pets, monkeypatch):
     other = start("--allow-changes").identity | {"allow_changes": False}
     said = [json.dumps({"error": "", "run": run}) for run in (own, other)]
     monkeypatch.setattr(preflight, "gather", lambda *_: said)
-    with pytest.raises(UserError, match="to train on differ between process 0 and process 1: give"):
+    with pytest.raises(UserError, match="the digest of the pictures to train on is"):
         agree(own, "")
 
 

@@ -201,8 +201,8 @@ def test_files_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch
     monkeypatch.setattr(Path, "replace", watched_replace)
     write_json(tmp_path / "config.json", {})
     RunLog(tmp_path, 0, 1, Clock(tmp_path / "seconds", 0.0)).close()
-    partial = [Path(name).name for name in synced if "partial" in name]
-    assert partial == [".config.partial.json", ".metrics.partial.jsonl"]
+    partial = [Path(name).name for name in synced if ".partial/" in name]
+    assert partial == ["config.json", "metrics.jsonl"]
 
 
 def test_a_thread_that_waits_does_not_keep_a_command():

@@ -78,6 +78,8 @@ def test_equal_images_have_no_distance_and_the_order_does_not_matter(trunk):
         distance(params, heads, a, b), distance(params, heads, b, a), rtol=1e-6
     )
     assert (distance(params, heads, a, b) > 0.01).all()
+    gradient = jax.grad(lambda x: distance(params, heads, x, a).sum())(jnp.asarray(a))
+    assert jnp.isfinite(gradient).all()
     with pytest.raises(ValueError, match="same shape"):
         lpips(params, heads, a, b[:, :63])
 

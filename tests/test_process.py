@@ -147,3 +147,21 @@ def test_a_signal_during_imports_ends_the_process(module):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert done.returncode in (-signal.SIGINT, 130)  # by itself, or by the command that has begun
+
+
+@pytest.mark.parametrize("module", ["flax_alexnet.train", "flax_alexnet.predict"])
+def test_too_few_addresses_are_one_line(module):
+    """With so few, JAX hangs for minutes, or does not load."""
+    script = 'ulimit -v 1000000; exec "$@"'
+    command = ["bash", "-c", script, "bash", sys.executable, "-m", module]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: `ulimit -v` allows 1.0 GB of addresses")
+    assert done.stderr.count("\n") == 1
+
+
+def test_too_little_memory_is_one_line():
+    code = "from flax_alexnet.process import leave; leave(lambda: len(bytes(2**62)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: there is too little memory")

@@ -50,6 +50,7 @@ MAY = {
     ("process.py", "open"): OWN,
     ("reporting.py", "open"): LINES,
     ("reporting.py", "pwrite"): LINES,
+    ("reporting.py", "write_bytes"): PARTIAL,
     ("reporting.py", "write_text"): PARTIAL,
     ("weights/archives.py", "ZipFile"): OPENED,
     ("weights/headers.py", "safe_open"): OPENED,

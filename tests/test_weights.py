@@ -20,6 +20,7 @@ from flax_alexnet.convert import main as convert
 from flax_alexnet.errors import UserError
 from flax_alexnet.export import export
 from flax_alexnet.hub import save_folder
+from flax_alexnet.outputs import writing
 from flax_alexnet.weights import native, torch_files
 from flax_alexnet.weights.pretrained import need_classifier
 from flax_alexnet.weights.reading import load
@@ -65,7 +66,8 @@ def test_the_umask_rules(net, weights, tmp_path, umask, mode):
     before = os.umask(umask)
     try:
         native.save(net, tmp_path / "ours.safetensors")
-        torch_files.write({"a": np.zeros(1, np.float32)}, tmp_path / "their.safetensors")
+        with writing(tmp_path / "their.safetensors") as partial:
+            torch_files.write({"a": np.zeros(1, np.float32)}, partial)
         save_folder(net, tmp_path / "folder", "user/name")
         export(net, tmp_path / "net.stablehlo")
         again = [str(weights), str(tmp_path / "ours.safetensors"), "--overwrite"]
