@@ -25,6 +25,7 @@ NAME = "flax_alexnet"  # which no other program says
 LONGEST = 2**16  # bytes of what one says, or is answered
 PAUSE = 0.2  # seconds between two looks, and two attempts
 BEAT = 1.0  # seconds between two signs of life
+LATE = 2.0  # seconds that those who start together may come after one another
 GRACE = 5.0  # seconds for an answer to arrive, and for one that knocks to say who it is
 
 
@@ -230,6 +231,7 @@ class _Room(socketserver.ThreadingTCPServer):
         self.there: set[int] = set()  # who has come
         self.visitors = 0  # who have not been answered
         self.answer: str | None = None  # none yet
+        self.problem, self.known_at = "", 0.0  # which all hear of, those too that come a bit later
         self.changed = threading.Condition()
         both = socket.has_dualstack_ipv6()
         self.address_family = socket.AF_INET6 if both else socket.AF_INET
@@ -272,16 +274,19 @@ class _Room(socketserver.ThreadingTCPServer):
     def come(self, process: int, about: Mapping[str, Any]) -> None:
         """Notes that a process has come, and decides where that settles it."""
         with self.changed:
+            problem = ""
             if process in self.there:
-                self.decide(
+                problem = (
                     f"two processes that came to {self.where} say that they are process {process}: "
                     "give each another --parallel.process-id, and each run another port"
                 )
             elif differs := difference({0: self.own["about"], process: about}):
-                self.decide(disagreement(differs))
+                problem = disagreement(differs)
+            if problem and not self.problem:
+                self.problem, self.known_at = problem, time.monotonic()
             self.there.add(process)
             if len(self.there) == self.processes:
-                self.decide("")
+                self.decide(self.problem)
 
     def give_up(self, seconds: float) -> None:
         """Decides that those who have waited so long need not wait any longer."""
@@ -344,6 +349,8 @@ class _Visitor(socketserver.BaseRequestHandler):
             if self._has_left():
                 room.there.discard(process)
                 return
+            if room.problem and time.monotonic() > room.known_at + LATE:
+                room.decide(room.problem)
             if time.monotonic() > deadline:
                 room.give_up(seconds)
         self.request.settimeout(GRACE)

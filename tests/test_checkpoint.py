@@ -145,6 +145,7 @@ def test_what_cannot_be_read_says_why(two, tmp_path):
         restore_model(two / "2")
 
 
+@pytest.mark.slow
 def test_two_hundred_flipped_bits_and_no_wrong_restore(two, tmp_path):
     """Orbax restores what a flipped bit left: 40 of 40 times where the bit was in its data."""
     rng = np.random.default_rng(0)

@@ -53,7 +53,9 @@ def of(found, layer):
     return [c for c in found if re.search(rf"AlexNet\)+/{layer}/", c.source)]
 
 
-@pytest.mark.parametrize("variant", TOWERS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=() if v == "paper" else pytest.mark.slow) for v in TOWERS]
+)
 def test_layers_with_groups_need_nothing_of_the_other_tower(variant):
     _, found = collectives("towers", variant)
     forward = [c for c in found if "transpose" not in c.source]

@@ -155,6 +155,7 @@ def test_growth_is_drawn(tmp_path):
     assert all(float(row["images_per_second"]) > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_layers_are_set_against_the_roof(tmp_path):
     command = [sys.executable, str(EXPERIMENTS / "roofline.py"), "--quick"]
     subprocess.run(

@@ -709,6 +709,7 @@ print(memory("VmHWM") - idle)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_in_many_threads(corpus, tmp_path):
     """All of the largest at the same time, in eight threads."""
     for number, what in enumerate(CORPUS):

@@ -203,7 +203,7 @@ def as_optax_has_it():
             optax.chain(optax.clip_by_global_norm(1.0), create_optimizer(0.01)),
             marks=pytest.mark.slow,
         ),
-        optax.MultiSteps(optax.sgd(0.1, momentum=0.9), 2),
+        pytest.param(optax.MultiSteps(optax.sgd(0.1, momentum=0.9), 2), marks=pytest.mark.slow),
         optax.chain(optax.sgd(0.01), optax.contrib.reduce_on_plateau(patience=2)),
     ],
     ids=["adam", "clipped", "accumulated", "on the plateau of the loss"],
@@ -238,6 +238,7 @@ def test_totals_of_another_kind_are_named():
     model, optimizer = AlexNet("cuda_convnet_cifar10", 3), optax.sgd(0.1)
     settings = {"model": model, "optimizer": optimizer}
     mean = jnp.zeros((18, 18, 3))
-    state = create_state(jax.random.key(0), mean, crop_size=16, **settings).replace(totals={})
+    make = functools.partial(create_state, crop_size=16, **settings)
+    state = jax.eval_shape(make, jax.random.key(0), mean).replace(totals={})
     with pytest.raises(ValueError, match="expected those of flax_alexnet"):
         train_step(state, {}, jax.random.key(1), augment=augment, **settings)

@@ -52,7 +52,7 @@ def pictures(photographs):
     return sorted(photographs.rglob("*.png"))
 
 
-@pytest.mark.parametrize("crops", [1, 10])
+@pytest.mark.parametrize("crops", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_predict_gives_each_picture_its_probabilities(net, weights, photographs, tmp_path, crops):
     output = tmp_path / "out" / "predictions.json"
     flags = ["--crops", str(crops), "--top", "4", "--batch-size", "8", "--output", str(output)]
