@@ -62,6 +62,9 @@ def leave(main: Callable[[], int], *, training: bool = False) -> NoReturn:
     for number in heard:  # `nohup` has one ignored
         signal.signal(number, _end if training else _end_tidily)
     _watch(heard, 0.0 if training else PATIENCE)
+    if jax := sys.modules.get("jax"):
+        # Who looks for transfers in a program of their own (JAX_TRANSFER_GUARD) need not see ours.
+        jax.config.update("jax_transfer_guard", "allow")
     try:
         code = main()
     except KeyboardInterrupt as error:  # which has come outside of where `main` looks
@@ -76,7 +79,7 @@ def leave(main: Callable[[], int], *, training: bool = False) -> NoReturn:
         code = 2
     # An orderly exit waits for threads: those of a save that failed take minutes, and where XLA is
     # still at work after Ctrl-C, it crashes. Several processes of a run must leave each other.
-    jax = sys.modules.get("jax")
+    jax = sys.modules.get("jax")  # which training imports late
     if code >= INTERRUPTED or not (jax and jax.distributed.is_initialized()):
         os._exit(code)
     sys.exit(code)

@@ -417,6 +417,18 @@ def unlabelled(source, index):
     return Record(source.paths[index].read_bytes(), -1, "x.png")
 
 
+def test_a_guard_against_transfers_does_not_end_a_command(weights, photographs):
+    command = [sys.executable, "-m", "flax_alexnet.predict", str(weights), str(photographs)]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"JAX_TRANSFER_GUARD": "disallow"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_names_need_not_be_unicode(weights, photographs, tmp_path, capsys):
     folder = tmp_path / "odd"
     folder.mkdir()
