@@ -51,9 +51,9 @@ TIME_LIMIT = 120  # seconds, after which a command counts as one that never ends
 
 # Each writes into the folder `out` alone; "{}" is where the net and the photographs are.
 COMMANDS = {
-    "features .h5": "features {}/net.safetensors {}/photos --layers conv1 fc7 --batch-size 16 "
+    "features .h5": "features {}/net.safetensors {}/photos --layers conv1 logits --batch-size 16 "
     "--output out/features.h5",
-    "features .npy": "features {}/net.safetensors {}/photos --layers conv1 fc7 --batch-size 16 "
+    "features .npy": "features {}/net.safetensors {}/photos --layers conv1 logits --batch-size 16 "
     "--output out/features.npy",
     "prepare": "prepare --data.name folder:{}/photos --data.image-size 32 --data.data-dir out",
     "convert": "convert {}/net.safetensors out/net.safetensors --labels {}/labels.txt",

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,11 +94,25 @@ def _expand(config: Any) -> Any:
         if dataclasses.is_dataclass(value):
             changes[field.name] = _expand(value)
         elif isinstance(value, Path):
-            try:
-                changes[field.name] = value.expanduser()
-            except RuntimeError as error:
-                raise UserError(f"{value}: {error}") from None
+            changes[field.name] = _expand_path(value)
+        elif isinstance(value, tuple):
+            changes[field.name] = tuple(
+                _expand_path(part) if isinstance(part, Path) else part for part in value
+            )
     return dataclasses.replace(config, **changes)
+
+
+def _expand_path(path: Path) -> Path:
+    try:
+        path = path.expanduser()
+        os.stat(path)
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error}") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # which later looks would raise, some of them late
+            shown = f"{str(path)[:40]}…"
+            raise UserError(f"the path {shown} is too long for this system: shorten it") from None
+    return path
 
 
 def known_flags(default: Any, prefix: str = "--") -> list[str]:

@@ -536,3 +536,24 @@ class TestNamesOfDatasets:
     def test_messages_are_one_line_whatever_a_name_holds(self):
         assert printable("a\nb\x1b[31m\udcff") == r"a\nb\x1b[31m\xff"
         assert printable("Zoë 猫") == "Zoë 猫"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("train", ["--workdir", "{}"]),
+        ("prepare", ["--data.data-dir", "{}"]),
+        ("convert", ["{}", "out.safetensors"]),
+        ("evaluate", ["net.safetensors", "{}"]),
+        ("predict", ["net.safetensors", "a.png", "--output", "{}.csv"]),
+        ("features", ["{}", "a.png"]),
+        ("lpips", ["net.safetensors", "{}", "{}"]),
+        ("plot", ["net.safetensors", "{}"]),
+        ("export", ["net.safetensors", "{}"]),
+    ],
+)
+def test_a_path_that_is_too_long_is_one_line(command, arguments, capsys):
+    module = importlib.import_module(f"flax_alexnet.{command}")
+    assert module.main([word.replace("{}", "a" * 5000) for word in arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: the path {'a' * 40}… is too long for this system: shorten it"
