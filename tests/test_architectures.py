@@ -262,7 +262,10 @@ def assert_distributed(kernel, std):
     assert abs(kernel.std() / std - 1) <= 5 / (2 * kernel.size) ** 0.5
 
 
-@pytest.mark.parametrize("variant", INITIAL)
+@pytest.mark.parametrize(
+    "variant",  # Caffe's two have the rules of the paper's
+    [pytest.param(v, marks=pytest.mark.slow) if v.startswith("caffe") else v for v in INITIAL],
+)
 def test_published_initial_values(variant):
     stds, biases = INITIAL[variant]
     for name, layer in initial_values(variant).items():
@@ -282,7 +285,7 @@ def test_pytorch_initial_values():
             assert values.max() > 0.75 * bound
 
 
-@pytest.mark.parametrize("variant", ["paper", "torchvision"])
+@pytest.mark.parametrize("variant", ["paper", pytest.param("torchvision", marks=pytest.mark.slow)])
 def test_he_initial_values(variant):
     for layer in initial_values(variant, initialization="he").values():
         fan_in = np.prod(layer["kernel"].shape[:-1])
