@@ -263,7 +263,7 @@ def assert_distributed(kernel, std):
 
 
 @pytest.mark.parametrize(
-    "variant",  # Caffe's two have the rules of the paper's
+    "variant",  # Caffe's two differ from the paper's in a few numbers
     [pytest.param(v, marks=pytest.mark.slow) if v.startswith("caffe") else v for v in INITIAL],
 )
 def test_published_initial_values(variant):
