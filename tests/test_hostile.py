@@ -739,6 +739,7 @@ def test_training_says_the_same(quick):
             assert fits(what_is(name, quick), problems.get(name, ""))
 
 
+@pytest.mark.slow
 def test_prepare_says_the_same(quick, tmp_path):
     prepare(f"folder:{quick}", tmp_path, image_size=SIDE)
     (path,) = tmp_path.rglob("outcomes.csv")

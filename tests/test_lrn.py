@@ -13,6 +13,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from flax_alexnet import local_response_normalization
 
 closed_forms = pytest.mark.parametrize("implementation", ["shifted_sums", "pallas"])
+# Kernels for a GPU are interpreted here, which is slow; their values and gradients are not left out.
+transformed = pytest.mark.parametrize(
+    "implementation",
+    ["shifted_sums", pytest.param("pallas", marks=pytest.mark.slow), "reference"],
+)
 implementations = pytest.mark.parametrize("implementation", ["shifted_sums", "pallas", "reference"])
 
 # (shape, radius, bias, alpha, beta, groups): every rank, windows from one channel to more than all,
@@ -142,7 +147,7 @@ def test_float64_stays_float64(implementation):
     assert_close(y, expected(x, 5, 1.0, 1.0, 0.75, 1), 1e-14)
 
 
-@implementations
+@transformed
 def test_under_transformations(implementation):
     x = random_input((4, 3, 3, 16), 1, 1)
     normalize = functools.partial(local_response_normalization, implementation=implementation)
@@ -195,7 +200,7 @@ def test_the_kernel_is_for_programs_on_a_gpu(monkeypatch):
         local_response_normalization(x, implementation="pallas")
 
 
-@implementations
+@transformed
 def test_sharded_batch_needs_no_communication(implementation):
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("batch"))

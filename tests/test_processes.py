@@ -279,7 +279,9 @@ def run_each(tmp_path, data_dir, *each, port=None):
     ("flags", "message"),
     [
         (({}, {"seed": 1}), "the processes disagree: seed is 0 on process 0 and 1 on process"),
-        (({}, {"data.name": "folder:gone"}), "process 1: no folder gone"),
+        pytest.param(
+            ({}, {"data.name": "folder:gone"}), "process 1: no folder gone", marks=pytest.mark.slow
+        ),
         pytest.param(
             ({"batch-size": 9},) * 2,
             "process 0: --batch-size 9 does not divide by the 16 devices",

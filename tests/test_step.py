@@ -213,7 +213,8 @@ def test_any_optimizer_of_optax_trains(optimizer):
     model = AlexNet("cuda_convnet_cifar10", 3, initialization="he")
     settings = {"model": model, "optimizer": optimizer}
     mean = jnp.full((18, 18, 3), 127.0)
-    state = create_state(jax.random.key(0), mean, crop_size=16, **settings)
+    make = jax.jit(functools.partial(create_state, crop_size=16, **settings))
+    state = make(jax.random.key(0), mean)
     step = jax.jit(
         functools.partial(
             train_step, augment=functools.partial(augment, crop_size=16, scale=1 / 64), **settings
