@@ -41,7 +41,9 @@ def assert_same(actual, expected, tolerance=1e-6):
 
 
 @forms
-@pytest.mark.parametrize(("channels", "groups"), [(1, 1), (3, 1), (6, 2)])
+@pytest.mark.parametrize(
+    ("channels", "groups"), [pytest.param(1, 1, marks=pytest.mark.slow), (3, 1), (6, 2)]
+)
 @pytest.mark.parametrize("padding", [((2, 2), (2, 2)), ((0, 0), (1, 3))])
 @pytest.mark.parametrize("stride", [1, 2, 4])
 def test_it_is_a_convolution(channels, groups, padding, stride, implementation):

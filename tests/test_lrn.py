@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from flax_alexnet import local_response_normalization
 
 closed_forms = pytest.mark.parametrize("implementation", ["shifted_sums", "pallas"])
-# Kernels for a GPU are interpreted here, which is slow; their values and gradients are not left out.
+# Kernels for a GPU are interpreted here, which is slow; values and gradients are not left out.
 transformed = pytest.mark.parametrize(
     "implementation",
     ["shifted_sums", pytest.param("pallas", marks=pytest.mark.slow), "reference"],
