@@ -43,6 +43,11 @@ def unknown(what: str, name: str, known: Iterable[str], shown: Iterable[str] = (
     return f"unknown {what} {name!r}: {hint}"
 
 
+def cause(error: BaseException) -> str:
+    """What the system says went wrong, without number and path, or else `first_line`."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its name where it has none."""
     lines = str(error).strip().splitlines()

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
-from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.errors import UserError, cause
 from flax_alexnet.inputs import check_regular
 from flax_alexnet.outputs import alone, cannot_write
 
@@ -78,7 +78,7 @@ class FeatureFile:
             ) as error:
                 if isinstance(error, UserError):
                     raise
-                reason = getattr(error, "strerror", None) or first_line(error)
+                reason = cause(error)
                 raise UserError(f"cannot use {path} ({reason}); take another --output") from None
             if not np.array_equal(self["name"], encoded):
                 raise UserError(

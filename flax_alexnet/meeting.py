@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Self
 
-from flax_alexnet.errors import LOST, UserError, first_line
+from flax_alexnet.errors import LOST, UserError, cause
 from flax_alexnet.inputs import parse_json
 from flax_alexnet.text import printable
 
@@ -132,7 +132,7 @@ def _ask(
         except TimeoutError:
             reason = "what is there does not answer"
         except OSError as error:
-            reason = error.strerror or first_line(error)
+            reason = cause(error)
         if connection:
             connection.close()
         time.sleep(PAUSE)
@@ -240,7 +240,7 @@ class _Room(socketserver.ThreadingTCPServer):
         except OSError as error:
             raise UserError(
                 f"process 0 cannot listen at port {port} of this machine "
-                f"({error.strerror or first_line(error)}): end what does, take another port in "
+                f"({cause(error)}): end what does, take another port in "
                 "--parallel.coordinator, or see whether process 0 was started twice"
             ) from None
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.errors import UserError, cause
 
 LOCK = "lock"
 
@@ -94,7 +94,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield folder / path.name
             _publish(folder, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror or first_line(error), str(path)) from None
+        raise OSError(error.errno, cause(error), str(path)) from None
 
 
 @contextlib.contextmanager
@@ -199,7 +199,7 @@ def _failures_said(path: Path, *failures: type[Exception]) -> Iterator[None]:
 
 def cannot_write(path: Path, error: BaseException) -> UserError:
     """The mistake of the user that an error in writing is."""
-    reason = getattr(error, "strerror", None) or first_line(error)
+    reason = cause(error)
     return UserError(f"cannot write {path}: {reason}; take another path")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from flax_alexnet.data.sources import NO_LABEL, Dataset
-from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.errors import UserError, cause
 from flax_alexnet.inputs import LARGEST_TEXT, read_bytes
 
 MOST_OF_CLASS = 0.1  # of a folder's: there are such pictures wherever people gather some
@@ -123,7 +123,7 @@ class BadRecords:
                     self._write()
                 except OSError as error:  # a full disk, say, is no reason to stop
                     self._written = None  # a part of a line may be there now
-                    reason = error.strerror or first_line(error)
+                    reason = cause(error)
                     print(f"cannot write {self.path} ({reason}): {line}", file=sys.stderr)
         if too_many := self._limit.exceeded(label):
             raise UserError(

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
 from flax_alexnet.data.ahead import map_threads
-from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.errors import UserError, cause, first_line
 from flax_alexnet.inputs import MB, check_regular, parse_json, read_bytes, read_text
 from flax_alexnet.text import printable
 
@@ -51,7 +51,7 @@ def check_description(folder: Path) -> None:
             except UserError:
                 raise
             except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or first_line(error)
+                reason = cause(error)
                 raise damaged(folder, f"{path.name}: {reason}") from None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flax_alexnet.data.ahead import map_threads
 from flax_alexnet.data.decode import is_picture
-from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.errors import UserError, cause
 from flax_alexnet.text import printable
 
 # What the folders of a split are called, whatever their case; "_set" may follow.
@@ -210,7 +210,7 @@ def list_left_out(
         try:
             entries = list(os.scandir(folder))
         except OSError as error:  # of somebody else's, say
-            result.append((printable(folder), error.strerror or first_line(error)))
+            result.append((printable(folder), cause(error)))
             continue
         for entry in entries:
             # A class folder may be a link; no other link is followed, as it may lead back.

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from flax_alexnet.data.ahead import map_threads
 from flax_alexnet.data.decode import DecodeError, decode
 from flax_alexnet.data.sources import Pictures, Record
-from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.errors import UserError, cause, first_line
 from flax_alexnet.inputs import read_json, read_text
 from flax_alexnet.outputs import lock, replacing
 from flax_alexnet.text import printable, write_table
@@ -134,7 +134,7 @@ def write_dataset(
             need_new(folder)
             _publish(work, folder)
     except OSError as error:
-        reason = error.strerror or first_line(error)
+        reason = cause(error)
         raise UserError(
             f"cannot write to {work}: {reason}; when that is mended, the same command goes on "
             "where it stopped"

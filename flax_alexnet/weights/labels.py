@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_alexnet.errors import UserError, first_line
+from flax_alexnet.errors import UserError, cause
 from flax_alexnet.inputs import parse_json, read_text
 from flax_alexnet.text import printable
 
@@ -132,7 +132,7 @@ def read_labels(path: Path, num_classes: int) -> tuple[str, ...]:
     try:
         text = read_text(path, LARGEST, "utf-8-sig").rstrip()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = cause(error)
         raise UserError(f"cannot read labels {path}: {reason}") from None
     lines = text.splitlines()
     names = [printable(name.strip()) for name in _from_json(text) or _from_python(lines) or lines]
