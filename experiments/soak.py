@@ -36,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,14 +131,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "command": " ".join(["python -m flax_alexnet.train", *net, *FLAGS]),
     }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    with (arguments.output / f"{name}.csv").open("w", newline="") as file:
+    write_results(arguments.output, name, result, rows)
+    return 1 if mismatches else 0
+
+
+def write_results(
+    folder: Path, name: str, result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Prints a result, and writes it and the rows that it was counted from into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    with (folder / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     print(json.dumps(result, indent=2))
-    return 1 if mismatches else 0
 
 
 def in_any_order(moments: Sequence[str], rng: np.random.Generator) -> Iterator[str]:

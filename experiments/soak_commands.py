@@ -10,14 +10,13 @@ A small net and small photographs are made. Each command is run once undisturbed
 attacked, and after each attack run once more where that is allowed to, and what is there compared
 byte for byte. Disks are file systems in memory of their own, which takes the right to mount them.
 
-Run (an hour and a half on two cores; `--quick` two minutes; no data is needed):
+Run (some forty minutes on two cores; `--quick` two; no data is needed):
 
     python experiments/soak_commands.py
 """
 
 import collections
 import contextlib
-import csv
 import dataclasses
 import functools
 import importlib.metadata
@@ -39,6 +38,7 @@ import jax
 import numpy as np
 import tyro
 from PIL import Image
+from soak import write_results
 
 import flax_alexnet
 from flax_alexnet.config import ModelConfig
@@ -157,13 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "commands": {name: COMMANDS[name].replace("{}/", "") for name in names},
     }
     name = "soak_commands_quick" if arguments.quick else "soak_commands"
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    with (arguments.output / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(json.dumps(result, indent=2))
+    write_results(arguments.output, name, result, rows)
     return 1 if failed else 0
 
 

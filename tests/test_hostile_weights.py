@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_convert import varint
 
 from flax_alexnet.errors import UserError
 from flax_alexnet.weights import layouts, native, pickles
@@ -89,14 +90,6 @@ def field(number, value):
     if isinstance(value, int):
         return varint(number << 3) + varint(value)
     return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def varint(number):
-    digits = b""
-    while number > 127:
-        digits += bytes([number % 128 + 128])
-        number //= 128
-    return digits + bytes([number])
 
 
 def caffe(blob):
