@@ -268,7 +268,8 @@ def looked_at(
     if not again:
         return ""
     code, said = command.run()
-    if code == 2 and "is there already" in said and there == expected:
+    done = "is there already" in said or "is not empty" in said
+    if code == 2 and done and there == expected:
         return ""  # it had been done
     if code:
         return f"it does not go on (exit code {code}): {said[-400:]}"

@@ -30,6 +30,25 @@ def alone(path: Path) -> Iterator[Path]:
     """
     folder = _partial(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # By its descriptor the folder is found again where it is moved away meanwhile.
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        file = _lock_folder(folder, path)
+        try:
+            _clear(folder.name, parent)
+            yield folder
+        finally:
+            _clear(folder.name, parent)
+            with contextlib.suppress(OSError):
+                os.unlink(f"{folder.name}/{LOCK}", dir_fd=parent)
+                os.rmdir(folder.name, dir_fd=parent)
+            os.close(file)
+    finally:
+        os.close(parent)
+
+
+def _lock_folder(folder: Path, path: Path) -> int:
+    """Makes the folder of `alone` for `path`, and gives its lock."""
     while True:
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
@@ -44,22 +63,13 @@ def alone(path: Path) -> Iterator[Path]:
             lock(file, folder / LOCK)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file), os.stat(folder / LOCK)):
-                    break
+                    return file
             os.close(file)
         except BlockingIOError:
             os.close(file)
             raise UserError(
                 f"another process is writing {path}: wait until it has ended, or take another path"
             ) from None
-    try:
-        _clear(folder)
-        yield folder
-    finally:
-        _clear(folder)
-        with contextlib.suppress(OSError):
-            (folder / LOCK).unlink()
-            folder.rmdir()
-        os.close(file)
 
 
 def lock(file: int, path: Path) -> None:
@@ -167,6 +177,7 @@ def new_files(
         yield write
         # In a thread, which a signal does not interrupt: all get their names, or none.
         with ThreadPoolExecutor(1) as thread:
+            thread.submit(int).result()  # which starts it: who is not started is not waited for
             thread.submit(publish).result()
 
 
@@ -232,14 +243,18 @@ def _size(count: int) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
-def _clear(folder: Path) -> None:
-    """Removes all in a folder but the lock; a link is removed, and not what it leads to."""
+def _clear(name: str, parent: int) -> None:
+    """Removes all but the lock in a folder of an open one; of a link, not what it leads to."""
     with contextlib.suppress(OSError):
-        for entry in folder.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name != LOCK:
-                entry.unlink(missing_ok=True)
+        folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+        try:
+            for entry in list(os.scandir(folder)):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.name, ignore_errors=True, dir_fd=folder)
+                elif entry.name != LOCK:
+                    os.unlink(entry.name, dir_fd=folder)
+        finally:
+            os.close(folder)
 
 
 def _to_disk(path: Path) -> None:

@@ -61,6 +61,7 @@ def leave(main: Callable[[], int], *, training: bool = False) -> NoReturn:
     heard = [number for number in END_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     for number in heard:  # `nohup` has one ignored
         signal.signal(number, _end if training else _end_tidily)
+    sys.unraisablehook = _ask_again
     _watch(heard, 0.0 if training else PATIENCE)
     if jax := sys.modules.get("jax"):
         # Who looks for transfers in a program of their own (JAX_TRANSFER_GUARD) need not see ours.
@@ -125,6 +126,21 @@ def _end_tidily(number: int, frame: Any) -> NoReturn:
     del frame
     end_on_signals()  # the next one ends it at once
     raise Terminated(number)
+
+
+def _ask_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Sends a signal anew whose `Terminated` was lost, as what is raised by a finalizer is.
+
+    JAX has Python's garbage collector call it, so that this may happen at any moment.
+    """
+    lost = unraisable.exc_value
+    if not isinstance(lost, Terminated):
+        return sys.__unraisablehook__(unraisable)
+    number = lost.args[0]
+    signal.signal(number, _end_tidily)
+    signal.set_wakeup_fd(-1)  # it is no second signal, at which `_watch` ends the process
+    # By a thread, since it would be lost again where it came before this call is over.
+    threading.Timer(0.05, os.kill, [os.getpid(), number]).start()
 
 
 def _watch(heard: Collection[int], patience: float) -> None:

@@ -125,6 +125,36 @@ def test_a_signal_that_is_ignored_stays_so():
     assert done.returncode == 7
 
 
+# A signal that comes in a callback of the garbage collector, of which JAX has one.
+LOSES = """
+import gc, signal, sys, time
+from pathlib import Path
+from flax_alexnet import process
+from flax_alexnet.outputs import replacing
+
+def lose(phase, info):
+    gc.callbacks.remove(lose)
+    signal.raise_signal(signal.SIGTERM)
+    sum(range(100))  # in which the signal is handled
+
+def main():
+    with replacing(Path(sys.argv[1])) as partial:
+        partial.touch()
+        gc.callbacks.append(lose)
+        gc.collect()
+        time.sleep(60)
+
+process.leave(main)
+"""
+
+
+def test_a_signal_that_is_lost_in_a_callback_ends_the_command_tidily(tmp_path):
+    command = [sys.executable, "-c", LOSES, str(tmp_path / "x")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "terminated\n")
+    assert not os.listdir(tmp_path)
+
+
 IMPORTS = ("flax_alexnet.train", "flax_alexnet.predict", "flax_alexnet")
 
 
