@@ -210,7 +210,8 @@ def attacks(
             process = command.start()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(moment)
-            os.killpg(process.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                os.killpg(process.pid, number)
             code, said = command.finish(process)
             yield row(number.name, f"{moment:.2f} s", code, said, again=True)
     for size in SIZES[2:3] if quick else SIZES:

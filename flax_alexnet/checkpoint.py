@@ -21,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 from flax_alexnet.errors import UserError, first_line
 from flax_alexnet.inputs import LARGEST_TEXT, check_regular
 from flax_alexnet.integrity import damage, write_manifest
+from flax_alexnet.outputs import moved_away
 
 T = TypeVar("T")
 
@@ -172,6 +173,8 @@ class Checkpoints:
     def _fail(self, error: Exception) -> None:
         """Says what could not be saved, and clears it away, so that it takes no room."""
         step, self._started = self._started, None
+        if not self._folder.parent.exists():  # which to open it again would make
+            raise moved_away(self._folder.parent) from None
         now = time.monotonic()
         if self._failing_since is None:
             self._failing_since = now

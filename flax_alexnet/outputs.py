@@ -182,8 +182,14 @@ def new_files(
 
 
 def _partial(path: Path) -> Path:
-    """The folder for what is not whole yet."""
+    """The folder for what is not whole yet of `path`."""
     return path.with_name(f".{path.name}.partial")
+
+
+def _target(path: Path) -> Path:
+    """What a path in such a folder is to become; any other path is itself."""
+    target = path.parent.with_name(path.name)
+    return target if _partial(target) == path.parent else path
 
 
 def _publish(folder: Path, path: Path) -> None:
@@ -214,6 +220,17 @@ def cannot_write(path: Path, error: BaseException) -> UserError:
     return UserError(f"cannot write {path}: {reason}; take another path")
 
 
+def moved_away(workdir: Path) -> UserError:
+    """What ends a run whose directory is no longer in its place.
+
+    What it would save from now on would lie apart from what it has saved.
+    """
+    return UserError(
+        f"{workdir} was moved or removed while the run went on: move it back, and the same "
+        "command goes on from the newest checkpoint in it"
+    )
+
+
 def check_not_read(path: Path, inputs: Iterable[Path]) -> None:
     """Raises UserError for a path that is an input's, or a folder."""
     with contextlib.suppress(OSError):  # an input that is not there is said elsewhere
@@ -234,7 +251,7 @@ def need_room(path: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"the disk of {path} has {_size(free)} free, and about {_size(needed)} are needed: "
+            f"the disk of {_target(path)} has {_size(free)} free, and about {_size(needed)} are needed: "
             "make room, or take a path on another disk"
         )
 

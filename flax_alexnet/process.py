@@ -61,7 +61,7 @@ def leave(main: Callable[[], int], *, training: bool = False) -> NoReturn:
     heard = [number for number in END_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     for number in heard:  # `nohup` has one ignored
         signal.signal(number, _end if training else _end_tidily)
-    sys.unraisablehook = _ask_again
+    sys.unraisablehook = _unraisable
     _watch(heard, 0.0 if training else PATIENCE)
     if jax := sys.modules.get("jax"):
         # Who looks for transfers in a program of their own (JAX_TRANSFER_GUARD) need not see ours.
@@ -128,19 +128,21 @@ def _end_tidily(number: int, frame: Any) -> NoReturn:
     raise Terminated(number)
 
 
-def _ask_again(unraisable: "sys.UnraisableHookArgs") -> None:
+def _unraisable(lost: "sys.UnraisableHookArgs") -> None:
     """Sends a signal anew whose `Terminated` was lost, as what is raised by a finalizer is.
 
-    JAX has Python's garbage collector call it, so that this may happen at any moment.
+    JAX has Python's garbage collector call it, so that this may happen at any moment. What threads
+    of TensorStore lose after a save that failed, which has been said, is left out.
     """
-    lost = unraisable.exc_value
-    if not isinstance(lost, Terminated):
-        return sys.__unraisablehook__(unraisable)
-    number = lost.args[0]
-    signal.signal(number, _end_tidily)
-    signal.set_wakeup_fd(-1)  # it is no second signal, at which `_watch` ends the process
-    # By a thread, since it would be lost again where it came before this call is over.
-    threading.Timer(0.05, os.kill, [os.getpid(), number]).start()
+    error = lost.exc_value
+    if isinstance(error, Terminated):
+        number = error.args[0]
+        signal.signal(number, _end_tidily)
+        signal.set_wakeup_fd(-1)  # it is no second signal, at which `_watch` ends the process
+        # By a thread, since it would be lost again where it came before this call is over.
+        threading.Timer(0.05, os.kill, [os.getpid(), number]).start()
+    elif not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__unraisablehook__(lost)
 
 
 def _watch(heard: Collection[int], patience: float) -> None:

@@ -14,7 +14,7 @@ import tqdm
 
 from flax_alexnet.errors import UserError
 from flax_alexnet.inputs import parse_json, read_text
-from flax_alexnet.outputs import replacing
+from flax_alexnet.outputs import moved_away, replacing
 
 # tensorboardX imports PyTorch where it is installed, to no use here: seconds and much memory.
 _hidden = "torch" not in sys.modules
@@ -85,18 +85,14 @@ class RunLog:
         """One line of metrics; it has a "step" and an "epoch".
 
         Raises:
-          UserError: the directory is no longer in its place; what is saved there would lie apart
-            from what was.
+          UserError: the directory is no longer in its place.
         """
         try:
             in_place = os.path.samestat(os.stat(self._workdir), self._place)
         except OSError:
             in_place = False
         if not in_place:
-            raise UserError(
-                f"{self._workdir} was moved or removed while the run went on: move it back, and "
-                "the same command goes on from the newest checkpoint in it"
-            )
+            raise moved_away(self._workdir)
         self._clock.keep()
         self._lines.add(json.dumps(metrics))
         self._events.add(metrics)

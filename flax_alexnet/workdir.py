@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_alexnet.config import CONTENT, misfit
-from flax_alexnet.errors import UserError
+from flax_alexnet.errors import UserError, cause
 from flax_alexnet.inputs import read_json
 from flax_alexnet.outputs import lock, replacing
 from flax_alexnet.text import printable
@@ -59,7 +59,11 @@ def claim(
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=workdir).close()
-        before = read_json(path)["config"] if path.exists() else config
+        exists = path.exists()
+    except OSError as error:
+        raise UserError(_cannot_write(workdir, error)) from None
+    try:
+        before = read_json(path)["config"] if exists else config
         differences = [
             f"{CONTENT[name]} have changed"
             if name in CONTENT
@@ -70,7 +74,7 @@ def claim(
             and (name in before or not name.startswith("jax."))  # which once were not kept
         ]
     except OSError as error:
-        raise UserError(_cannot_write(workdir, error)) from None
+        raise UserError(f"cannot read {path}: {cause(error)}; take another --workdir") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is no configuration of a run; take another --workdir") from None
     if (problem := misfit(before)) and not allow_changes:

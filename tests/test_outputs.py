@@ -256,3 +256,6 @@ def test_room_is_asked_for_where_the_path_will_be(tmp_path):
     need_room(tmp_path / "not" / "yet", 1)
     with pytest.raises(UserError, match=r"GB free, and about 1,000,000,000\.0 GB are needed"):
         need_room(tmp_path / "not" / "yet", 10**18)
+    with alone(tmp_path / "x") as folder, pytest.raises(UserError) as error:
+        need_room(folder / "x", 10**18)
+    assert str(error.value).startswith(f"the disk of {tmp_path / 'x'} has")

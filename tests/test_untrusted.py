@@ -106,6 +106,12 @@ class TestConfigurationFiles:
         with pytest.raises(UserError, match="no working directory of a run"):
             load(tmp_path)
 
+    def test_one_that_is_too_large_is_not_read(self, tmp_path):
+        with (tmp_path / "config.json").open("wb") as file:
+            file.truncate(10**9)
+        with pytest.raises(UserError, match=r"cannot read .*: it has 1,000,000,000 bytes; at most"):
+            claim(tmp_path, CONFIG)
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [

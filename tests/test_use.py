@@ -594,6 +594,23 @@ def test_what_is_read_is_not_written_over(weights, photographs, tmp_path, capsys
     assert picture.read_bytes() == before
 
 
+def test_outputs_into_a_run_or_a_dataset_replace_nothing(run, photographs, tmp_path, capsys):
+    dataset = tmp_path / "dataset"
+    shutil.copytree(photographs, dataset)
+    picture = dataset / "class a" / "confusion.png"
+    (dataset / "class a" / "0.png").rename(picture)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    data = ["--data.name", f"folder:{dataset}", "--data.split", "all"]
+    for command, flags, output in (
+        (PREDICT, [str(dataset), "--output", str(run / "config.json")], run / "config.json"),
+        (EVALUATE, [*data, "--output", str(picture.parent)], picture),
+    ):
+        assert command([str(run), *flags]) == 2
+        said = f"error: {output} is there already: take another path, or --overwrite\n"
+        assert capsys.readouterr().err == said
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 def test_nearest_neighbours(tmp_path, distance):
     rng = np.random.default_rng(0)
