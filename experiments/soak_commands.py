@@ -12,7 +12,7 @@ byte for byte. Disks are file systems in memory of their own, which takes the ri
 
 Run (some forty minutes on two cores; `--quick` two; no data is needed):
 
-    python experiments/soak_commands.py
+    python experiments/soak.py --phases commands
 """
 
 import collections
@@ -38,7 +38,7 @@ import jax
 import numpy as np
 import tyro
 from PIL import Image
-from soak import write_results
+from soak_training import write_results
 
 import flax_alexnet
 from flax_alexnet.config import ModelConfig

@@ -251,8 +251,8 @@ def need_room(path: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"the disk of {_target(path)} has {_size(free)} free, and about {_size(needed)} are needed: "
-            "make room, or take a path on another disk"
+            f"the disk of {_target(path)} has {_size(free)} free, and about {_size(needed)} are "
+            "needed: make room, or take a path on another disk"
         )
 
 

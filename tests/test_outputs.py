@@ -61,14 +61,18 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     assert os.listdir(tmp_path) == ["table.csv"]
 
 
+def half_written_and_moved(partial, where):
+    (partial / "below").mkdir(parents=True)
+    partial.parents[1].rename(where)
+
+
 def test_a_folder_that_is_moved_away_meanwhile_is_left_as_it_was(tmp_path):
     (tmp_path / "folder").mkdir()
     with (
         pytest.raises(UserError, match=r"cannot write .*: No such file or directory"),
         writing(tmp_path / "folder" / "x") as partial,
     ):
-        (partial / "below").mkdir(parents=True)
-        (tmp_path / "folder").rename(tmp_path / "moved")
+        half_written_and_moved(partial, tmp_path / "moved")
     assert os.listdir(tmp_path) == ["moved"]
     assert os.listdir(tmp_path / "moved") == []
 
