@@ -158,17 +158,18 @@ def new_files(
         if os.path.lexists(path) and not (overwrite or goes_on):
             raise UserError(f"{path} is there already: take another path, or --overwrite")
     folders: dict[Path, Path] = {}
+    written: list[Path] = []
 
     @contextlib.contextmanager
     def write(path: Path, *failures: type[Exception]) -> Iterator[Path]:
         with _failures_said(path, *failures):
             yield folders[path] / path.name
+        written.append(path)
 
     def publish() -> None:
-        for path, folder in folders.items():
-            if os.path.lexists(folder / path.name):
-                with _failures_said(path):
-                    _publish(folder, path)
+        for path in written:
+            with _failures_said(path):
+                _publish(folders[path], path)
 
     with contextlib.ExitStack() as held:
         for path in chosen:

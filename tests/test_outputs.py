@@ -77,6 +77,21 @@ def test_a_folder_that_is_moved_away_meanwhile_is_left_as_it_was(tmp_path):
     assert os.listdir(tmp_path / "moved") == []
 
 
+def test_what_was_written_and_is_gone_is_said(tmp_path):
+    """By a folder that is moved away before its files get their names."""
+    path = tmp_path / "folder" / "x"
+
+    def write_and_move():
+        with new_files([path]) as write:
+            write_all(write, [path])
+            path.parent.rename(tmp_path / "moved")
+
+    with pytest.raises(UserError, match=r"cannot write .*: No such file or directory"):
+        write_and_move()
+    assert os.listdir(tmp_path) == ["moved"]
+    assert os.listdir(tmp_path / "moved") == []
+
+
 def test_links_are_never_written_through(tmp_path):
     target = tmp_path / "target"
     target.write_text("not ours")
