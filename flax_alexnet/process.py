@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 from flax_alexnet.errors import END_SIGNALS, INTERRUPTED, Terminated, UserError, exit_code
 
-LEAST_MEMORY = 1_500_000_000  # bytes of addresses, with fewer of which JAX hangs or does not load
+# Bytes of addresses, with fewer of which JAX hangs or does not load; and in training its threads.
+LEAST_MEMORY, LEAST_FOR_TRAINING = 1_500_000_000, 2_600_000_000
 PATIENCE = 10.0  # seconds for tidying up after a signal
 
 
@@ -56,7 +57,7 @@ def leave(main: Callable[[], int], *, training: bool = False) -> NoReturn:
       training: whether a signal ends the process at once, since a run has its own way of ending
         tidily from the first step on, and lost output is no failure, since it is only a log.
     """
-    begin()
+    begin(LEAST_FOR_TRAINING if training else LEAST_MEMORY)
     outputs = _take_output()
     heard = [number for number in END_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     for number in heard:  # `nohup` has one ignored
@@ -86,11 +87,12 @@ def leave(main: Callable[[], int], *, training: bool = False) -> NoReturn:
     sys.exit(code)
 
 
-def begin() -> None:
+def begin(least: int = LEAST_MEMORY) -> None:
     """Prepares the process of a command for its imports, before `leave` has them behind it.
 
     Standard streams that are closed lead nowhere: else the next file that is opened would get the
-    number of one, and what is printed there. A signal ends the process at once.
+    number of one, and what is printed there. A signal ends the process at once. Where fewer bytes
+    of addresses than `least` are allowed, a line says so, and it ends.
     """
     for number in (0, 1, 2):
         try:
@@ -99,10 +101,10 @@ def begin() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the least number that is free, which is this
     end_on_signals()
     allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if allowed != resource.RLIM_INFINITY and allowed < LEAST_MEMORY:
+    if allowed != resource.RLIM_INFINITY and allowed < least:
         print(
             f"error: `ulimit -v` allows {allowed / 1e9:.1f} GB of addresses, and JAX takes more "
-            f"than {LEAST_MEMORY / 1e9:.1f} GB: raise it",
+            f"than {least / 1e9:.1f} GB: raise it",
             file=sys.stderr,
         )
         sys.stderr.flush()
