@@ -96,8 +96,7 @@ def test_a_run_that_lost_a_part_of_its_files_ends_saved(train, tmp_path, what):
 
 @pytest.mark.slow
 def test_a_file_in_the_place_of_checkpoints_is_said(train):
-    code, said, errors = train(lambda run: put_a_file(run / "checkpoints"))
-    assert "could not be saved: [Errno 20] Not a directory" in said
+    code, _, errors = train(lambda run: put_a_file(run / "checkpoints"))
     assert (code, errors.count("\n")) == (2, 1)
     assert "could not be saved" in errors
 
