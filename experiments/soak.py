@@ -2,7 +2,7 @@
 
 `soak_training.py` and `soak_commands.py` say what is claimed, and how it is looked at.
 
-Run (some seventy minutes on two cores, `--quick` three; no data is needed):
+Run (three quarters of an hour on two cores, `--quick` three minutes; no data is needed):
 
     python experiments/soak.py
 """

@@ -10,7 +10,7 @@ A small net and small photographs are made. Each command is run once undisturbed
 attacked, and after each attack run once more where that is allowed to, and what is there compared
 byte for byte. Disks are file systems in memory of their own, which takes the right to mount them.
 
-Run (some forty minutes on two cores; `--quick` two; no data is needed):
+Run (half an hour on two cores, `--quick` two minutes; no data is needed):
 
     python experiments/soak.py --phases commands
 """

@@ -15,7 +15,7 @@ line of metrics.jsonl but for its images per second. A line is written at every 
 of a step follows from its pictures and from their places in the batch, which determine how each is
 cropped, mirrored and coloured: other pictures, or another order, would show there.
 
-Run (half an hour on two cores, `--quick` a minute; no data is needed):
+Run (16 to 31 minutes on two cores, `--quick` one; no data is needed):
 
     python experiments/soak.py --phases training
 """

@@ -31,8 +31,7 @@ def alone(path: Path) -> Iterator[Path]:
     folder = _partial(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # By its descriptor the folder is found again where it is moved away meanwhile.
-    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with _opened(path.parent) as parent:
         file = _lock_folder(folder, path)
         try:
             _clear(folder.name, parent)
@@ -43,8 +42,6 @@ def alone(path: Path) -> Iterator[Path]:
                 os.unlink(f"{folder.name}/{LOCK}", dir_fd=parent)
                 os.rmdir(folder.name, dir_fd=parent)
             os.close(file)
-    finally:
-        os.close(parent)
 
 
 def _lock_folder(folder: Path, path: Path) -> int:
@@ -178,7 +175,7 @@ def new_files(
         yield write
         # In a thread, which a signal does not interrupt: all get their names, or none.
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(int).result()  # which starts it: who is not started is not waited for
+            thread.submit(int).result()  # it runs from here on, so that its end is waited for
             thread.submit(publish).result()
 
 
@@ -263,21 +260,24 @@ def _size(count: int) -> str:
 
 def _clear(name: str, parent: int) -> None:
     """Removes all but the lock in a folder of an open one; of a link, not what it leads to."""
-    with contextlib.suppress(OSError):
-        folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
-        try:
-            for entry in list(os.scandir(folder)):
-                if entry.is_dir(follow_symlinks=False):
-                    shutil.rmtree(entry.name, ignore_errors=True, dir_fd=folder)
-                elif entry.name != LOCK:
-                    os.unlink(entry.name, dir_fd=folder)
-        finally:
-            os.close(folder)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+    with contextlib.suppress(OSError), _opened(name, flags, parent) as folder:
+        for entry in list(os.scandir(folder)):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.name, ignore_errors=True, dir_fd=folder)
+            elif entry.name != LOCK:
+                os.unlink(entry.name, dir_fd=folder)
 
 
 def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with _opened(path) as descriptor:
         os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def _opened(path: Path | str, flags: int = os.O_RDONLY, parent: int | None = None) -> Iterator[int]:
+    descriptor = os.open(path, flags, dir_fd=parent)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)

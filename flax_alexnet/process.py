@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from flax_alexnet.errors import END_SIGNALS, INTERRUPTED, Terminated, UserError, exit_code
 
-# Bytes of addresses, with fewer of which JAX hangs or does not load; and in training its threads.
+# With fewer bytes of addresses JAX does not load, or hangs; a training run hangs with more already.
 LEAST_MEMORY, LEAST_FOR_TRAINING = 1_500_000_000, 2_600_000_000
 PATIENCE = 10.0  # seconds for tidying up after a signal
 

@@ -76,6 +76,13 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture
+def examples(monkeypatch):
+    """For scripts that make the embedded dataset smaller: it is as before when the test ends."""
+    for split, count in shapes.EXAMPLES.items():
+        monkeypatch.setitem(shapes.EXAMPLES, split, count)
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
     """The embedded dataset, but smaller: 64 pictures to train on, 20 to test."""

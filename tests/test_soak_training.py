@@ -9,21 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flax_alexnet.data import shapes
-
 SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "soak_training.py"
 
 
 @pytest.fixture(scope="module")
 def soak():
     return runpy.run_path(str(SCRIPT))
-
-
-@pytest.fixture
-def examples(monkeypatch):
-    """The script makes the embedded dataset smaller; here for as long as it runs."""
-    for split, count in shapes.EXAMPLES.items():
-        monkeypatch.setitem(shapes.EXAMPLES, split, count)
 
 
 @pytest.mark.usefixtures("examples")
