@@ -75,10 +75,12 @@ def test_the_readme_names_what_exists():
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *PAGES])
 def test_flags_and_links_of_the_pages_exist(page, monkeypatch):
     path = README.parent / page
-    others = {"--help", "--requeue", "--signal", "--kills", "--output", "--no-skips", "--slow"}
+    others = {"--help", "--requeue", "--signal", "--output", "--no-skips", "--slow"}
     monkeypatch.syspath_prepend(README.parent / "experiments")
-    bench = runpy.run_path(str(README.parent / "experiments" / "bench.py"))
-    flags = others | set(known_flags(Config())) | set(known_flags(bench["Arguments"]()))
+    flags = others | set(known_flags(Config()))
+    for script in ("bench", "soak"):
+        found = runpy.run_path(str(README.parent / "experiments" / f"{script}.py"))
+        flags |= set(known_flags(found["Arguments"]()))
     for command in COMMANDS:
         module = importlib.import_module(f"flax_alexnet.{command}")
         for name, schema in vars(module).items():
