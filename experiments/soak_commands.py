@@ -2,9 +2,9 @@
 
 Claimed of the commands that write files: killed (SIGKILL, SIGTERM) at any moment and started again,
 each ends with the same bytes as one that was left alone, and nothing else is left behind. On a disk
-that is full or read-only, twice at once, with few open files, with little memory, or when its
-folder is moved away meanwhile, it ends in time with the right bytes, or with exit
-code 2 and one line.
+that is full or read-only, twice at once, with few open files, with little memory, with a standard
+output that is lost, or when its folder is moved away meanwhile, it ends in time with the right
+bytes, or with exit code 2 and one line.
 
 A small net and small photographs are made. Each command is run once undisturbed. Then each is
 attacked, and after each attack run once more where that is allowed to, and what is there compared
@@ -42,6 +42,7 @@ from soak_training import write_results
 
 import flax_alexnet
 from flax_alexnet.config import ModelConfig
+from flax_alexnet.errors import STOPPED
 from flax_alexnet.model import AlexNet
 from flax_alexnet.preprocessing import Preprocessing
 from flax_alexnet.workdir import PACKAGES
@@ -49,7 +50,8 @@ from flax_alexnet.workdir import PACKAGES
 CLASSES, PICTURES = ("cat", "dog", "hen"), 40  # of each
 TIME_LIMIT = 120  # seconds, after which a command counts as one that never ends
 
-# Each writes into the folder `out` alone; "{}" is where the net and the photographs are.
+# Each writes into the folder `out` alone, and `report` into `run/report`, the report of a run that
+# has trained to its end; "{}" is where the net, the photographs and that run are.
 COMMANDS = {
     "features .h5": "features {}/net.safetensors {}/photos --layers conv1 logits --batch-size 16 "
     "--output out/features.h5",
@@ -62,6 +64,9 @@ COMMANDS = {
     "export": "export {}/net.safetensors out/net.stablehlo",
     "hub": "hub push {}/net.safetensors somebody/net --folder out/net",
     "plot": "plot {}/net.safetensors {}/photos/cat/0.jpg --output out/plots --layers conv1",
+    "report": "train --workdir run --data.name folder:{}/photos --data.image-size 32 --steps 4 "
+    "--model.variant cuda_convnet_cifar10 --augment.crop-size 24 --batch-size 8 "
+    "--save-patience 0.05",
 }
 QUICK = ("predict", "features .h5")
 SIZES = (16, 64, 256, 1024, 4096)  # of disks, in KiB
@@ -87,7 +92,8 @@ class Command:
     """A command with a folder that it is run in, whose folder `out` it writes into."""
 
     def __init__(self, name: str, where: Path):
-        self.name, self.folder = name, where / "run"
+        self.name, self.folder = name, where / "here"
+        self._before = where / "before" / name  # what is there before it is run, if anything
         words = COMMANDS[name].replace("{}", str(where)).split()
         self._argv = [sys.executable, "-m", f"flax_alexnet.{words[0]}", *words[1:]]
         cache = {"JAX_COMPILATION_CACHE_DIR": str(where / "programs")}
@@ -96,7 +102,7 @@ class Command:
     @property
     def out(self) -> Path:
         """Where it writes."""
-        return self.folder / "out"
+        return self.folder / ("run/report" if self.name == "report" else "out")
 
     def start(self, limit: Callable[[], None] | None = None) -> subprocess.Popen[str]:
         """The process; `limit` is called in it before it begins."""
@@ -128,6 +134,8 @@ class Command:
     def fresh(self) -> None:
         """Makes its folder anew."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._before.exists():
+            shutil.copytree(self._before, self.folder)
         self.out.mkdir(parents=True)
 
 
@@ -140,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     began, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder))
+        if "report" in names:
+            train(Command("report", Path(folder)), Path(folder) / "before" / "report")
         for name in names:
             for row in attacks(Command(name, Path(folder)), kills, arguments.quick, rng):
                 rows.append(row)
@@ -149,6 +159,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "attacks": len(rows),
         "withstood": len(rows) - len(failed),
         "problems": failed,
+        "by_command": {
+            name: f"{sum(row['command'] == name and not row['problem'] for row in rows)} of "
+            f"{sum(row['command'] == name for row in rows)}"
+            for name in names
+        },
         "outcomes": collections.Counter(f"{row['attack']}: {row['outcome']}" for row in rows),
         "seconds": round(time.monotonic() - began),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
@@ -176,6 +191,18 @@ def make_inputs(folder: Path) -> None:
     rule = Preprocessing(32, "paper", 24, np.full(3, 127, np.float32), 1 / 64)
     net = flax_alexnet.Pretrained(config, jax.tree.map(np.asarray, params), rule, CLASSES)
     flax_alexnet.save(net, folder / "net.safetensors")
+
+
+def train(command: Command, folder: Path) -> None:
+    """Leaves a run in a folder that has trained to its end, and has no report yet."""
+    command.fresh()
+    code, said = command.run()
+    if code:
+        raise RuntimeError(f"the run does not train:\n{said}")
+    shutil.rmtree(command.out)
+    (command.folder / "run" / "summary.json").unlink()  # which says that there is nothing to do
+    folder.parent.mkdir()
+    command.folder.rename(folder)
 
 
 def attacks(
@@ -240,6 +267,9 @@ def attacks(
         command.fresh()
         ends_with = command.run(limit(resource.RLIMIT_AS, gigabytes << 30))
         yield row("little memory", f"{gigabytes} GiB", *ends_with, again=True)
+    for lost, lose in LOST_OUTPUTS.items():
+        command.fresh()
+        yield row("lost output", lost, *command.run(lose), again=True)
     command.fresh()
     process = command.start()
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -261,7 +291,7 @@ def looked_at(
         return f"a traceback: {said[-400:]}"
     if code == 2 and len(said.strip().splitlines()) != 1:
         return f"not one line: {said[-400:]}"
-    if code not in (0, 2, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM):
+    if code not in (0, 2, STOPPED, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM):
         return f"exit code {code}: {said[-400:]}"
     there = contents(command.out)
     if code == 0 and there != expected:
@@ -308,6 +338,27 @@ def disk(folder: Path, kibibytes: int, read_only: bool = False) -> Iterator[bool
 def limit(what: int, value: int) -> Callable[[], None]:
     """A function that limits a resource of the process that calls it."""
     return functools.partial(resource.setrlimit, what, (value, value))
+
+
+def fill_output() -> None:
+    """Lets the standard output of the process that calls it go to a disk that is full."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+def leave_output() -> None:
+    """Lets it go to a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.close(reader)
+    os.close(writer)
+
+
+# How each is called from within a process that is to lose its standard output.
+LOST_OUTPUTS: dict[str, Callable[[], None]] = {
+    "full": fill_output,
+    "its reader is gone": leave_output,
+    "closed": functools.partial(os.close, 1),
+}
 
 
 if __name__ == "__main__":

@@ -142,10 +142,13 @@ def keep_trying(action: Callable[[], None], minutes: float) -> bool:
                 action()
                 return True
             except (UserError, OSError) as error:
+                said = str(error)
+                if isinstance(error, OSError) and error.filename:
+                    said = f"cannot write {error.filename}: {error.strerror}"
                 left = until - time.monotonic()
                 if left <= 0:
-                    raise UserError(f"{error}; make room, and the same command goes on") from None
-                print(f"{error}; trying again for {math.ceil(left / 60)} minutes", flush=True)
+                    raise UserError(f"{said}; make room, and the same command goes on") from None
+                print(f"{said}; trying again for {math.ceil(left / 60)} minutes", flush=True)
             if stopped_in(min(RETRY_SECONDS, left), stop_requested):
                 return False
 
