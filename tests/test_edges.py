@@ -54,6 +54,19 @@ def test_the_least_run_trains_and_goes_on_under_the_same_settings_alone(
 
 
 @pytest.mark.slow
+def test_one_picture_is_learnt(tmp_path, data_dir):
+    flags = ["--workdir", tmp_path / "run", "--data.data-dir", data_dir]
+    flags += ["--data.train-split", "train[:1]", "--batch-size", 1, "--model.width", 0.1]
+    done = train(*flags, "--eval-epochs", 24, "--no-compilation-cache")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [line["train_loss"] for line in map(json.loads, lines) if "train_loss" in line]
+    assert len(losses) == 24  # epochs, of a step each
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.slow
 def test_another_number_of_devices_goes_on(tmp_path, flags):
     more = ["--batch-size", "2"]
     for steps, devices in ((2, "1"), (4, "2"), (6, "1")):
