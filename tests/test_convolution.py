@@ -45,7 +45,7 @@ def assert_same(actual, expected, tolerance=1e-6):
     ("channels", "groups"), [pytest.param(1, 1, marks=pytest.mark.slow), (3, 1), (6, 2)]
 )
 @pytest.mark.parametrize("padding", [((2, 2), (2, 2)), ((0, 0), (1, 3))])
-@pytest.mark.parametrize("stride", [1, 2, 4])
+@pytest.mark.parametrize("stride", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_it_is_a_convolution(channels, groups, padding, stride, implementation):
     x, kernel = arrays((3, 9, 14, channels), (5, 3, channels // groups, 6))
     ours = functools.partial(

@@ -26,7 +26,13 @@ def weights(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("variant", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(variant, marks=() if variant in ("paper", "torchvision") else pytest.mark.slow)
+        for variant in ARCHITECTURES
+    ],
+)
 def test_stablehlo_gives_what_the_net_gives(variant, tmp_path, monkeypatch):
     monkeypatch.setattr(onednn, "_passed", lambda: False)  # no program for others has it
     net = small_net(variant)

@@ -122,6 +122,7 @@ def test_a_layer_at_rate_zero_stays_and_others_learn(net, finetuned):
         assert not np.array_equal(params[layer]["kernel"], net.params[layer]["kernel"])
 
 
+@pytest.mark.slow
 def test_with_the_same_classes_the_first_loss_is_the_nets_own(
     net, weights, photographs, tmp_path, capsys
 ):

@@ -95,7 +95,6 @@ CASES = [
 QUICK = [  # the two of the small net share a run on one device
     ("data", "cuda_convnet_cifar10", ()),
     ("hybrid", "cuda_convnet_cifar10", ()),
-    ("towers", "paper", (4, 2)),
 ]
 
 
@@ -141,7 +140,8 @@ def test_classes_that_do_not_divide_are_left_whole(name, shape):
     np.testing.assert_allclose(losses, run("data", "paper", devices=1, classes=15)[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["zero", pytest.param("hybrid", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero", "hybrid"])
 def test_state_is_made_where_it_stays(name):
     """Each device holds its share of the dense layers and their velocities, from the start."""
     layers = architecture("notebook").scaled(1000)

@@ -204,7 +204,10 @@ def as_optax_has_it():
             marks=pytest.mark.slow,
         ),
         pytest.param(optax.MultiSteps(optax.sgd(0.1, momentum=0.9), 2), marks=pytest.mark.slow),
-        optax.chain(optax.sgd(0.01), optax.contrib.reduce_on_plateau(patience=2)),
+        pytest.param(
+            optax.chain(optax.sgd(0.01), optax.contrib.reduce_on_plateau(patience=2)),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["adam", "clipped", "accumulated", "on the plateau of the loss"],
 )

@@ -484,6 +484,7 @@ class TestMistakes:
         assert "needed: make room" in refused(capsys, arguments(tmp_path, data_dir))
 
 
+@pytest.mark.slow
 def test_switches_of_jax_do_not_end_a_run(data_dir, tmp_path):
     with jax.debug_infs(True), jax.debug_nans(True), jax.transfer_guard("disallow"):
         assert main(arguments(tmp_path / "run", data_dir, "--steps", "2")) == 0
