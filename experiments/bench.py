@@ -36,8 +36,8 @@ from matplotlib.figure import Figure
 from photographs import find_photographs
 from works import Work, Worker
 
-from flax_alexnet.architectures import architecture, trace
-from flax_alexnet.errors import UserError, exit_code
+from flax_alexnet.models.architectures import architecture, trace
+from flax_alexnet.utils.errors import UserError, exit_code
 
 VARIANTS = ("notebook", "paper", "torchvision", "caffe", "caffenet", "cuda_convnet_cifar10")
 NORMS = ((64, 56, 56, 96), (64, 28, 28, 256))  # of the notebook, batch 64
@@ -205,7 +205,7 @@ def cpu_rows(
 
 def prepared_pictures(photographs: Sequence[Path], folder: Path) -> tuple[Path, dict[str, Any]]:
     """A folder with each photograph eight times, and what `ours_batches` needs to read them."""
-    from flax_alexnet.prepare import prepare
+    from flax_alexnet.commands.prepare import prepare
 
     pictures = folder / "pictures"
     for number, path in enumerate(photographs):

@@ -29,7 +29,7 @@ from matplotlib.ticker import LogLocator, ScalarFormatter
 from photographs import find_photographs
 from works import Work, Worker
 
-from flax_alexnet.errors import UserError, exit_code
+from flax_alexnet.utils.errors import UserError, exit_code
 
 BATCHES: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 SIZES: tuple[int, ...] = (64, 112, 160, 224, 288, 352, 448)

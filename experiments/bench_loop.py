@@ -30,24 +30,24 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from flax_alexnet.architectures import architecture
-from flax_alexnet.build import (
+from flax_alexnet.config.recipes import RECIPES
+from flax_alexnet.data.dataset import Examples, Found
+from flax_alexnet.data.loader import training_batches
+from flax_alexnet.data.prefetch import ahead
+from flax_alexnet.models.alexnet import make_model
+from flax_alexnet.models.architectures import architecture
+from flax_alexnet.parallel.layouts import make_layout
+from flax_alexnet.training.build import (
     compile_steps,
     initialize,
-    make_model,
     make_optimizer,
     no_totals,
     state_template,
 )
-from flax_alexnet.data.ahead import ahead
-from flax_alexnet.data.examples import Examples, Found
-from flax_alexnet.data.loader import training_batches
-from flax_alexnet.optimizer import applied_rate
-from flax_alexnet.recipes import RECIPES
-from flax_alexnet.reporting import Clock, RunLog, Throughput
-from flax_alexnet.sharding import make_layout
-from flax_alexnet.step import create_state
-from flax_alexnet.training import train_means
+from flax_alexnet.training.logger import Clock, RunLog, Throughput
+from flax_alexnet.training.loop import train_means
+from flax_alexnet.training.optimizer import applied_rate
+from flax_alexnet.training.step import create_state
 
 LOG_EVERY = 10  # steps between lines of metrics; recipes have 50 or more
 
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     config = dataclasses.replace(recipe, batch_size=arguments.batch_size)
     size, batch_size = config.data.image_size, config.batch_size
-    model = make_model(config.model, 1000)
+    model = make_model(**vars(config.model) | {"num_classes": 1000})
     layers = architecture(config.model.variant).scaled(1000, config.model.width)
     layout = make_layout("data", layers)
     optimizer = make_optimizer(config.optimizer, steps_per_epoch=1000.0)

@@ -33,16 +33,16 @@ import simplejpeg
 import tyro
 from photographs import FOLDER, find_photographs
 
-from flax_alexnet.data.ahead import map_threads
+from flax_alexnet.commands.prepare import prepare
 from flax_alexnet.data.decode import decode
-from flax_alexnet.errors import UserError, exit_code
-from flax_alexnet.prepare import prepare
+from flax_alexnet.data.prefetch import map_threads
+from flax_alexnet.utils.errors import UserError, exit_code
 
 SIZE, CLASSES = 256, 10
 MEMORY = """
 import re, sys
 from pathlib import Path
-from flax_alexnet.prepare import main
+from flax_alexnet.commands.prepare import main
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 idle = peak()

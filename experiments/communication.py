@@ -39,12 +39,12 @@ import jax.numpy as jnp
 import tyro
 from matplotlib.figure import Figure
 
-from flax_alexnet.architectures import ARCHITECTURES, Conv, Dense, Norm, architecture, trace
-from flax_alexnet.build import compile_steps, make_model, make_optimizer, state_template
-from flax_alexnet.model import AlexNet
-from flax_alexnet.recipes import RECIPES
-from flax_alexnet.sharding import Layout, LayoutName, make_layout
-from flax_alexnet.step import create_state
+from flax_alexnet.config.recipes import RECIPES
+from flax_alexnet.models.alexnet import AlexNet, make_model
+from flax_alexnet.models.architectures import ARCHITECTURES, Conv, Dense, Norm, architecture, trace
+from flax_alexnet.parallel.layouts import Layout, LayoutName, make_layout
+from flax_alexnet.training.build import compile_steps, make_optimizer, state_template
+from flax_alexnet.training.step import create_state
 
 FLOAT = 4  # bytes
 LAYOUTS: tuple[LayoutName, ...] = ("data", "zero", "hybrid", "towers")
@@ -167,7 +167,7 @@ def compiled(layout: Layout, variant: str, batch_size: int, width: float = 1.0) 
         model=dataclasses.replace(recipe.model, variant=variant, width=width),
         augment=dataclasses.replace(recipe.augment, crop_size=crop, color_noise="none"),
     )
-    model = make_model(config.model, table.num_classes)
+    model = make_model(**vars(config.model) | {"num_classes": table.num_classes})
     optimizer = make_optimizer(config.optimizer, steps_per_epoch=1000.0)
     init = functools.partial(create_state, model=model, optimizer=optimizer, crop_size=crop)
     size = crop + 8

@@ -8,7 +8,7 @@ activation function first tries every learning rate for a short while and goes o
 
 It reads CIFAR-10 as TFDS prepares it. Run (an hour on two cores, `--quick` a minute):
 
-    python -m flax_alexnet.prepare --data.name cifar10
+    python -m flax_alexnet prepare --data.name cifar10
     python experiments/figure1_relu_vs_tanh.py
 """
 
@@ -25,23 +25,23 @@ import jax
 import tyro
 from matplotlib.figure import Figure
 
-from flax_alexnet.architectures import architecture
-from flax_alexnet.build import (
+from flax_alexnet.config.recipes import RECIPES
+from flax_alexnet.data.dataset import CachedExamples, Examples, mean_image
+from flax_alexnet.data.loader import training_batches
+from flax_alexnet.data.sources import open_dataset
+from flax_alexnet.models.alexnet import make_model
+from flax_alexnet.models.architectures import architecture
+from flax_alexnet.parallel.layouts import make_layout
+from flax_alexnet.training.build import (
     compile_steps,
     initialize,
-    make_model,
     make_optimizer,
     no_totals,
     state_template,
     use_compilation_cache,
 )
-from flax_alexnet.data.examples import CachedExamples, Examples, mean_image
-from flax_alexnet.data.loader import training_batches
-from flax_alexnet.data.sources import open_dataset
-from flax_alexnet.errors import UserError, exit_code
-from flax_alexnet.recipes import RECIPES
-from flax_alexnet.sharding import make_layout
-from flax_alexnet.step import create_state
+from flax_alexnet.training.step import create_state
+from flax_alexnet.utils.errors import UserError, exit_code
 
 TARGET = 0.25  # training error
 CLAIM = 6.0  # times fewer epochs, in the paper
@@ -130,7 +130,7 @@ def training_error(
             drop_epochs=(),
         ),
     )
-    key, model = jax.random.key(0), make_model(config.model, 10)
+    key, model = jax.random.key(0), make_model(**vars(config.model) | {"num_classes": 10})
     layout = make_layout("data", architecture(config.model.variant).scaled(10))
     optimizer = make_optimizer(config.optimizer, steps_per_epoch=1.0)
     init = functools.partial(create_state, model=model, optimizer=optimizer, crop_size=32)

@@ -32,12 +32,12 @@ import optax
 import tyro
 from jax import lax
 
-from flax_alexnet.architectures import architecture
-from flax_alexnet.augment import preprocess
-from flax_alexnet.model import AlexNet
-from flax_alexnet.optimizer import create_optimizer
-from flax_alexnet.sharding import make_layout
-from flax_alexnet.step import create_state, train_step
+from flax_alexnet.data.augment import preprocess
+from flax_alexnet.models.alexnet import AlexNet
+from flax_alexnet.models.architectures import architecture
+from flax_alexnet.parallel.layouts import make_layout
+from flax_alexnet.training.optimizer import create_optimizer
+from flax_alexnet.training.step import create_state, train_step
 
 CLASSES = 10
 SIZE = 64

@@ -40,8 +40,8 @@ import tyro
 from matplotlib.figure import Figure
 
 from flax_alexnet import train
-from flax_alexnet.data import shapes
-from flax_alexnet.workdir import PACKAGES
+from flax_alexnet.data import synthetic
+from flax_alexnet.training.run_directory import PACKAGES
 
 FIRST = 600  # steps of the short run, with an evaluation and two saves
 EVERY = 500  # steps between evaluations, each followed by a checkpoint
@@ -86,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train_twice(arguments.train_in, arguments.steps)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        shapes.EXAMPLES.update(PICTURES)
-        shapes.builder(Path(folder) / "data").download_and_prepare()
+        synthetic.EXAMPLES.update(PICTURES)
+        synthetic.builder(Path(folder) / "data").download_and_prepare()
         watched = watch(Path(folder), arguments.steps)
     first, last = first_and_last(arguments.steps / 10, watched.memory)
     growth = last / first - 1

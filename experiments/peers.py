@@ -1,9 +1,9 @@
 """The variants in TensorFlow and PyTorch, each in its fastest usual form: what ours is measured by.
 
-Both walk the tables of `flax_alexnet.architectures` and train by the paper's rule (momentum 0.9,
-decay 0.0005) with dropout, on float32 images that lie in memory already. TensorFlow is compiled by
-`tf.function`; PyTorch by `torch.compile` with `channels_last`, on a GPU under autocast to bfloat16
-and with its fused optimizer.
+Both walk the tables of `flax_alexnet.models.architectures` and train by the paper's rule (momentum
+0.9, decay 0.0005) with dropout, on float32 images that lie in memory already. TensorFlow is
+compiled by `tf.function`; PyTorch by `torch.compile` with `channels_last`, on a GPU under autocast
+to bfloat16 and with its fused optimizer.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_alexnet.architectures import (
+from flax_alexnet.models.architectures import (
     AdaptivePool,
     Conv,
     Dense,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flax_alexnet.errors import UserError
+from flax_alexnet.utils.errors import UserError
 
 REPOSITORY = "https://github.com/EliSchwartz/imagenet-sample-images"
 FOLDER = Path("imagenet-sample-images")  # where `git clone` puts it

@@ -25,7 +25,7 @@ from typing import Any
 
 import tyro
 
-from flax_alexnet.architectures import architecture
+from flax_alexnet.models.architectures import architecture
 
 STEPS = 5  # under the profiler, after two before
 AROUND = ("while", "conditional", "call")  # operators whose time is that of others inside them

@@ -11,7 +11,7 @@ them and run (a minute on two cores):
     git clone https://github.com/richzhang/PerceptualSimilarity
     git clone https://github.com/EliSchwartz/imagenet-sample-images
     curl -O https://download.pytorch.org/models/alexnet-owt-7be5be79.pth
-    python -m flax_alexnet.convert alexnet-owt-7be5be79.pth alexnet_lpips.safetensors \
+    python -m flax_alexnet convert alexnet-owt-7be5be79.pth alexnet_lpips.safetensors \
         --heads PerceptualSimilarity/lpips/weights/v0.1/alex.pth
     python experiments/real_trunk.py
 """
@@ -31,14 +31,14 @@ from photographs import FOLDER, find_photographs
 from PIL import Image, ImageFilter
 
 from flax_alexnet import features, lpips
+from flax_alexnet.commands.lpips import need_heads
 from flax_alexnet.data.decode import DecodeError, decode_whole, read_file
 from flax_alexnet.data.pictures import find_pictures, read_pictures
-from flax_alexnet.errors import UserError, exit_code
-from flax_alexnet.lpips import need_heads
-from flax_alexnet.perceptual import signed
-from flax_alexnet.plots import color_selectivity, plot_kernels, plot_neighbours
+from flax_alexnet.models.lpips import signed
+from flax_alexnet.utils.errors import UserError, exit_code
+from flax_alexnet.utils.plotting import color_selectivity, plot_kernels, plot_neighbours
+from flax_alexnet.weights.load import load
 from flax_alexnet.weights.pretrained import Pretrained
-from flax_alexnet.weights.reading import load
 
 REPOSITORY = "https://github.com/richzhang/PerceptualSimilarity"
 FIRST_DOG, AFTER_DOGS = "n02085620", "n02114"  # the 118 breeds, by their numbers in WordNet

@@ -27,7 +27,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from flax_alexnet.architectures import (
+from flax_alexnet.models.architectures import (
     Conv,
     Dense,
     Layer,
@@ -37,11 +37,11 @@ from flax_alexnet.architectures import (
     explicit_padding,
     trace,
 )
-from flax_alexnet.host_memory import keep_for_reuse
 from flax_alexnet.ops.convolution import convolve
 from flax_alexnet.ops.dense import multiply
 from flax_alexnet.ops.lrn import local_response_normalization
 from flax_alexnet.ops.pooling import max_pool
+from flax_alexnet.utils.host_memory import keep_for_reuse
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,11 +41,11 @@ from PIL import Image
 from soak_training import write_results
 
 import flax_alexnet
-from flax_alexnet.config import ModelConfig
-from flax_alexnet.errors import STOPPED
-from flax_alexnet.model import AlexNet
-from flax_alexnet.preprocessing import Preprocessing
-from flax_alexnet.workdir import PACKAGES
+from flax_alexnet.config.schema import ModelConfig
+from flax_alexnet.data.preprocessing import Preprocessing
+from flax_alexnet.models.alexnet import AlexNet
+from flax_alexnet.training.run_directory import PACKAGES
+from flax_alexnet.utils.errors import STOPPED
 
 CLASSES, PICTURES = ("cat", "dog", "hen"), 40  # of each
 TIME_LIMIT = 120  # seconds, after which a command counts as one that never ends
@@ -95,7 +95,7 @@ class Command:
         self.name, self.folder = name, where / "here"
         self._before = where / "before" / name  # what is there before it is run, if anything
         words = COMMANDS[name].replace("{}", str(where)).split()
-        self._argv = [sys.executable, "-m", f"flax_alexnet.{words[0]}", *words[1:]]
+        self._argv = [sys.executable, "-m", "flax_alexnet", *words]
         cache = {"JAX_COMPILATION_CACHE_DIR": str(where / "programs")}
         self._environment = os.environ | cache | {"JAX_PLATFORMS": "cpu"}
 

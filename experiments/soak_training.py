@@ -46,8 +46,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tyro
 
-from flax_alexnet.data import shapes
-from flax_alexnet.workdir import PACKAGES
+from flax_alexnet.data import synthetic
+from flax_alexnet.training.run_directory import PACKAGES
 
 STEPS, EVERY = 72, 12  # steps of a run, and between two evaluations, each followed by a checkpoint
 BATCH = 8
@@ -115,8 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     absl.logging.set_verbosity(absl.logging.ERROR)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        shapes.EXAMPLES.update(PICTURES)
-        shapes.builder(Path(folder) / "data").download_and_prepare()
+        synthetic.EXAMPLES.update(PICTURES)
+        synthetic.builder(Path(folder) / "data").download_and_prepare()
         rows, mismatches = soak(Path(folder), net, arguments.kills, aims, rng)
     kills = [row for row in rows if row["exit_code"] == -signal.SIGKILL]
     result = {

@@ -27,9 +27,9 @@ import jax
 import numpy as np
 import tyro
 
-from flax_alexnet.checkpoint import UNLISTED, Checkpoints, manifest
-from flax_alexnet.errors import STOPPED
-from flax_alexnet.integrity import damage, write_manifest
+from flax_alexnet.checkpoint.manager import UNLISTED, Checkpoints, manifest
+from flax_alexnet.checkpoint.manifest import damage, write_manifest
+from flax_alexnet.utils.errors import STOPPED
 
 LINES = (1, 2, 2, 3, 4)  # of metrics that each run has written when it is stopped
 PARAMETERS = 60_965_224  # of the paper's net

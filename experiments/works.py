@@ -128,19 +128,19 @@ def peak_memory() -> int:
 
 
 def ours_train(variant: str, batch: int, size: int, dtype: str = "float32") -> Run:
-    """`flax_alexnet.step.train_step` as a run makes it, with the crop and flip of uint8 squares."""
-    from flax_alexnet.host_memory import keep_for_reuse
+    """`flax_alexnet.train_step` as a run makes it, with the crop and flip of uint8 squares."""
+    from flax_alexnet.utils.host_memory import keep_for_reuse
 
     keep_for_reuse()
     import jax
     import jax.numpy as jnp
 
-    from flax_alexnet.architectures import architecture
-    from flax_alexnet.augment import augment
-    from flax_alexnet.model import AlexNet
-    from flax_alexnet.optimizer import create_optimizer
-    from flax_alexnet.sharding import make_layout
-    from flax_alexnet.step import create_state, train_step
+    from flax_alexnet.data.augment import augment
+    from flax_alexnet.models.alexnet import AlexNet
+    from flax_alexnet.models.architectures import architecture
+    from flax_alexnet.parallel.layouts import make_layout
+    from flax_alexnet.training.optimizer import create_optimizer
+    from flax_alexnet.training.step import create_state, train_step
 
     classes = architecture(variant).num_classes
     model = AlexNet(variant, classes, dtype=jnp.dtype(dtype))
@@ -177,14 +177,14 @@ def ours_train(variant: str, batch: int, size: int, dtype: str = "float32") -> R
 
 def ours_infer(variant: str, batch: int, size: int, dtype: str = "float32") -> Run:
     """The logits of float32 images."""
-    from flax_alexnet.host_memory import keep_for_reuse
+    from flax_alexnet.utils.host_memory import keep_for_reuse
 
     keep_for_reuse()
     import jax
     import jax.numpy as jnp
 
-    from flax_alexnet.architectures import architecture
-    from flax_alexnet.model import AlexNet
+    from flax_alexnet.models.alexnet import AlexNet
+    from flax_alexnet.models.architectures import architecture
 
     model = AlexNet(variant, architecture(variant).num_classes, dtype=jnp.dtype(dtype))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
@@ -224,7 +224,7 @@ def tensorflow_infer(variant: str, batch: int, size: int) -> Run:
 
 def product(side: int, dtype: str = "float32") -> Run:
     """A product of two square matrices, 2 · side³ operations: the limit of arithmetic."""
-    from flax_alexnet.host_memory import keep_for_reuse
+    from flax_alexnet.utils.host_memory import keep_for_reuse
 
     keep_for_reuse()
     import jax
@@ -246,7 +246,7 @@ def copy(shape: tuple[int, ...], dtype: str, times: int) -> Run:
 
 def ours_lrn(shape: tuple[int, ...], dtype: str, times: int, implementation: str | None) -> Run:
     """Normalization, forward and backward."""
-    from flax_alexnet.host_memory import keep_for_reuse
+    from flax_alexnet.utils.host_memory import keep_for_reuse
 
     keep_for_reuse()
     import jax
@@ -318,7 +318,7 @@ def ours_batches(
     data_dir: str, name: str, size: int, batch: int, images: int, threads: int | None = None
 ) -> Run:
     """Pictures from the disk to uint8 batches that are ready for a device, in shuffled order."""
-    from flax_alexnet.data.examples import DecodedExamples
+    from flax_alexnet.data.dataset import DecodedExamples
     from flax_alexnet.data.loader import training_batches
     from flax_alexnet.data.sources import open_dataset
 

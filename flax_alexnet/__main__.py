@@ -1,5 +1,55 @@
-"""`python -m flax_alexnet COMMAND`: the same as the console script."""
+"""`python -m flax_alexnet COMMAND`, which is also the console script `flax-alexnet COMMAND`."""
 
-from flax_alexnet.cli import console
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Sequence
 
-console()
+from flax_alexnet.utils.errors import UserError, exit_code, unknown
+from flax_alexnet.utils.process import begin, leave
+
+COMMANDS = {
+    "train": "train a net, or go on with a training",
+    "prepare": "bring a dataset into the form that training reads",
+    "convert": "read and write the weight files of PyTorch, Caffe and TensorFlow",
+    "evaluate": "measure how often a trained net, or several, are right",
+    "predict": "say what pictures show",
+    "features": "write activations of many pictures into one file",
+    "lpips": "measure how different two pictures look",
+    "plot": "draw what a net has learned",
+    "export": "write a net as StableHLO, ONNX or a TensorFlow SavedModel",
+    "hub": "send a net to the Hugging Face Hub, or fetch one",
+}
+
+
+def console() -> None:
+    """The console script."""
+    begin()
+    leave(find(sys.argv[1:]), training=sys.argv[1:2] == ["train"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Hands the rest of the arguments to the command that the first one names."""
+    return find(sys.argv[1:] if argv is None else argv)()
+
+
+def find(argv: Sequence[str]) -> Callable[[], int]:
+    """The command that the first argument names, imported, with the rest of the arguments."""
+    name, *rest = argv or ["--help"]
+    if name in COMMANDS:
+        module = importlib.import_module(f"flax_alexnet.commands.{name}")
+        return functools.partial(module.main, rest)
+    return functools.partial(_explain, name)
+
+
+def _explain(name: str) -> int:
+    if name not in ("-h", "--help"):
+        return exit_code(UserError(unknown("command", name, COMMANDS)))
+    print("usage: flax-alexnet COMMAND [--help] [flags]\n")
+    for command, purpose in COMMANDS.items():
+        print(f"  {command:<10}{purpose}")
+    return 0
+
+
+if __name__ == "__main__":
+    console()

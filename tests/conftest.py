@@ -22,8 +22,8 @@ import pytest
 from PIL import Image
 from small_nets import make_net
 
-from flax_alexnet.data import shapes
-from flax_alexnet.weights import native
+from flax_alexnet.data import synthetic
+from flax_alexnet.weights import safetensors_files
 from flax_alexnet.weights.pretrained import Pretrained
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -79,8 +79,8 @@ def shared_data() -> Path:
 @pytest.fixture
 def examples(monkeypatch):
     """For scripts that make the embedded dataset smaller: it is as before when the test ends."""
-    for split, count in shapes.EXAMPLES.items():
-        monkeypatch.setitem(shapes.EXAMPLES, split, count)
+    for split, count in synthetic.EXAMPLES.items():
+        monkeypatch.setitem(synthetic.EXAMPLES, split, count)
 
 
 @pytest.fixture(scope="session")
@@ -88,9 +88,9 @@ def data_dir(tmp_path_factory) -> Path:
     """The embedded dataset, but smaller: 64 pictures to train on, 20 to test."""
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(shapes.EXAMPLES, "train", 64)
-        patch.setitem(shapes.EXAMPLES, "test", 20)
-        shapes.builder(folder).download_and_prepare()
+        patch.setitem(synthetic.EXAMPLES, "train", 64)
+        patch.setitem(synthetic.EXAMPLES, "test", 20)
+        synthetic.builder(folder).download_and_prepare()
     return folder
 
 
@@ -104,7 +104,7 @@ def net() -> Pretrained:
 def weights(net, tmp_path_factory) -> Path:
     """Its file."""
     path = tmp_path_factory.mktemp("weights") / "net.safetensors"
-    native.save(net, path)
+    safetensors_files.save(net, path)
     return path
 
 

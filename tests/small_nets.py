@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from flax_alexnet.config import ModelConfig
-from flax_alexnet.preprocessing import Preprocessing
+from flax_alexnet.config.schema import ModelConfig
+from flax_alexnet.data.preprocessing import Preprocessing
 from flax_alexnet.weights.pretrained import Pretrained, expected_shapes, unflatten
 
 COLOR = np.array([120, 110, 100], np.float32)

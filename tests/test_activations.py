@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from small_nets import make_net
 
-from flax_alexnet.activations import features, grad_cam, map_names
-from flax_alexnet.architectures import activation_names, architecture
-from flax_alexnet.errors import UserError
+from flax_alexnet.models.activations import features, grad_cam, map_names
+from flax_alexnet.models.architectures import activation_names, architecture
+from flax_alexnet.utils.errors import UserError
 
 SIZES = {"cuda_convnet_cifar10": 16, "notebook": 48, "torchvision": 64}
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from flax_alexnet import AlexNet
-from flax_alexnet.architectures import ARCHITECTURES, Conv, Dropout, architecture, trace
-from flax_alexnet.errors import UserError
+from flax_alexnet.models.architectures import ARCHITECTURES, Conv, Dropout, architecture, trace
+from flax_alexnet.utils.errors import UserError
 
 FC = {"fc6": (4096,), "fc7": (4096,), "logits": (1000,)}
 FIVE = {"conv3": (13, 13, 384), "conv4": (13, 13, 384), "conv5": (13, 13, 256)}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_alexnet.augment import (
+from flax_alexnet.data.augment import (
     COLOR_SCALES,
     PRINCIPAL_COMPONENTS,
     augment,
@@ -17,7 +17,7 @@ from flax_alexnet.augment import (
     subtract_mean,
     ten_crops,
 )
-from flax_alexnet.errors import UserError
+from flax_alexnet.utils.errors import UserError
 
 KEY = jax.random.key(3)
 

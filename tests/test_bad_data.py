@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flax_alexnet.commands.prepare import prepare
+from flax_alexnet.config.recipes import parse_config
 from flax_alexnet.data.bad_records import BadRecords, Limit
-from flax_alexnet.data.examples import BAD as BAD_LABEL
-from flax_alexnet.data.examples import CachedExamples, DecodedExamples, open_examples
+from flax_alexnet.data.dataset import BAD as BAD_LABEL
+from flax_alexnet.data.dataset import CachedExamples, DecodedExamples, open_examples
 from flax_alexnet.data.loader import evaluation_batches, training_batches
 from flax_alexnet.data.sources import NO_LABEL, Record, open_dataset
-from flax_alexnet.errors import UserError
-from flax_alexnet.preflight import check_and_open
-from flax_alexnet.prepare import prepare
-from flax_alexnet.recipes import parse_config
 from flax_alexnet.train import main as train
-from flax_alexnet.workdir import record
+from flax_alexnet.training.run_directory import record
+from flax_alexnet.training.setup import check_and_open
+from flax_alexnet.utils.errors import UserError
 
 BAD = {4: "it is on fire", 5: "", 17: "", 29: "it is on fire"}  # 5 and 17 are no pictures
 
@@ -141,7 +141,7 @@ def test_too_many_end_the_training(tmp_path, threads):
 @pytest.mark.parametrize("cached", [True, False])
 def test_the_trial_at_the_start_names_the_first(tmp_path, monkeypatch, cached):
     if not cached:
-        monkeypatch.setattr("flax_alexnet.data.examples.CACHE_BYTES", 0)
+        monkeypatch.setattr("flax_alexnet.data.dataset.CACHE_BYTES", 0)
     with pytest.raises(UserError, match="cannot read picture picture 4: it is on fire; remove or"):
         open_examples(Damaged(), 2)
     with pytest.raises(UserError, match="picture 4: it is on fire; with it 1 of 30"):
@@ -295,10 +295,10 @@ def train_flags(workdir, data_dir):
 KILLED = """
 import os, signal, sys
 from flax_alexnet import train
-from flax_alexnet.checkpoint import Checkpoints
-from flax_alexnet.data import examples
+from flax_alexnet.checkpoint.manager import Checkpoints
+from flax_alexnet.data import dataset
 
-examples.CACHE_BYTES = 0
+dataset.CACHE_BYTES = 0
 save = Checkpoints.save
 
 def save_and_die(self, step, *arguments, **options):
@@ -369,7 +369,7 @@ class TestPrepared:
         said = capsys.readouterr().out
         command = [sys.executable, "-c", KILLED, *train_flags(parts, damaged)]
         assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-        monkeypatch.setattr("flax_alexnet.data.examples.CACHE_BYTES", 0)
+        monkeypatch.setattr("flax_alexnet.data.dataset.CACHE_BYTES", 0)
         assert train(train_flags(parts, damaged)) == 0
         said_later = capsys.readouterr().out
         assert "steps 5 to 12" in said_later

@@ -10,16 +10,16 @@ import pytest
 from PIL import Image
 from test_data import make_folder
 
-from flax_alexnet import preflight
-from flax_alexnet.config import Config
+from flax_alexnet.commands.prepare import prepare
+from flax_alexnet.config.cli import parse
+from flax_alexnet.config.recipes import QUICKSTART
+from flax_alexnet.config.schema import Config
 from flax_alexnet.data.sources import END_OF_PICTURE, END_OF_SHARD, open_dataset, open_splits
-from flax_alexnet.errors import UserError
-from flax_alexnet.flags import parse
-from flax_alexnet.preflight import agree, check_and_open
-from flax_alexnet.prepare import prepare
-from flax_alexnet.recipes import QUICKSTART
 from flax_alexnet.train import main as train
-from flax_alexnet.workdir import record
+from flax_alexnet.training import setup
+from flax_alexnet.training.run_directory import record
+from flax_alexnet.training.setup import agree, check_and_open
+from flax_alexnet.utils.errors import UserError
 
 TRAIN, EVAL = "the pictures to train on have changed", "the pictures to evaluate on have changed"
 
@@ -155,7 +155,7 @@ def test_processes_with_other_pictures_are_found(start, pets, monkeypatch):
     paint(pets / "cat" / "000.png", 1000)
     other = start("--allow-changes").identity | {"allow_changes": False}
     said = [json.dumps({"error": "", "run": run}) for run in (own, other)]
-    monkeypatch.setattr(preflight, "gather", lambda *_: said)
+    monkeypatch.setattr(setup, "gather", lambda *_: said)
     with pytest.raises(UserError, match="the digest of the pictures to train on is"):
         agree(own, "")
 

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from flax_alexnet.checkpoint import (
+from flax_alexnet.checkpoint.manager import (
     Checkpoints,
     digest,
     manifest,
@@ -20,7 +20,7 @@ from flax_alexnet.checkpoint import (
     restore_model,
     set_aside_damaged,
 )
-from flax_alexnet.errors import UserError
+from flax_alexnet.utils.errors import UserError
 
 MANIFEST = manifest(2)
 
@@ -320,7 +320,7 @@ def test_steps_that_were_saved_and_are_gone_are_missed(tmp_path, monkeypatch):
         def fail(*_):
             raise OSError(5, "Input/output error")
 
-        patch.setattr("flax_alexnet.checkpoint.write_manifest", fail)
+        patch.setattr("flax_alexnet.checkpoint.manager.write_manifest", fail)
         save_one(1)
     need_steps(folder, marker)  # a run that never could save starts again
     save_one(2)
@@ -368,7 +368,7 @@ class TestFullDisk:
             def fail(*_):
                 raise OSError(5, "Input/output error")
 
-            patch.setattr("flax_alexnet.checkpoint.write_manifest", fail)
+            patch.setattr("flax_alexnet.checkpoint.manager.write_manifest", fail)
             checkpoints.save(3, state(3))
             assert not checkpoints.saved()
         assert "could not be saved: [Errno 5] Input/output error; step 2 is intact" in said[0]

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 import pytest
 
-from flax_alexnet.architectures import ARCHITECTURES
-from flax_alexnet.model import implementations
+from flax_alexnet.models.alexnet import implementations
+from flax_alexnet.models.architectures import ARCHITECTURES
 from flax_alexnet.ops import convolution, dense, lrn, onednn, pooling
-from flax_alexnet.ops.choices import CHOICES, Convolution, choose
+from flax_alexnet.ops.dispatch import CHOICES, Convolution, choose
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu", "another"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_alexnet.architectures import ARCHITECTURES
+from flax_alexnet.models.architectures import ARCHITECTURES
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "communication.py"))
 BATCH, WIDTH = 16, 1 / 8

@@ -5,12 +5,12 @@ import io
 
 import pytest
 
-from flax_alexnet import cli
-from flax_alexnet.architectures import architecture, trace
-from flax_alexnet.config import Config, flatten, validate
-from flax_alexnet.errors import UserError
-from flax_alexnet.flags import known_flags
-from flax_alexnet.recipes import RECIPES, parse_config
+from flax_alexnet import __main__ as cli
+from flax_alexnet.config.cli import known_flags
+from flax_alexnet.config.recipes import RECIPES, parse_config
+from flax_alexnet.config.schema import Config, flatten, validate
+from flax_alexnet.models.architectures import architecture, trace
+from flax_alexnet.utils.errors import UserError
 
 
 def test_a_recipe_is_a_value_and_flags_override_it():

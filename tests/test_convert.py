@@ -19,19 +19,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from flax_alexnet.activations import features
-from flax_alexnet.convert import main
-from flax_alexnet.errors import UserError
-from flax_alexnet.integrity import sha256
-from flax_alexnet.weights import digests, layouts, native
+from flax_alexnet.checkpoint.manifest import sha256
+from flax_alexnet.commands.convert import main
+from flax_alexnet.models.activations import features
+from flax_alexnet.utils.errors import UserError
+from flax_alexnet.weights import digests, name_maps, safetensors_files
 from flax_alexnet.weights.labels import (
     imagenet_labels,
     imagenet_synsets,
     match_labels,
     read_labels,
 )
+from flax_alexnet.weights.load import CAFFE, load, read
 from flax_alexnet.weights.pretrained import LPIPS_HEADS
-from flax_alexnet.weights.reading import CAFFE, load, read
 
 CONVOLUTIONS = {  # torchvision's, in its own order
     "features.0": (64, 3, 11, 11),
@@ -261,7 +261,9 @@ def test_formats_are_told_by_content(trunk, net, tmp_path, capsys):
     assert "_orig_mod.features.0.bias is read as features.0.bias" in capsys.readouterr().err
     first = set()
     for count in range(0, 256, 8):  # it begins with a length, which may begin as another mark
-        native.save(dataclasses.replace(net, source={"file": count * "x"}), tmp_path / "net.ckpt")
+        safetensors_files.save(
+            dataclasses.replace(net, source={"file": count * "x"}), tmp_path / "net.ckpt"
+        )
         assert load(tmp_path / "net.ckpt").config == net.config
         first.add((tmp_path / "net.ckpt").read_bytes()[:1])
     assert b"\x80" in first
@@ -363,12 +365,14 @@ def test_number_of_classes():
     shapes = CONVOLUTIONS | dense
     tensors = {f"{k}.weight": np.broadcast_to(zero, v) for k, v in shapes.items()}
     tensors |= {f"{k}.bias": np.broadcast_to(zero, v[:1]) for k, v in shapes.items()}
-    params, classes = layouts.read_params(layouts.TORCHVISION, tensors, "torchvision", "net")
+    params, classes = name_maps.read_params(name_maps.TORCHVISION, tensors, "torchvision", "net")
     assert classes == 7
     assert params["fc8"]["kernel"].shape == (4096, 7)
 
 
-@pytest.mark.parametrize("layout", [layouts.TORCHVISION, layouts.CAFFE, layouts.CAFFE_TENSORFLOW])
+@pytest.mark.parametrize(
+    "layout", [name_maps.TORCHVISION, name_maps.CAFFE, name_maps.CAFFE_TENSORFLOW]
+)
 @pytest.mark.parametrize("path", ["conv1/kernel", "conv2/kernel", "fc6/kernel", "fc7/kernel"])
 def test_layouts_are_inverted(layout, path):
     shape = {"conv1/kernel": (5, 4, 3, 7), "conv2/kernel": (5, 4, 2, 7)}.get(path, (24, 7))
@@ -751,7 +755,7 @@ def dense_tensors(layout, **shapes):
 FC6, FC7 = (4096, 9216), (4096, 4096)
 
 
-@pytest.mark.parametrize("layout", [layouts.CAFFE, layouts.CAFFE_TENSORFLOW])
+@pytest.mark.parametrize("layout", [name_maps.CAFFE, name_maps.CAFFE_TENSORFLOW])
 @pytest.mark.parametrize(
     ("shapes", "head", "classes", "said"),
     [
@@ -777,7 +781,7 @@ FC6, FC7 = (4096, 9216), (4096, 4096)
 )
 def test_fine_tuned_caffe(layout, shapes, head, classes, said):
     """Their last layer bears another name, and others may, lest Caffe fill it from the file."""
-    tensors, notes = layouts.name_dense(layout, dense_tensors(layout, **shapes), "net", head)
+    tensors, notes = name_maps.name_dense(layout, dense_tensors(layout, **shapes), "net", head)
     expected = {"fc8": (classes, 4096)} if classes else {}
     expected |= {"fc6": FC6} if FC6 in shapes.values() else {}
     expected |= {"fc7": FC7}
@@ -798,7 +802,7 @@ def test_fine_tuned_caffe(layout, shapes, head, classes, said):
 )
 def test_several_last_layers_of_caffe(shapes, head, said):
     with pytest.raises(UserError, match=said):
-        layouts.name_dense(layouts.CAFFE, dense_tensors(layouts.CAFFE, **shapes), "net", head)
+        name_maps.name_dense(name_maps.CAFFE, dense_tensors(name_maps.CAFFE, **shapes), "net", head)
 
 
 def test_layers_of_caffe_that_fit_nowhere_are_named(tmp_path, capsys):

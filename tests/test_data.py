@@ -11,8 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from flax_alexnet.data.decode import DecodeError, decode
-from flax_alexnet.data.examples import (
+from flax_alexnet.data.dataset import (
     CachedExamples,
     DecodedExamples,
     Examples,
@@ -20,11 +19,12 @@ from flax_alexnet.data.examples import (
     mean_image,
     open_examples,
 )
+from flax_alexnet.data.decode import DecodeError, decode
 from flax_alexnet.data.folders import list_pictures, natural
 from flax_alexnet.data.loader import evaluation_batches, training_batches
 from flax_alexnet.data.pictures import open_for_use
 from flax_alexnet.data.sources import FolderSource, open_dataset
-from flax_alexnet.errors import UserError
+from flax_alexnet.utils.errors import UserError
 
 
 def encoded(image, kind="png", **options):
@@ -170,7 +170,7 @@ class TestExamples:
 
     def test_large_sets_are_tried_and_not_cached(self, dataset, tmp_path, monkeypatch):
         assert isinstance(open_examples(dataset.train, 9), CachedExamples)
-        monkeypatch.setattr("flax_alexnet.data.examples.CACHE_BYTES", 1000)
+        monkeypatch.setattr("flax_alexnet.data.dataset.CACHE_BYTES", 1000)
         assert isinstance(open_examples(dataset.train, 9), DecodedExamples)
         (tmp_path / "a" / "003.png").write_bytes(b"damaged")
         with pytest.raises(UserError, match=r"cannot read picture .*003\.png"):

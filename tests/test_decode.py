@@ -11,7 +11,7 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps, PngImagePlugin
 
-from flax_alexnet.data import containers
+from flax_alexnet.data import image_files
 from flax_alexnet.data.decode import (
     LARGEST_WHOLE,
     DecodeError,
@@ -21,7 +21,7 @@ from flax_alexnet.data.decode import (
     read_file,
     to_square,
 )
-from flax_alexnet.inputs import read_bytes
+from flax_alexnet.utils.inputs import read_bytes
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (40, 60, 3), np.uint8)
@@ -210,7 +210,7 @@ def test_the_orientation_is_what_pillow_takes(order, layout, kind, value):
     data = encoded(FLAG, "jpeg", exif=b"Exif\0\0" + exif)
     theirs = Image.open(io.BytesIO(data)).getexif().get(0x0112, 1)
     turns = theirs if theirs in range(2, 9) else 1
-    ours = containers.orientation(exif)
+    ours = image_files.orientation(exif)
     assert (ours if ours in range(2, 9) else 1) == turns
     assert decode_whole(data).shape == ((60, 40, 3) if turns > 4 else (40, 60, 3))
 
@@ -255,7 +255,7 @@ def test_lengths_of_strips_below_0_make_up_for_no_others():
     tiff = b"II*\0" + struct.pack("<IH", 8, len(lines))
     tiff += b"".join(struct.pack("<HHII", *line) for line in lines) + bytes(4)
     with pytest.raises(DecodeError, match="its strips have 4,294,967,296 bytes"):
-        containers.need_decodable(tiff)
+        image_files.need_decodable(tiff)
 
 
 def test_what_lies_behind_a_picture_is_not_looked_at():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_alexnet import AlexNet, cross_entropy, local_response_normalization
-from flax_alexnet.architectures import ARCHITECTURES
+from flax_alexnet.models.architectures import ARCHITECTURES
 from flax_alexnet.ops import onednn
 from flax_alexnet.ops.convolution import convolve
 from flax_alexnet.ops.dense import multiply

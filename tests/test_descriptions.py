@@ -8,11 +8,11 @@ import signal
 import pytest
 from test_data import make_folder
 
+from flax_alexnet.commands.prepare import main as prepare_main
+from flax_alexnet.commands.prepare import prepare
 from flax_alexnet.data.sources import open_dataset
-from flax_alexnet.errors import UserError
-from flax_alexnet.prepare import main as prepare_main
-from flax_alexnet.prepare import prepare
 from flax_alexnet.train import main as train
+from flax_alexnet.utils.errors import UserError
 
 NAME = "prepared_folder/pets"
 INFO, FEATURES, LABELS = "dataset_info.json", "features.json", "label.labels.txt"

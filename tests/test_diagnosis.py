@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_alexnet import AlexNet
-from flax_alexnet.diagnosis import (
+from flax_alexnet.training.divergence import (
     dead_units,
     divergence,
     largest_activation,

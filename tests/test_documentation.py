@@ -22,11 +22,11 @@ from sybil import Region
 from sybil.document import Document
 from sybil.parsers.markdown import CodeBlockParser
 
-from flax_alexnet import recipes
-from flax_alexnet.data import shapes
-from flax_alexnet.data.prepared import write_dataset
+from flax_alexnet.config import recipes
+from flax_alexnet.data import synthetic
 from flax_alexnet.data.sources import FolderSource
-from flax_alexnet.weights import layouts, native
+from flax_alexnet.data.writer import write_dataset
+from flax_alexnet.weights import name_maps, safetensors_files
 from flax_alexnet.weights.labels import imagenet_labels, imagenet_synsets
 
 ROOT = Path(__file__).parents[1]
@@ -127,16 +127,16 @@ def write_nets(folder, width):
     downloaded = folder / "alexnet-owt-7be5be79.pth"
     if width == 1:
         params = net(1).params
-        save_file(layouts.write_params(layouts.TORCHVISION, params, "torchvision"), downloaded)
-        heads = zip(layouts.LPIPS.names.values(), (64, 192, 384, 256, 256), strict=True)
+        save_file(name_maps.write_params(name_maps.TORCHVISION, params, "torchvision"), downloaded)
+        heads = zip(name_maps.LPIPS.names.values(), (64, 192, 384, 256, 256), strict=True)
         save_file({n: np.ones((1, c, 1, 1), np.float32) for n, c in heads}, folder / "alex.pth")
     else:
         whole = folder / "whole.safetensors"
-        native.save(net(width), whole)
+        safetensors_files.save(net(width), whole)
         whole.rename(downloaded)
     for seed, name in enumerate(("one", "two", "three")):
-        native.save(net(0.02, seed), folder / f"{name}.safetensors")
-    native.save(net(0.02, variant="caffe"), folder / "caffe.safetensors")
+        safetensors_files.save(net(0.02, seed), folder / f"{name}.safetensors")
+    safetensors_files.save(net(0.02, variant="caffe"), folder / "caffe.safetensors")
 
 
 @pytest.fixture
@@ -146,8 +146,8 @@ def reader(made, tmp_path, monkeypatch):
     shutil.copytree(made, folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("TFDS_DATA_DIR", "tensorflow_datasets")
-    monkeypatch.setitem(shapes.EXAMPLES, "train", 64)
-    monkeypatch.setitem(shapes.EXAMPLES, "test", 20)
+    monkeypatch.setitem(synthetic.EXAMPLES, "train", 64)
+    monkeypatch.setitem(synthetic.EXAMPLES, "test", 20)
     small = {
         name: dataclasses.replace(
             recipe,
@@ -168,14 +168,28 @@ class FlagsReadError(Exception):
     """Raised once the flags of a command were read, so that it is not run."""
 
 
+def command_of(words):
+    """The module of the command that a line runs, and its arguments; None where it is another."""
+    match words:
+        case ["python", "-m", "flax_alexnet.train", *argv]:
+            return importlib.import_module("flax_alexnet.commands.train"), argv
+        case ["python", "-m", "flax_alexnet", name, *argv]:
+            return importlib.import_module(f"flax_alexnet.commands.{name}"), argv
+    return None
+
+
 def read_flags(command, monkeypatch):
     """Reads the flags of a command as it does, and checks the files and extras that it names."""
     words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=.*", word)]
-    if words[:2] == ["python", "-m"] and words[2].startswith("flax_alexnet."):
-        module, argv = importlib.import_module(words[2]), words[3:]
-        at = recipes if words[2] == "flax_alexnet.train" else module
+    if found := command_of(words):
+        module, argv = found
+        at = recipes if module.__name__.endswith(".train") else module
     elif words[0] == "launch/local.sh":
-        module, argv, at = importlib.import_module("flax_alexnet.train"), words[2:], recipes
+        module, argv, at = (
+            importlib.import_module("flax_alexnet.commands.train"),
+            words[2:],
+            recipes,
+        )
         assert (ROOT / words[0]).is_file()
     elif words[:2] == ["pip", "install"]:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
@@ -216,11 +230,11 @@ def run_page(page, monkeypatch, capfd):
         elif kind is python:
             exec(compile(text, page, "exec"), namespace)
         else:
-            *start, module = shlex.split(text)[:3]
-            assert start == ["python", "-m"], f"{where}: run it here, or say why not"
-            argv = shlex.split(text)[3:]
+            found = command_of(shlex.split(text))
+            assert found, f"{where}: run it here, or say why not"
+            module, argv = found
             try:
-                code = importlib.import_module(module).main(argv)
+                code = module.main(argv)
             except SystemExit as ended:  # of --help
                 code = ended.code
             assert code == 0, f"{where}\n{''.join(capfd.readouterr())}"
@@ -242,7 +256,7 @@ def test_every_command_has_flags_and_files_that_are_there(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", sorted({*PAGES} - {"docs/pretrained.md"}))
-@pytest.mark.filterwarnings("ignore::UserWarning:flax_alexnet.perceptual")
+@pytest.mark.filterwarnings("ignore::UserWarning:flax_alexnet.models.lpips")
 def test_a_page_runs_from_top_to_bottom(page, reader, monkeypatch, capfd):
     write_nets(reader, 1 / 16)
     namespace = run_page(page, monkeypatch, capfd)
@@ -259,7 +273,7 @@ def test_the_page_of_trained_nets_runs_from_top_to_bottom(reader, monkeypatch, c
 @pytest.mark.usefixtures("reader")
 def test_a_new_command_that_cannot_be_run_is_noticed(tmp_path, monkeypatch, capfd):
     page = tmp_path / "page.md"
-    for text in ("flax-alexnet train", "python -m flax_alexnet.predict nothing.safetensors a.png"):
+    for text in ("flax-alexnet train", "python -m flax_alexnet predict nothing.safetensors a.png"):
         page.write_text(f"# A page\n\n```sh\n{text}\n```\n")
         with pytest.raises((AssertionError, ValueError)):
             run_page(str(page), monkeypatch, capfd)

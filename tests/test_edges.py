@@ -8,8 +8,8 @@ import sys
 import pytest
 from PIL import Image
 
-from flax_alexnet.errors import UserError
-from flax_alexnet.recipes import parse_config
+from flax_alexnet.config.recipes import parse_config
+from flax_alexnet.utils.errors import UserError
 
 
 def train(*flags, **environment):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_alexnet.epochs import Epochs, Part
+from flax_alexnet.training.epochs import Epochs, Part
 
 
 def test_epochs_of_one_batch_size():

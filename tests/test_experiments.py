@@ -34,7 +34,7 @@ def test_results_go_to_the_working_directory(load, name):
         ("bench", ["--photographs", "nowhere"], "git clone"),
         ("bench_growth", ["--photographs", "nowhere"], "git clone"),
         ("bench_prepare", [], "git clone"),
-        ("figure1_relu_vs_tanh", ["--data-dir", "nowhere"], "flax_alexnet.prepare"),
+        ("figure1_relu_vs_tanh", ["--data-dir", "nowhere"], "flax_alexnet prepare"),
         ("real_trunk", [], "git clone"),
         ("real_trunk", ["--photographs", "there"], "git clone"),
         ("real_trunk", ["--photographs", "there", "--examples", "there"], "no weights"),

@@ -1,4 +1,4 @@
-"""StableHLO programs, and what `python -m flax_alexnet.export` says of mistakes.
+"""StableHLO programs, and what `python -m flax_alexnet export` says of mistakes.
 
 ONNX and SavedModel take packages of their own: tests/parity/test_exported_programs.py.
 """
@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from small_nets import random_pictures, small_net
 
-from flax_alexnet import export
-from flax_alexnet.architectures import ARCHITECTURES
-from flax_alexnet.errors import UserError
+from flax_alexnet.commands import export
+from flax_alexnet.models.architectures import ARCHITECTURES
 from flax_alexnet.ops import onednn
-from flax_alexnet.weights import native
+from flax_alexnet.utils.errors import UserError
+from flax_alexnet.weights import safetensors_files
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "net.safetensors"
-    native.save(small_net("cuda_convnet_cifar10"), path)
+    safetensors_files.save(small_net("cuda_convnet_cifar10"), path)
     return path
 
 
@@ -64,9 +64,9 @@ def test_a_program_needs_nothing_of_this_package(tmp_path):
 
 
 def test_the_command_writes_a_trunk_up_to_a_layer(weights, tmp_path, capsys):
-    net = native.read(weights)
+    net = safetensors_files.read(weights)
     trunk = dataclasses.replace(net, params={k: v for k, v in net.params.items() if k != "fc10"})
-    native.save(trunk, tmp_path / "trunk.safetensors")
+    safetensors_files.save(trunk, tmp_path / "trunk.safetensors")
     arguments = [str(tmp_path / "trunk.safetensors"), str(tmp_path / "new" / "trunk.stablehlo")]
     assert export.main([*arguments, "--layer", "pool1"]) == 0
     assert "uint8[b, 23, 23, 3] to pool1, float32[b, 9, 9, 2]" in capsys.readouterr().out
@@ -94,7 +94,7 @@ def test_a_program_that_is_wrong_is_not_left_behind(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{weights}"], "Missing from flax_alexnet.export"),
+        (["{weights}"], "Missing from flax_alexnet export"),
         (["{weights}", "net.zip"], "unknown ending '.zip'"),
         (["{weights}", "net.onnx", "--format", "zip"], "invalid choice 'zip'"),
         (["{weights}", "net.stablehlo", "--layer", "conv9"], "did you mean 'conv"),
@@ -137,7 +137,7 @@ def test_a_damaged_program(tmp_path):
 
 def test_importing_leaves_the_optional_packages_alone():
     code = """if True:
-        import sys, flax_alexnet.export, flax_alexnet.hub
+        import sys, flax_alexnet.commands.export, flax_alexnet.commands.hub
         print({"tensorflow", "torch", "onnx", "onnxruntime"} & set(sys.modules))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,8 +9,8 @@ import h5py
 import numpy as np
 import pytest
 
-from flax_alexnet.errors import UserError
-from flax_alexnet.feature_files import READ, UNREADABLE, FeatureFile
+from flax_alexnet.inference.feature_file import READ, UNREADABLE, FeatureFile
+from flax_alexnet.utils.errors import UserError
 
 NAMES = [f"{row}.png" for row in range(6)]
 LAYERS = {"conv1": (2, 2, 3), "fc7": (5,)}
@@ -92,7 +92,7 @@ def test_all_room_is_taken_when_the_file_is_made(tmp_path, suffix):
 HOLD = """
 import sys
 from pathlib import Path
-from flax_alexnet.feature_files import FeatureFile
+from flax_alexnet.inference.feature_file import FeatureFile
 file = FeatureFile(Path(sys.argv[1]), ["a.png"], {"fc7": (5,)})
 print("held", flush=True)
 sys.stdin.readline()

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from small_nets import make_net
 
-from flax_alexnet.checkpoint import Checkpoints, newest_whole, restore_model
-from flax_alexnet.config import Config, OptimizerConfig, frozen_layers, layer_rates
-from flax_alexnet.convert import main as convert
-from flax_alexnet.recipes import parse_config
+from flax_alexnet.checkpoint.manager import Checkpoints, newest_whole, restore_model
+from flax_alexnet.commands.convert import main as convert
+from flax_alexnet.config.recipes import parse_config
+from flax_alexnet.config.schema import Config, OptimizerConfig, frozen_layers, layer_rates
 from flax_alexnet.train import main
-from flax_alexnet.weights import native
+from flax_alexnet.weights import safetensors_files
 from flax_alexnet.weights.finetuning import adapt, start_from
 from flax_alexnet.weights.labels import imagenet_labels, imagenet_synsets
-from flax_alexnet.weights.reading import load
+from flax_alexnet.weights.load import load
 
 SMALL = ["--batch-size", "8", "--log-every", "1", "--no-compilation-cache"]
 
@@ -140,7 +140,7 @@ def test_with_the_same_classes_the_first_loss_is_the_nets_own(
 @pytest.mark.slow
 def test_a_trunk_will_do(net, photographs, tmp_path, capsys):
     trunk = {name: values for name, values in net.params.items() if name.startswith("conv")}
-    native.save(dataclasses.replace(net, params=trunk), tmp_path / "trunk.safetensors")
+    safetensors_files.save(dataclasses.replace(net, params=trunk), tmp_path / "trunk.safetensors")
     more = ["--steps", "1", "--freeze", "conv.*"]
     path = tmp_path / "trunk.safetensors"
     assert main(flags(tmp_path / "run", path, f"folder:{photographs}", *more)) == 0
@@ -172,7 +172,7 @@ def test_imagenets_synsets_keep_the_head(tmp_path):
     """TFDS calls ImageNet's classes by their numbers in WordNet."""
     net = make_net(num_classes=1000)
     named = dataclasses.replace(net, label_names=imagenet_labels())
-    native.save(named, tmp_path / "named.safetensors")
+    safetensors_files.save(named, tmp_path / "named.safetensors")
     config = adapt(parse_config([]), tmp_path / "named.safetensors")
     start = start_from(named, config, 1000, imagenet_synsets())
     assert not start.anew
@@ -246,7 +246,9 @@ def test_mistakes_are_one_line(weights, photographs, tmp_path, capsys, more, say
 def test_a_mean_image_fixes_the_size_of_the_pictures(photographs, tmp_path, capsys):
     net = make_net()
     rule = dataclasses.replace(net.preprocessing, mean=np.zeros((72, 72, 3), np.float32))
-    native.save(dataclasses.replace(net, preprocessing=rule), tmp_path / "net.safetensors")
+    safetensors_files.save(
+        dataclasses.replace(net, preprocessing=rule), tmp_path / "net.safetensors"
+    )
     arguments = flags(tmp_path / "run", tmp_path / "net.safetensors", f"folder:{photographs}")
     assert main([*arguments, "--data.image-size", "80"]) == 2
     assert "the mean image in" in capsys.readouterr().err

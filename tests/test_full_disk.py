@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto import event_pb2
 
-from flax_alexnet.config import AugmentConfig
-from flax_alexnet.errors import UserError
-from flax_alexnet.report import draw_report, keep_trying
-from flax_alexnet.reporting import Clock, RunLog
-from flax_alexnet.workdir import write_json
+from flax_alexnet.config.schema import AugmentConfig
+from flax_alexnet.training.logger import Clock, RunLog
+from flax_alexnet.training.report import draw_report, keep_trying
+from flax_alexnet.training.run_directory import write_json
+from flax_alexnet.utils.errors import UserError
 
 # Trains twice: undisturbed, and in a small file system of its own that is full from step 8 to 20
 # (where the system permits none, that is made up where files are written). From step 26 to 32 its
@@ -22,8 +22,9 @@ from flax_alexnet.workdir import write_json
 DRIVER = """
 import contextlib, errno, os, shutil, subprocess, sys, threading, time
 from pathlib import Path
-from flax_alexnet import reporting, train
-from flax_alexnet.process import leave
+from flax_alexnet import train
+from flax_alexnet.training.loop import logger
+from flax_alexnet.utils.process import leave
 
 where, *flags = sys.argv[1:]
 usual, small = Path(where) / "usual", Path(where) / "small"
@@ -45,7 +46,7 @@ def fill():
 def inject(number):
     def fail(*_):
         raise OSError(number, os.strerror(number))
-    reporting.Lines.flush = reporting.Events.flush = fail
+    logger.Lines.flush = logger.Events.flush = fail
     if not permitted or number == errno.ENOSPC:
         shutil.disk_usage = fail
 
@@ -60,14 +61,14 @@ def writable():
     undo()
     subprocess.run(["umount", "--lazy", checkpoints], check=True)
 
-def undo(usual=(reporting.Lines.flush, reporting.Events.flush, shutil.disk_usage)):
-    reporting.Lines.flush, reporting.Events.flush, shutil.disk_usage = usual
+def undo(usual=(logger.Lines.flush, logger.Events.flush, shutil.disk_usage)):
+    logger.Lines.flush, logger.Events.flush, shutil.disk_usage = usual
 
 plan = {8: lambda: inject(errno.ENOSPC), 20: undo, 26: lambda: inject(errno.EROFS), 32: undo}
 if permitted:
     plan |= {8: fill, 20: filling.unlink, 26: read_only, 32: writable}
 saved = {8: 6, 26: 24}  # the checkpoint that is to be there before
-write = reporting.RunLog.write
+write = logger.RunLog.write
 
 def watched(log, metrics):
     if "train_loss" in metrics and (event := plan.get(metrics["step"])):
@@ -76,7 +77,7 @@ def watched(log, metrics):
         event()
     write(log, metrics)
 
-reporting.RunLog.write = watched
+logger.RunLog.write = watched
 code = train.main(["--workdir", str(small / "run"), *flags])
 shutil.copytree(small / "run", Path(where) / "run")
 waiting = [t.name for t in threading.enumerate() if type(t).__name__ == "_SignalingThread"]
@@ -134,7 +135,7 @@ def test_a_run_lives_through_a_full_disk_and_a_read_only_one(data_dir, tmp_path)
 
 
 def test_the_report_is_tried_again_until_patience_ends(monkeypatch, capsys):
-    monkeypatch.setattr("flax_alexnet.report.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("flax_alexnet.training.report.RETRY_SECONDS", 0.01)
     attempts = []
 
     def action():
@@ -208,7 +209,7 @@ def test_files_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch
 
 def test_a_thread_that_waits_does_not_keep_a_command():
     code = (
-        "import threading, time; from flax_alexnet.process import leave\n"
+        "import threading, time; from flax_alexnet.utils.process import leave\n"
         "threading.Thread(target=time.sleep, args=(300,)).start()\n"
         "leave(lambda: print('done') or 2)"
     )

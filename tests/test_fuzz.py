@@ -22,23 +22,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flax_alexnet.checkpoint import Checkpoints
-from flax_alexnet.config import FREE_TO_CHANGE, Config, flatten
+from flax_alexnet.checkpoint.manager import Checkpoints
+from flax_alexnet.commands.evaluate import EvaluateConfig
+from flax_alexnet.commands.features import FeaturesConfig
+from flax_alexnet.commands.lpips import LpipsConfig
+from flax_alexnet.commands.plot import PlotConfig
+from flax_alexnet.commands.predict import PredictConfig
+from flax_alexnet.commands.prepare import PrepareConfig
+from flax_alexnet.config.cli import known_flags, parse
+from flax_alexnet.config.recipes import QUICKSTART, parse_config
+from flax_alexnet.config.schema import FREE_TO_CHANGE, Config, flatten
+from flax_alexnet.data.dataset import open_examples
 from flax_alexnet.data.decode import DecodeError, decode
-from flax_alexnet.data.examples import open_examples
 from flax_alexnet.data.sources import open_dataset
-from flax_alexnet.errors import UserError, exit_code
-from flax_alexnet.evaluate import EvaluateConfig
-from flax_alexnet.features import FeaturesConfig
-from flax_alexnet.flags import known_flags, parse
-from flax_alexnet.lpips import LpipsConfig
-from flax_alexnet.plot import PlotConfig
-from flax_alexnet.predict import PredictConfig
-from flax_alexnet.prepare import PrepareConfig
-from flax_alexnet.recipes import QUICKSTART, parse_config
+from flax_alexnet.training.run_directory import claim
+from flax_alexnet.utils.errors import UserError, exit_code
 from flax_alexnet.weights.finetuning import adapt
-from flax_alexnet.weights.reading import load
-from flax_alexnet.workdir import claim
+from flax_alexnet.weights.load import load
 
 MORE = int(os.environ.get("FUZZ", "0"))
 SECONDS = 5  # in which the slowest picture of a few kilobytes must have its outcome

@@ -11,7 +11,7 @@ NEW = 128  # faults of 256 MiB never touched before, at the least: in pages of 2
 CODE = """
 import resource, statistics, sys
 import jax
-from flax_alexnet.host_memory import keep_for_reuse
+from flax_alexnet.utils.host_memory import keep_for_reuse
 kept = keep_for_reuse() if sys.argv[1] == "keep" else False
 import jax.numpy as jnp
 x = jnp.ones((64, 2**20))  # 256 MiB

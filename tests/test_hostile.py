@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_alexnet.data.examples import CachedExamples
+from flax_alexnet.commands.prepare import prepare
+from flax_alexnet.data.dataset import CachedExamples
 from flax_alexnet.data.pictures import find_pictures
 from flax_alexnet.data.sources import FolderSplits
-from flax_alexnet.prepare import prepare
-from flax_alexnet.text import printable
+from flax_alexnet.utils.text import printable
 
 SIDE = 64
 # Slow gradients, which survive any compression, and tell each turn from the others.
@@ -698,7 +698,7 @@ PREPARE = r"""
 import os, re, sys
 from pathlib import Path
 os.cpu_count = lambda: 8
-from flax_alexnet.prepare import main
+from flax_alexnet.commands.prepare import main
 
 def memory(name):
     return int(re.search(name + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024

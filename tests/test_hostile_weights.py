@@ -22,11 +22,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_convert import varint
 
-from flax_alexnet.errors import UserError
-from flax_alexnet.weights import layouts, native, pickles
+from flax_alexnet.utils.errors import UserError
+from flax_alexnet.weights import name_maps, pickles, safetensors_files
 from flax_alexnet.weights.labels import read_labels
+from flax_alexnet.weights.load import load, read
 from flax_alexnet.weights.pickles import NUMPY, PickleError, dictionary, read_pickle
-from flax_alexnet.weights.reading import load, read
 
 MB = 2**20
 PROTOCOL_4 = b"\x80\x04"
@@ -230,7 +230,7 @@ def test_each_is_refused_in_a_line_and_takes_no_memory(name, tmp_path):
 
 def test_numbers_are_read_after_all_shapes_are_known_to_be_right(tmp_path, monkeypatch):
     """A right file but for one bias, whose error costs nothing though all else is right."""
-    shapes, _ = layouts._shapes("torchvision", 1000)
+    shapes, _ = name_maps._shapes("torchvision", 1000)
     arrays = {path: np.zeros(shape, np.float32) for path, shape in shapes.items() if "conv" in path}
     np.savez_compressed(tmp_path / "net.npz", **arrays | {"conv5/bias": np.zeros(255, np.float32)})
     asked = []
@@ -268,7 +268,7 @@ VALUES = [
 ]
 PLACES = [
     ("format",),
-    *(("model", key) for key in native.MODEL_FIELDS),
+    *(("model", key) for key in safetensors_files.MODEL_FIELDS),
     *(("preprocessing", k) for k in ("image_size", "resize", "crop_size", "scale")),
     *(("label_names",), ("source",), ("source", "file"), ("model",), ("preprocessing",)),
 ]
@@ -284,7 +284,7 @@ def test_any_value_at_any_place_of_the_metadata_is_read_or_one_line(place, weigh
             inner = inner[key]
         inner[place[-1]] = value
         path = tmp_path / "net.safetensors"
-        save_file(tensors, path, {native.KEY: json.dumps(metadata)})
+        save_file(tensors, path, {safetensors_files.KEY: json.dumps(metadata)})
         said = said_of(path)
         assert len(said) < 30_000
         assert said.isprintable(), value
@@ -301,7 +301,9 @@ def said_of(path):
 
 def read_metadata(path):
     size = int.from_bytes(path.read_bytes()[:8], "little")
-    return json.loads(json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"][native.KEY])
+    return json.loads(
+        json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"][safetensors_files.KEY]
+    )
 
 
 # Pickles that make much of little: instructions, and how often they come.
@@ -432,7 +434,7 @@ def test_keys_of_storages_are_not_hashed_for_ever(tmp_path):
 
 MEASURE = """
 import pathlib, re, sys
-from flax_alexnet import convert
+from flax_alexnet.commands import convert
 code = convert.main([sys.argv[1], sys.argv[2], "--overwrite"])
 # Not the rusage, to which the process that started this one adds its own.
 status = pathlib.Path("/proc/self/status").read_text()
@@ -487,7 +489,7 @@ def zip_of_zeros(path):
 @pytest.mark.slow
 def test_no_file_takes_300_megabytes_more_than_a_right_one(tmp_path, weights):
     """Right files of a whole net are read beside, as NumPy, PyTorch and Caffe write them."""
-    shapes, _ = layouts._shapes("torchvision", 1000)
+    shapes, _ = name_maps._shapes("torchvision", 1000)
     arrays = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
     np.savez(tmp_path / "right.npz", **arrays)
     code, _, least = measured(tmp_path / "right.npz", tmp_path)

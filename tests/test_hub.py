@@ -22,9 +22,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 from small_nets import small_net
 
-from flax_alexnet import hub
-from flax_alexnet.errors import UserError
-from flax_alexnet.weights import native
+from flax_alexnet.commands import hub
+from flax_alexnet.utils.errors import UserError
+from flax_alexnet.weights import safetensors_files
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def net():
 
 @pytest.fixture
 def weights(net, tmp_path):
-    native.save(net, tmp_path / "net.safetensors")
+    safetensors_files.save(net, tmp_path / "net.safetensors")
     return str(tmp_path / "net.safetensors")
 
 
@@ -55,7 +55,7 @@ def test_through_a_folder(net, weights, tmp_path, capsys):
     folder, pulled = str(tmp_path / "folder"), tmp_path / "pulled.safetensors"
     assert hub.main(["push", weights, "me/alexnet", "--folder", folder]) == 0
     assert hub.main(["pull", folder, str(pulled)]) == 0
-    assert_same_net(native.read(pulled), net)
+    assert_same_net(safetensors_files.read(pulled), net)
     assert_same_net(hub.from_hub(folder), net)
     assert hub.main(["push", weights, "me/alexnet", "--folder", folder]) == 2
     assert "is not empty" in capsys.readouterr().err
@@ -116,7 +116,9 @@ def test_what_is_uploaded(weights, tmp_path, monkeypatch, capsys):
         "README.md",
         "model.safetensors",
     }
-    assert_same_net(hub.from_hub(tmp_path / "hub"), native.read(tmp_path / "net.safetensors"))
+    assert_same_net(
+        hub.from_hub(tmp_path / "hub"), safetensors_files.read(tmp_path / "net.safetensors")
+    )
 
 
 def test_only_the_weights_are_downloaded(net, weights, monkeypatch):

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from flax_alexnet.inputs import check_regular, open_regular, parse_json, read_bytes, read_json
+from flax_alexnet.utils.inputs import check_regular, open_regular, parse_json, read_bytes, read_json
 
 
 def test_only_regular_files_are_opened(tmp_path):

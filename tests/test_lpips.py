@@ -11,11 +11,11 @@ from PIL import Image
 from small_nets import make_net
 
 from flax_alexnet import lpips
-from flax_alexnet.errors import UserError
-from flax_alexnet.weights import native
+from flax_alexnet.utils.errors import UserError
+from flax_alexnet.weights import safetensors_files
 from flax_alexnet.weights.pretrained import LPIPS_HEADS, unflatten
 
-main = importlib.import_module("flax_alexnet.lpips").main
+main = importlib.import_module("flax_alexnet.commands.lpips").main
 distance = jax.jit(lpips, static_argnames="spatial")
 
 
@@ -37,7 +37,9 @@ def full(trunk, tmp_path_factory):
     params, heads, _ = trunk
     net = make_net(width=1.0, num_classes=1000, image_size=256, crop_size=224)
     path = tmp_path_factory.mktemp("lpips") / "trunk.safetensors"
-    native.save(dataclasses.replace(net, params=params, lpips_heads=heads, label_names=()), path)
+    safetensors_files.save(
+        dataclasses.replace(net, params=params, lpips_heads=heads, label_names=()), path
+    )
     return path
 
 
@@ -48,9 +50,9 @@ def opened(path):
 
 def test_a_net_of_huge_weights_gives_no_distance(trunk, full, tmp_path, capsys):
     _, _, pictures = trunk
-    net = native.read(full)
+    net = safetensors_files.read(full)
     net.params["conv1"]["kernel"] *= np.float32(1e38)
-    native.save(net, tmp_path / "huge.safetensors")
+    safetensors_files.save(net, tmp_path / "huge.safetensors")
     files = [str(pictures[name]) for name in ("ref", "p0")]
     table = tmp_path / "distances.csv"
     assert main([str(tmp_path / "huge.safetensors"), *files, "--output", str(table)]) == 2

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from flax_alexnet import meeting
-from flax_alexnet.cluster import join
-from flax_alexnet.errors import UserError
-from flax_alexnet.program import program, settings
+from flax_alexnet.parallel import meeting
+from flax_alexnet.parallel.distributed import join
+from flax_alexnet.parallel.program import program, settings
+from flax_alexnet.utils.errors import UserError
 
 SHORT = 0.6  # seconds to wait, where nobody comes
 
@@ -226,7 +226,7 @@ def test_a_program_is_its_code_its_packages_and_the_settings_of_jax(monkeypatch,
     assert {name, "the version of jaxlib", *settings()} < about.keys()
     assert about["jax.enable_x64"] is False
     json.dumps(about)
-    monkeypatch.setattr("flax_alexnet.program.__file__", str(tmp_path / "program.py"))
+    monkeypatch.setattr("flax_alexnet.parallel.program.__file__", str(tmp_path / "program.py"))
     codes = []
     for text in ("a = 1", "a = 2"):
         (tmp_path / "program.py").write_text(text)

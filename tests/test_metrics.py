@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_alexnet.metrics import cross_entropy, predict, top_k_correct
-from flax_alexnet.model import AlexNet
+from flax_alexnet.models.alexnet import AlexNet
+from flax_alexnet.training.metrics import cross_entropy, predict, top_k_correct
 
 
 def test_cross_entropy_is_minus_the_log_of_the_softmax():
@@ -86,7 +86,7 @@ def test_fault_dropout_outside_training():
 
 def test_fault_decay_scaled_by_the_rate_twice():
     """Without gradients, a step shrinks weights by ελ in the paper, by ε²λ in the notebook."""
-    from flax_alexnet.optimizer import create_optimizer
+    from flax_alexnet.training.optimizer import create_optimizer
 
     params = {"fc6": {"kernel": jnp.ones((1, 1))}}
     shrink = {}

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from flax_alexnet.ops import dense, onednn
-from flax_alexnet.ops.choices import Convolution, choose
 from flax_alexnet.ops.convolution import convolve
+from flax_alexnet.ops.dispatch import Convolution, choose
 
 here = pytest.mark.skipif(not onednn.usable(jnp.float32), reason="not with this jaxlib")
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_alexnet.optimizer import (
+from flax_alexnet.training.optimizer import (
     applied_rate,
     backoff,
     create_optimizer,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from flax_alexnet.errors import UserError
-from flax_alexnet.outputs import alone, need_room, new_files, replacing, writing
+from flax_alexnet.utils.errors import UserError
+from flax_alexnet.utils.outputs import alone, need_room, new_files, replacing, writing
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
@@ -130,7 +130,7 @@ import sys
 import time
 from pathlib import Path
 from pathlib import Path
-from flax_alexnet.outputs import replacing
+from flax_alexnet.utils.outputs import replacing
 with replacing(Path("x.csv")) as partial:
     partial.write_text("half")
     print("held", flush=True)
@@ -237,7 +237,7 @@ def test_a_signal_while_names_are_given_leaves_all_or_none(tmp_path, monkeypatch
 KILLED = """
 import os
 from pathlib import Path
-from flax_alexnet import outputs
+from flax_alexnet.utils import outputs
 files = [Path("a.csv"), Path("b.png")]
 with outputs.new_files(files) as write:
     for file in files:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 import flax_alexnet
-from flax_alexnet.architectures import ARCHITECTURES, trace
-from flax_alexnet.cli import COMMANDS
-from flax_alexnet.config import Config
-from flax_alexnet.flags import known_flags
-from flax_alexnet.recipes import RECIPES
+from flax_alexnet.__main__ import COMMANDS
+from flax_alexnet.config.cli import known_flags
+from flax_alexnet.config.recipes import RECIPES
+from flax_alexnet.config.schema import Config
+from flax_alexnet.models.architectures import ARCHITECTURES, trace
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 PAGES = [f"docs/{path.name}" for path in (README.parent / "docs").glob("*.md")]
@@ -46,7 +46,7 @@ with contextlib.suppress(SystemExit):
 
 def test_commands_import_late_what_few_of_their_uses_need():
     others = [name for name in COMMANDS if name != "train"]
-    code = f"from flax_alexnet import {', '.join(others)}"
+    code = f"from flax_alexnet.commands import {', '.join(others)}"
     assert imported_by(code, ["grain", "matplotlib", "onnx", "orbax", "tensorflow"]) == []
 
 
@@ -82,7 +82,7 @@ def test_flags_and_links_of_the_pages_exist(page, monkeypatch):
         found = runpy.run_path(str(README.parent / "experiments" / f"{script}.py"))
         flags |= set(known_flags(found["Arguments"]()))
     for command in COMMANDS:
-        module = importlib.import_module(f"flax_alexnet.{command}")
+        module = importlib.import_module(f"flax_alexnet.commands.{command}")
         for name, schema in vars(module).items():
             if name.endswith("Config") and dataclasses.is_dataclass(schema):
                 flags |= set(known_flags(schema))

@@ -10,9 +10,9 @@ from matplotlib.font_manager import fontManager
 from PIL import Image
 from small_nets import make_net
 
-from flax_alexnet import plots
-from flax_alexnet.plot import main
-from flax_alexnet.plots import (
+from flax_alexnet.commands.plot import main
+from flax_alexnet.utils import plotting
+from flax_alexnet.utils.plotting import (
     color_selectivity,
     plot_activations,
     plot_confusion,
@@ -22,7 +22,7 @@ from flax_alexnet.plots import (
     plot_neighbours,
     plot_predictions,
 )
-from flax_alexnet.weights import native
+from flax_alexnet.weights import safetensors_files
 
 RNG = np.random.default_rng(0)
 ODD_NAME = "$a$_\\b{\U0010fffd"  # no formula, and in no font
@@ -33,9 +33,9 @@ DRAWN_NAME = "$a$_\\b{\\U0010fffd"
 def figures(monkeypatch):
     """The figures that are saved, in their order."""
     saved = []
-    save = plots._save
+    save = plotting._save
     monkeypatch.setattr(
-        plots, "_save", lambda figure, path: (saved.append(figure), save(figure, path))
+        plotting, "_save", lambda figure, path: (saved.append(figure), save(figure, path))
     )
     return saved
 
@@ -84,7 +84,7 @@ def test_names_are_drawn_in_a_font_that_has_them(cat_font, figures, tmp_path):
     assert cat_font not in drawn[1].get_fontfamily() + drawn[2].get_fontfamily()
     picture = np.asarray(Image.open(tmp_path / "c.png"))
     fontManager.ttflist[:] = [font for font in fontManager.ttflist if font.name != cat_font]
-    if plots._font("猫") == "":
+    if plotting._font("猫") == "":
         plot_confusion(np.eye(3, dtype=int), names, tmp_path / "c.png")
         label = figures[1].axes[0].get_xticklabels()[0]
         assert label.get_text() == "$\\u732b$ é"
@@ -173,7 +173,7 @@ def test_confusion(figures, tmp_path, count):
     listed = figure._supxlabel.get_text() if figure._supxlabel else ""
     assert listed == ("1 of 4 pictures of name 0 taken for name 1" if count > 60 else "")
     extent = axis.get_window_extent()
-    assert min(extent.width, extent.height) * plots.DPI / figure.dpi >= count
+    assert min(extent.width, extent.height) * plotting.DPI / figure.dpi >= count
 
 
 def test_neighbours(figures, tmp_path):
@@ -224,9 +224,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plot")
     net = make_net("cuda_convnet_cifar10", 3, 16, 20, width=0.2)
     net = dataclasses.replace(net, label_names=("cat", "dog", "cow"))
-    native.save(net, folder / "net.safetensors")
+    safetensors_files.save(net, folder / "net.safetensors")
     trunk = {name: values for name, values in net.params.items() if name.startswith("conv")}
-    native.save(dataclasses.replace(net, params=trunk), folder / "trunk.safetensors")
+    safetensors_files.save(dataclasses.replace(net, params=trunk), folder / "trunk.safetensors")
     for name in ("one.png", "two.png"):
         Image.fromarray(RNG.integers(0, 256, (30, 40, 3), np.uint8)).save(folder / name)
     return folder
@@ -243,7 +243,7 @@ def test_command(folder, figures, tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == sorted(expected)
     _, activations, grad_cam, *_ = figures
     assert titles(activations)[-2:] == ["pool3, 2×2×13", "logits, 3"]
-    net = native.read(folder / "net.safetensors")
+    net = safetensors_files.read(folder / "net.safetensors")
     image = net.open(pictures[0])
     np.testing.assert_array_equal(grad_cam.axes[0].images[0].get_array(), image[2:18, 2:18])
     logits = np.asarray(net.model.apply({"params": net.params}, net.preprocess(image[None])))[0]

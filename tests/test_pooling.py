@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_alexnet.architectures import explicit_padding
+from flax_alexnet.models.architectures import explicit_padding
 from flax_alexnet.ops.pooling import adaptive_average_pool, average_pool, max_pool
 
 

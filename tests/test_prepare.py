@@ -21,13 +21,13 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from test_data import encoded, make_folder, picture
 
-from flax_alexnet.data import imagenet, prepared, shapes
+from flax_alexnet.commands.prepare import main as prepare_main
+from flax_alexnet.commands.prepare import prepare
+from flax_alexnet.data import imagenet, synthetic, writer
 from flax_alexnet.data.decode import decode
 from flax_alexnet.data.sources import open_dataset
-from flax_alexnet.errors import UserError
-from flax_alexnet.prepare import main as prepare_main
-from flax_alexnet.prepare import prepare
-from flax_alexnet.text import read_table
+from flax_alexnet.utils.errors import UserError
+from flax_alexnet.utils.text import read_table
 
 
 def outcomes(dataset):
@@ -91,22 +91,22 @@ class TestPrepare:
             assert {pets.read(index).label for index in range(len(pets))} == {0, 1}
 
     def test_the_embedded_dataset_is_rendered_the_same_each_time(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(shapes, "EXAMPLES", {"train": 40, "test": 20})
+        monkeypatch.setattr(synthetic, "EXAMPLES", {"train": 40, "test": 20})
         assert prepare_main(["--data.data-dir", str(tmp_path)]) == 0
-        dataset = open_dataset(shapes.NAME, tmp_path)
-        assert tuple(dataset.label_names) == shapes.CLASSES
+        dataset = open_dataset(synthetic.NAME, tmp_path)
+        assert tuple(dataset.label_names) == synthetic.CLASSES
         assert (len(dataset.train), len(dataset.eval)) == (40, 20)
         counts = np.bincount([dataset.train.read(index).label for index in range(40)])
         assert counts.tolist() == [4] * 10
-        np.testing.assert_array_equal(shapes.render("train", 7), shapes.render("train", 7))
-        assert (shapes.render("train", 7) != shapes.render("test", 7)).any()
+        np.testing.assert_array_equal(synthetic.render("train", 7), synthetic.render("train", 7))
+        assert (synthetic.render("train", 7) != synthetic.render("test", 7)).any()
 
     def test_processes_that_prepare_at_the_same_time_all_find_it(self, tmp_path):
         code = (
-            "import sys; from pathlib import Path; from flax_alexnet.data import shapes; "
+            "import sys; from pathlib import Path; from flax_alexnet.data import synthetic; "
             "from flax_alexnet.data.sources import open_dataset; "
-            "shapes.EXAMPLES.update(train=40, test=20); "
-            "print(len(open_dataset(shapes.NAME, Path(sys.argv[1])).train))"
+            "synthetic.EXAMPLES.update(train=40, test=20); "
+            "print(len(open_dataset(synthetic.NAME, Path(sys.argv[1])).train))"
         )
         started = [
             subprocess.Popen(
@@ -303,21 +303,21 @@ class TestOutcomes:
 KILLS = """
 import os, signal, sys
 from pathlib import Path
-from flax_alexnet.data import prepared
-from flax_alexnet.errors import UserError
-from flax_alexnet.prepare import prepare
-from flax_alexnet.text import read_table
+from flax_alexnet.data import writer
+from flax_alexnet.utils.errors import UserError
+from flax_alexnet.commands.prepare import prepare
+from flax_alexnet.utils.text import read_table
 
 name, out, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-prepared.SHARD = 4
+writer.SHARD = 4
 
 
-def run(data_dir, last_line=None):  # counts the lines of prepared.py, and dies at one of them
+def run(data_dir, last_line=None):  # counts the lines of writer.py, and dies at one of them
     seen = 0
 
     def trace(frame, event, _):
         nonlocal seen
-        if frame.f_code.co_filename != prepared.__file__:
+        if frame.f_code.co_filename != writer.__file__:
             return None
         seen += event == "line"
         if seen == last_line:
@@ -352,14 +352,14 @@ print("tensorflow" in sys.modules)
 @contextlib.contextmanager
 def full_disk(shards):
     """The disk is full after so many shards."""
-    writer = prepared.ArrayRecordWriter
+    original = writer.ArrayRecordWriter
     room = [None] * shards
 
     def write(path, options):
-        return writer(path if room and not room.pop() else "/dev/full", options)
+        return original(path if room and not room.pop() else "/dev/full", options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepared, "ArrayRecordWriter", write)
+        patch.setattr(writer, "ArrayRecordWriter", write)
         yield
 
 
@@ -367,7 +367,7 @@ class TestInterruption:
     @pytest.fixture
     def pets(self, tmp_path, monkeypatch):
         """A folder of 9 shards, with one picture that cannot be read."""
-        monkeypatch.setattr(prepared, "SHARD", 4)
+        monkeypatch.setattr(writer, "SHARD", 4)
         folder = make_folder(tmp_path / "pets", {"cat": 17, "dog": 18})
         (folder / "cat" / "003.png").write_bytes(b"")
         return folder
@@ -557,7 +557,7 @@ class TestInterruption:
 
     def test_leavings_of_a_render_that_was_killed_are_removed(self, tmp_path, monkeypatch):
         for split in ("train", "test"):
-            monkeypatch.setitem(shapes.EXAMPLES, split, 10)
+            monkeypatch.setitem(synthetic.EXAMPLES, split, 10)
         left = tmp_path / "shapes_and_textures" / "incomplete.ABC123_1.0.0"
         left.mkdir(parents=True)
         (left / "part").write_text("")
@@ -568,7 +568,7 @@ class TestInterruption:
 @contextlib.contextmanager
 def meanwhile(attack):
     """Something happens when the third of the shards is written."""
-    write = prepared._write
+    write = writer._write
     written = []
 
     def watched(*arguments):
@@ -578,28 +578,28 @@ def meanwhile(attack):
         return written[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepared, "_write", watched)
+        patch.setattr(writer, "_write", watched)
         yield
 
 
 COMMAND = """
-from flax_alexnet.process import end_on_signals, leave
+from flax_alexnet.utils.process import end_on_signals, leave
 end_on_signals()  # as `python -m` does while it imports
-from flax_alexnet.data import prepared
-from flax_alexnet.prepare import main
+from flax_alexnet.data import writer
+from flax_alexnet.commands.prepare import main
 
-prepared.SHARD = 4
+writer.SHARD = 4
 leave(main)
 """
 # Prepares into disks of so many kB, each full before the end; then again with more room.
 DISKS = """
 import contextlib, io, subprocess, sys
 from pathlib import Path
-from flax_alexnet.data import prepared
-from flax_alexnet.prepare import main
+from flax_alexnet.data import writer
+from flax_alexnet.commands.prepare import main
 
 name, where = sys.argv[1], Path(sys.argv[2])
-prepared.SHARD = 4
+writer.SHARD = 4
 disk = where / "disk"
 disk.mkdir()
 
@@ -693,7 +693,7 @@ class TestProgress:
     @pytest.fixture
     def pets(self, tmp_path, monkeypatch):
         """A folder of 5 shards."""
-        monkeypatch.setattr(prepared, "SHARD", 4)
+        monkeypatch.setattr(writer, "SHARD", 4)
         return make_folder(tmp_path / "pets", {"cat": 8, "dog": 8})
 
     @pytest.mark.parametrize("terminal", [True, False])

@@ -13,7 +13,7 @@ from test_train import arguments
 TALK = """
 import sys
 from pathlib import Path
-from flax_alexnet.process import leave
+from flax_alexnet.utils.process import leave
 
 def main():
     for number in range(20_000):
@@ -78,7 +78,7 @@ def test_what_does_not_block_is_waited_for(tmp_path):
 
 def test_files_that_imports_open_do_not_get_the_numbers_of_closed_streams():
     code = (
-        "from flax_alexnet.process import begin, leave; import os, sys; begin()\n"
+        "from flax_alexnet.utils.process import begin, leave; import os, sys; begin()\n"
         "number = os.open(sys.executable, os.O_RDONLY)\n"
         "leave(lambda: 7 if number > 2 else 1)"
     )
@@ -88,7 +88,7 @@ def test_files_that_imports_open_do_not_get_the_numbers_of_closed_streams():
 # A call that does not come back, as one into XLA may not for minutes.
 DEAF = """
 import ctypes, sys
-from flax_alexnet import process
+from flax_alexnet.utils import process
 
 def main():
     lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
@@ -118,7 +118,7 @@ def test_a_signal_ends_what_does_not_listen(number, kind, count, patience):
 
 def test_a_signal_that_is_ignored_stays_so():
     code = (
-        "import os, signal; from flax_alexnet.process import leave\n"
+        "import os, signal; from flax_alexnet.utils.process import leave\n"
         "leave(lambda: os.kill(os.getpid(), signal.SIGHUP) or 7, training=True)"
     )
     done = subprocess.run(["nohup", sys.executable, "-c", code], check=False)
@@ -129,8 +129,8 @@ def test_a_signal_that_is_ignored_stays_so():
 LOSES = """
 import gc, signal, sys, time
 from pathlib import Path
-from flax_alexnet import process
-from flax_alexnet.outputs import replacing
+from flax_alexnet.utils import process
+from flax_alexnet.utils.outputs import replacing
 
 def lose(phase, info):
     gc.callbacks.remove(lose)
@@ -155,49 +155,50 @@ def test_a_signal_that_is_lost_in_a_callback_ends_the_command_tidily(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-IMPORTS = ("flax_alexnet.train", "flax_alexnet.predict", "flax_alexnet")
+IMPORTS = ("flax_alexnet.train", "flax_alexnet predict", "flax_alexnet")
 
 
-@pytest.mark.parametrize("module", IMPORTS)
-def test_a_signal_during_imports_ends_the_process(module):
+@pytest.mark.parametrize("command", IMPORTS)
+def test_a_signal_during_imports_ends_the_process(command):
     """From the package's first lines on: JAX and others lose what is raised within theirs."""
     code = (
-        "import runpy, sys, signal; module = sys.argv[1]; sys.argv = ['-m']\n"
-        "sys.orig_argv[1:] = ['-m', module]\n"
+        "import runpy, sys, signal; module, *rest = sys.argv[1:]; sys.argv = ['-m', *rest]\n"
+        "sys.orig_argv[1:] = ['-m', module, *rest]\n"
         "class Watch:\n"
         "    def find_spec(self, name, *_):\n"
         "        now = signal.getsignal(signal.SIGINT)\n"
         "        ends = now == signal.SIG_DFL or now.__name__ == '_end'  # which raises nothing\n"
         "        if name.startswith(('flax_alexnet.', 'jax', 'numpy')) and not ends:\n"
         "            sys.exit(f'{name} is imported under {now}')\n"
-        "        if name in ('jax', 'flax_alexnet.cli'): signal.raise_signal(signal.SIGINT)\n"
+        "        if name in ('jax', 'flax_alexnet.utils.errors'):\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
         "sys.meta_path.insert(0, Watch()); runpy.run_module(module, run_name='__main__')"
     )
-    command = [sys.executable, "-c", code, module]
+    command = [sys.executable, "-c", code, *command.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert done.returncode in (-signal.SIGINT, 130)  # by itself, or by the command that has begun
 
 
 @pytest.mark.parametrize(
-    ("module", "kibibytes", "said"),
+    ("command", "kibibytes", "said"),
     [
         ("flax_alexnet.train", 1_000_000, "1.0 GB of addresses, and JAX takes more than 1.5 GB"),
-        ("flax_alexnet.predict", 1_000_000, "1.0 GB of addresses, and JAX takes more than 1.5 GB"),
+        ("flax_alexnet predict", 1_000_000, "1.0 GB of addresses, and JAX takes more than 1.5 GB"),
         ("flax_alexnet.train", 2_000_000, "2.0 GB of addresses, and JAX takes more than 2.6 GB"),
     ],
 )
-def test_too_few_addresses_are_one_line(module, kibibytes, said):
+def test_too_few_addresses_are_one_line(command, kibibytes, said):
     """With so few, JAX hangs for minutes, or does not load."""
     script = f'ulimit -v {kibibytes}; exec "$@"'
-    command = ["bash", "-c", script, "bash", sys.executable, "-m", module]
+    command = ["bash", "-c", script, "bash", sys.executable, "-m", *command.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
     assert done.stderr == f"error: `ulimit -v` allows {said}: raise it\n"
 
 
 def test_too_little_memory_is_one_line():
-    code = "from flax_alexnet.process import leave; leave(lambda: len(bytes(2**62)))"
+    code = "from flax_alexnet.utils.process import leave; leave(lambda: len(bytes(2**62)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("error: there is too little memory")

@@ -17,9 +17,9 @@ from PIL import Image
 from test_data import make_folder
 
 import flax_alexnet
-from flax_alexnet.cluster import detected, join, nobody_waits, total
-from flax_alexnet.errors import UserError
-from flax_alexnet.prepare import prepare
+from flax_alexnet.commands.prepare import prepare
+from flax_alexnet.parallel.distributed import detected, join, nobody_waits, total
+from flax_alexnet.utils.errors import UserError
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "local.sh"
 HEARTBEAT = 5
@@ -405,17 +405,17 @@ def test_slurm_gives_back_to_the_queue_what_can_go_on(tmp_path, code, restarts, 
 
 
 def test_who_waits_for_long_says_for_what_and_where(monkeypatch, capsys):
-    monkeypatch.setattr("flax_alexnet.cluster.PATIENCE", 0.05)
-    monkeypatch.setattr("flax_alexnet.cluster.meet", lambda *_: None)
+    monkeypatch.setattr("flax_alexnet.parallel.distributed.PATIENCE", 0.05)
+    monkeypatch.setattr("flax_alexnet.parallel.distributed.meet", lambda *_: None)
     monkeypatch.setattr("jax.distributed.initialize", lambda *_, **__: time.sleep(0.5))
     join("there:1234", 3, 2)
     assert capsys.readouterr().err == "process 2 of 3 waits for the others at there:1234\n"
-    monkeypatch.setattr("flax_alexnet.cluster.PATIENCE", 30)
+    monkeypatch.setattr("flax_alexnet.parallel.distributed.PATIENCE", 30)
     join("there:1234", 3, 2)
     monkeypatch.setattr("jax.process_count", lambda: 2)
-    monkeypatch.setattr("flax_alexnet.cluster.PATIENCE", 0.05)
+    monkeypatch.setattr("flax_alexnet.parallel.distributed.PATIENCE", 0.05)
     slow = lambda values: time.sleep(0.5) or np.stack([values, values])  # noqa: E731
-    monkeypatch.setattr("flax_alexnet.cluster.multihost_utils.process_allgather", slow)
+    monkeypatch.setattr("flax_alexnet.parallel.distributed.multihost_utils.process_allgather", slow)
     assert total(np.arange(3)).tolist() == [0, 2, 4]
     assert capsys.readouterr().err == "process 0 of 2 waits for the others to add up their sums\n"
 

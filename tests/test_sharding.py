@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_alexnet.architectures import ARCHITECTURES, architecture
-from flax_alexnet.build import compile_steps, initialize, state_template
-from flax_alexnet.config import AugmentConfig, Config
-from flax_alexnet.errors import UserError
-from flax_alexnet.model import AlexNet
-from flax_alexnet.optimizer import create_optimizer
-from flax_alexnet.sharding import make_layout
-from flax_alexnet.step import create_state
+from flax_alexnet.config.schema import AugmentConfig, Config
+from flax_alexnet.models.alexnet import AlexNet
+from flax_alexnet.models.architectures import ARCHITECTURES, architecture
+from flax_alexnet.parallel.layouts import make_layout
+from flax_alexnet.training.build import compile_steps, initialize, state_template
+from flax_alexnet.training.optimizer import create_optimizer
+from flax_alexnet.training.step import create_state
+from flax_alexnet.utils.errors import UserError
 
 CLASSES = 16
 BATCH = 16

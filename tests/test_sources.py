@@ -10,7 +10,8 @@ from pathlib import Path
 import flax_alexnet
 
 PACKAGE = Path(flax_alexnet.__file__).parent
-HOMES = ("inputs.py", "outputs.py", "text.py")
+HOMES = ("utils/inputs.py", "utils/outputs.py", "utils/text.py")
+MODULES = {f"flax_alexnet.{home[:-3].replace('/', '.')}" for home in HOMES}
 
 # Calls by the last part of their name, such as `open` of `Path.open`.
 READS = {"read_text", "read_bytes", "loads", "fdopen", "memmap", "open_memmap", "safe_open"}
@@ -26,42 +27,45 @@ LINES = "adds lines to a file of a run, in a working directory that is locked"
 MAY = {
     ("data/bad_records.py", "open"): LINES,
     ("data/imagenet.py", "read_text"): OWN,
-    ("data/prepared.py", "open"): "the lock, and files in a folder that gets its name when whole",
-    ("data/prepared.py", "rename"): "gives that folder its name",
-    ("data/prepared.py", "write_text"): "into that folder",
-    ("evaluate.py", "open"): PARTIAL,
-    ("evaluate.py", "write_text"): PARTIAL,
-    ("export.py", "write_bytes"): PARTIAL,
-    ("feature_files.py", "File"): OPENED,
-    ("feature_files.py", "mmap"): OPENED,
-    ("feature_files.py", "open"): OPENED,
-    ("feature_files.py", "open_memmap"): OPENED,
-    ("feature_files.py", "pwrite"): "rows of a file that is locked, each counted once it is there",
-    ("hub.py", "TemporaryDirectory"): "what is uploaded",
-    ("hub.py", "write_text"): PARTIAL,
-    ("integrity.py", "write_text"): "into a checkpoint that gets its name when whole",
-    ("lpips.py", "open"): PARTIAL,
+    ("data/writer.py", "open"): "the lock, and files in a folder that gets its name when whole",
+    ("data/writer.py", "rename"): "gives that folder its name",
+    ("data/writer.py", "write_text"): "into that folder",
+    ("commands/evaluate.py", "open"): PARTIAL,
+    ("commands/evaluate.py", "write_text"): PARTIAL,
+    ("commands/export.py", "write_bytes"): PARTIAL,
+    ("inference/feature_file.py", "File"): OPENED,
+    ("inference/feature_file.py", "mmap"): OPENED,
+    ("inference/feature_file.py", "open"): OPENED,
+    ("inference/feature_file.py", "open_memmap"): OPENED,
+    (
+        "inference/feature_file.py",
+        "pwrite",
+    ): "rows of a file that is locked, each counted once it is there",
+    ("commands/hub.py", "TemporaryDirectory"): "what is uploaded",
+    ("commands/hub.py", "write_text"): PARTIAL,
+    ("checkpoint/manifest.py", "write_text"): "into a checkpoint that gets its name when whole",
+    ("commands/lpips.py", "open"): PARTIAL,
     ("ops/onednn.py", "TemporaryDirectory"): "where a process of our own works",
     ("ops/onednn.py", "read_text"): OWN,
     ("ops/onednn.py", "write_text"): PARTIAL,
-    ("plots.py", "savefig"): PARTIAL,
-    ("predict.py", "open"): PARTIAL,
-    ("preflight.py", "loads"): "what another process of the run says",
-    ("process.py", "open"): OWN,
-    ("reporting.py", "open"): LINES,
-    ("reporting.py", "pwrite"): LINES,
-    ("reporting.py", "write_bytes"): PARTIAL,
-    ("reporting.py", "write_text"): PARTIAL,
+    ("utils/plotting.py", "savefig"): PARTIAL,
+    ("commands/predict.py", "open"): PARTIAL,
+    ("training/setup.py", "loads"): "what another process of the run says",
+    ("utils/process.py", "open"): OWN,
+    ("training/logger.py", "open"): LINES,
+    ("training/logger.py", "pwrite"): LINES,
+    ("training/logger.py", "write_bytes"): PARTIAL,
+    ("training/logger.py", "write_text"): PARTIAL,
     ("weights/archives.py", "ZipFile"): OPENED,
     ("weights/headers.py", "safe_open"): OPENED,
-    ("weights/native.py", "save_file"): PARTIAL,
+    ("weights/safetensors_files.py", "save_file"): PARTIAL,
     ("weights/torch_files.py", "save_file"): PARTIAL,
-    ("workdir.py", "TemporaryFile"): "asks whether a folder can be written to",
-    ("workdir.py", "open"): "the lock",
-    ("workdir.py", "write_text"): PARTIAL,
-    ("checkpoint.py", "TemporaryFile"): "asks whether a folder can be written to",
-    ("checkpoint.py", "rename"): "moves a damaged checkpoint aside",
-    ("config.py", "loads"): "what `json.dumps` has just written",
+    ("training/run_directory.py", "TemporaryFile"): "asks whether a folder can be written to",
+    ("training/run_directory.py", "open"): "the lock",
+    ("training/run_directory.py", "write_text"): PARTIAL,
+    ("checkpoint/manager.py", "TemporaryFile"): "asks whether a folder can be written to",
+    ("checkpoint/manager.py", "rename"): "moves a damaged checkpoint aside",
+    ("config/schema.py", "loads"): "what `json.dumps` has just written",
 }
 
 
@@ -69,7 +73,7 @@ def calls():
     """(file, name of what is called) for every call above outside the three modules."""
     found = set()
     for path in sorted(PACKAGE.rglob("*.py")):
-        if path.name in HOMES:
+        if str(path.relative_to(PACKAGE)) in HOMES:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
@@ -92,7 +96,7 @@ def imported(path, name):
     """Whether a module has a name from `inputs`, `outputs` or `text`."""
     return any(
         isinstance(node, ast.ImportFrom)
-        and node.module in {f"flax_alexnet.{home.removesuffix('.py')}" for home in HOMES}
+        and node.module in MODULES
         and name in {alias.name for alias in node.names}
         for node in ast.walk(ast.parse(path.read_text()))
     )

@@ -8,14 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from flax_alexnet.architectures import architecture
-from flax_alexnet.augment import augment, preprocess
-from flax_alexnet.build import compile_steps, initialize, state_template
-from flax_alexnet.config import AugmentConfig, Config
-from flax_alexnet.model import AlexNet
-from flax_alexnet.optimizer import create_optimizer
-from flax_alexnet.sharding import make_layout
-from flax_alexnet.step import create_state, eval_step, train_step, zero_totals
+from flax_alexnet.config.schema import AugmentConfig, Config
+from flax_alexnet.data.augment import augment, preprocess
+from flax_alexnet.models.alexnet import AlexNet
+from flax_alexnet.models.architectures import architecture
+from flax_alexnet.parallel.layouts import make_layout
+from flax_alexnet.training.build import compile_steps, initialize, state_template
+from flax_alexnet.training.optimizer import create_optimizer
+from flax_alexnet.training.step import create_state, eval_step, train_step, zero_totals
 
 CROP = 64
 MEAN = np.full((70, 70, 3), 127, np.float32)

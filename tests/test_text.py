@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_alexnet.text import markdown, printable, read_table, write_table
+from flax_alexnet.utils.text import markdown, printable, read_table, write_table
 
 FORMULAS = [
     "=HYPERLINK(1)",

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from flax_alexnet.cluster import WATCHER, stop_requests
-from flax_alexnet.diagnosis import on_plateau
+from flax_alexnet.parallel.distributed import WATCHER, stop_requests
 from flax_alexnet.train import main
+from flax_alexnet.training.divergence import on_plateau
 
 SMALL = [
     *("--model.width", "0.05", "--batch-size", "8", "--steps", "12", "--epochs", "100"),
@@ -169,7 +169,7 @@ def test_a_run_that_signals_stop_goes_on_to_the_same_bits(data_dir, tmp_path, mo
 LONG_CALL = """
 import sys
 import jax
-from flax_alexnet.cluster import stop_requests
+from flax_alexnet.parallel.distributed import stop_requests
 
 endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, lambda x: x * 1.0, x))
 with stop_requests():
@@ -216,7 +216,7 @@ def no_save(monkeypatch):
             act()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flax_alexnet.checkpoint.Checkpoints._need_room", fail)
+    monkeypatch.setattr("flax_alexnet.checkpoint.manager.Checkpoints._need_room", fail)
     return attempts
 
 
@@ -278,7 +278,8 @@ def test_a_second_run_in_a_directory_is_refused(finished, data_dir, tmp_path, ca
     alias = tmp_path / "another name"
     alias.symlink_to(finished[0])
     holder = (
-        "import sys, time; from pathlib import Path; from flax_alexnet.workdir import locked\n"
+        "import sys, time; from pathlib import Path\n"
+        "from flax_alexnet.training.run_directory import locked\n"
         "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", holder, str(finished[0])]
@@ -416,7 +417,7 @@ class TestMistakes:
 
     def test_a_dataset_that_is_not_prepared(self, tmp_path, capsys):
         said = refused(capsys, arguments(tmp_path, tmp_path, "--data.name", "cifar10"))
-        assert f"flax_alexnet.prepare --data.name cifar10 --data.data-dir {tmp_path}" in said
+        assert f"flax_alexnet prepare --data.name cifar10 --data.data-dir {tmp_path}" in said
 
     def test_an_unknown_dataset(self, tmp_path, capsys):
         said = refused(capsys, arguments(tmp_path, tmp_path, "--data.name", "imagenet2013"))

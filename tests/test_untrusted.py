@@ -16,19 +16,19 @@ import pytest
 from PIL import Image
 from small_nets import make_net
 
-from flax_alexnet.config import FREE_TO_CHANGE, JAX_SETTINGS, flatten, misfit
+from flax_alexnet.commands.prepare import prepare
+from flax_alexnet.config.recipes import QUICKSTART, RECIPES
+from flax_alexnet.config.schema import FREE_TO_CHANGE, JAX_SETTINGS, flatten, misfit
 from flax_alexnet.data.pictures import find_pictures, read_pictures
 from flax_alexnet.data.sources import open_dataset, open_splits
-from flax_alexnet.errors import UserError
-from flax_alexnet.outputs import need_room
-from flax_alexnet.preflight import recorded_parts
-from flax_alexnet.prepare import prepare
-from flax_alexnet.recipes import QUICKSTART, RECIPES
-from flax_alexnet.reporting import Clock, RunLog, read_metrics
-from flax_alexnet.text import printable, read_table
-from flax_alexnet.weights import native
-from flax_alexnet.weights.reading import load
-from flax_alexnet.workdir import FILES, claim, locked, record
+from flax_alexnet.training.logger import Clock, RunLog, read_metrics
+from flax_alexnet.training.run_directory import FILES, claim, locked, record
+from flax_alexnet.training.setup import recorded_parts
+from flax_alexnet.utils.errors import UserError
+from flax_alexnet.utils.outputs import need_room
+from flax_alexnet.utils.text import printable, read_table
+from flax_alexnet.weights import safetensors_files
+from flax_alexnet.weights.load import load
 
 CONFIG = flatten(QUICKSTART) | {"dataset.label_names": ["a", "b"]}
 
@@ -313,7 +313,7 @@ def hostile(tmp_path_factory):
     """The file; written past `save`, with the raw texts."""
     net = make_net(num_classes=len(LABELS))
     path = tmp_path_factory.mktemp("hostile") / "net.safetensors"
-    native.save(dataclasses.replace(net, label_names=LABELS, source=SOURCE), path)
+    safetensors_files.save(dataclasses.replace(net, label_names=LABELS, source=SOURCE), path)
     assert b"u001b[2J" in path.read_bytes()
     return path
 
@@ -337,7 +337,7 @@ class TestLabelNamesAndSource:
         """Runs a command on the file; what it prints are lines that any terminal shows."""
 
         def run(command, *arguments):
-            main = importlib.import_module(f"flax_alexnet.{command[0]}").main
+            main = importlib.import_module(f"flax_alexnet.commands.{command[0]}").main
             code = main([*command[1:], str(hostile), *map(str, arguments)])
             said, errors = capfd.readouterr()
             assert code == 0, errors
@@ -559,7 +559,7 @@ class TestNamesOfDatasets:
     ],
 )
 def test_a_path_that_is_too_long_is_one_line(command, arguments, capsys):
-    module = importlib.import_module(f"flax_alexnet.{command}")
+    module = importlib.import_module(f"flax_alexnet.commands.{command}")
     assert module.main([word.replace("{}", "a" * 5000) for word in arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"error: the path {'a' * 40}… is too long for this system: shorten it"

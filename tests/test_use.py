@@ -18,20 +18,20 @@ import pytest
 from PIL import Image
 from small_nets import make_net
 
-from flax_alexnet.checkpoint import Checkpoints
-from flax_alexnet.config import flatten
+from flax_alexnet.checkpoint.manager import Checkpoints
+from flax_alexnet.config.recipes import QUICKSTART
+from flax_alexnet.config.schema import flatten
 from flax_alexnet.data.pictures import find_pictures
 from flax_alexnet.data.sources import Record, open_splits
-from flax_alexnet.errors import UserError
-from flax_alexnet.feature_files import READ, FeatureFile, nearest
-from flax_alexnet.recipes import QUICKSTART
+from flax_alexnet.inference.feature_file import READ, FeatureFile, nearest
 from flax_alexnet.train import main as train
-from flax_alexnet.weights import native
+from flax_alexnet.training.run_directory import claim, record
+from flax_alexnet.utils.errors import UserError
+from flax_alexnet.weights import safetensors_files
 from flax_alexnet.weights.labels import imagenet_labels, imagenet_synsets, match_labels
-from flax_alexnet.workdir import claim, record
 
 PREDICT, EVALUATE, FEATURES, EXPORT, PLOT = (
-    importlib.import_module(f"flax_alexnet.{name}").main
+    importlib.import_module(f"flax_alexnet.commands.{name}").main
     for name in ("predict", "evaluate", "features", "export", "plot")
 )
 
@@ -289,7 +289,7 @@ def test_several_nets_are_averaged_though_their_preprocessing_differs(
     other = make_net(seed=7)
     rule = dataclasses.replace(other.preprocessing, resize="caffe", image_size=80)
     other = dataclasses.replace(other, preprocessing=rule)
-    native.save(other, tmp_path / "other.safetensors")
+    safetensors_files.save(other, tmp_path / "other.safetensors")
     flags = ["--data.name", f"folder:{photographs}", "--crops", "10", "--output", str(tmp_path)]
     assert EVALUATE([str(weights), str(tmp_path / "other.safetensors"), *flags]) == 0
     held_out = [pictures(photographs)[9]]
@@ -333,7 +333,7 @@ def test_labels_are_matched_by_name(net):
 
 def test_what_is_counted_of_a_picture():
     """Of seven classes, with ties: equal values are taken in the order of the classes."""
-    counted = importlib.import_module("flax_alexnet.evaluate").Evaluation(
+    counted = importlib.import_module("flax_alexnet.commands.evaluate").Evaluation(
         np.zeros((7, 7), int), np.zeros(7, int)
     )
     rows = np.log([[0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1], [0.1] * 4 + [0.2] * 3])
@@ -359,7 +359,7 @@ def test_a_picture_without_a_label_and_a_net_without_numbers_are_refused(
     assert "has no label" in capsys.readouterr().err
     broken = make_net()
     broken.params["fc7"]["bias"][0] = np.nan
-    native.save(broken, tmp_path / "nan.safetensors")
+    safetensors_files.save(broken, tmp_path / "nan.safetensors")
     assert EVALUATE([str(tmp_path / "nan.safetensors"), *flags]) == 2
     assert "not a number" in capsys.readouterr().err
 
@@ -371,7 +371,7 @@ def huge(tmp_path_factory):
     for layer in ("conv1", "conv2"):
         net.params[layer]["kernel"] *= np.float32(1e30)
     path = tmp_path_factory.mktemp("huge") / "huge.safetensors"
-    native.save(net, path)
+    safetensors_files.save(net, path)
     return path
 
 
@@ -418,7 +418,7 @@ def unlabelled(source, index):
 
 
 def test_a_guard_against_transfers_does_not_end_a_command(weights, photographs):
-    command = [sys.executable, "-m", "flax_alexnet.predict", str(weights), str(photographs)]
+    command = [sys.executable, "-m", "flax_alexnet", "predict", str(weights), str(photographs)]
     done = subprocess.run(
         command,
         env=os.environ | {"JAX_TRANSFER_GUARD": "disallow"},
@@ -491,8 +491,8 @@ def test_features_go_on_where_they_were_killed(weights, photographs, tmp_path, s
     assert FEATURES([str(weights), str(photographs), *flags, "--output", str(whole)]) == 0
     program = """
 import sys, time
-from flax_alexnet.feature_files import FeatureFile
-from flax_alexnet.features import main
+from flax_alexnet.inference.feature_file import FeatureFile
+from flax_alexnet.commands.features import main
 
 put, calls = FeatureFile._put, []
 
@@ -551,7 +551,7 @@ def test_a_file_of_other_features_is_left_alone(weights, photographs, tmp_path, 
     flags = ["--layers", "fc7", "--output", str(output)]
     assert FEATURES([str(weights), str(photographs), *flags]) == 0
     before = output.read_bytes()
-    native.save(make_net(seed=3), tmp_path / "other.safetensors")
+    safetensors_files.save(make_net(seed=3), tmp_path / "other.safetensors")
     for weights_of, where, more, says in (
         (tmp_path / "other.safetensors", photographs, [], "of another net"),
         (weights, photographs / "class a", [], "other columns or rows"),

@@ -5,11 +5,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from flax_alexnet.build import use_compilation_cache
 from flax_alexnet.data.sources import default_data_dir
-from flax_alexnet.errors import UserError
 from flax_alexnet.train import main
-from flax_alexnet.user_folders import cache_folder, home
+from flax_alexnet.training.build import use_compilation_cache
+from flax_alexnet.utils.errors import UserError
+from flax_alexnet.utils.user_folders import cache_folder, home
 
 
 @pytest.fixture

@@ -14,16 +14,16 @@ from safetensors.numpy import load_file, save_file
 from small_nets import make_net, random_pictures
 
 import flax_alexnet
-from flax_alexnet.activations import features
-from flax_alexnet.augment import center_crop
-from flax_alexnet.convert import main as convert
-from flax_alexnet.errors import UserError
-from flax_alexnet.export import export
-from flax_alexnet.hub import save_folder
-from flax_alexnet.outputs import writing
-from flax_alexnet.weights import native, torch_files
+from flax_alexnet.commands.convert import main as convert
+from flax_alexnet.commands.export import export
+from flax_alexnet.commands.hub import save_folder
+from flax_alexnet.data.augment import center_crop
+from flax_alexnet.models.activations import features
+from flax_alexnet.utils.errors import UserError
+from flax_alexnet.utils.outputs import writing
+from flax_alexnet.weights import safetensors_files, torch_files
+from flax_alexnet.weights.load import load
 from flax_alexnet.weights.pretrained import need_classifier
-from flax_alexnet.weights.reading import load
 
 RULE = {
     "image_size": 72,
@@ -37,10 +37,10 @@ RULE = {
 def rewritten(weights, path, change):
     """The file with its tensors and metadata changed."""
     with safe_open(weights, framework="numpy") as file:
-        metadata = json.loads(file.metadata()[native.KEY])
+        metadata = json.loads(file.metadata()[safetensors_files.KEY])
     tensors = load_file(weights)
     change(tensors, metadata)
-    save_file(tensors, path, {native.KEY: json.dumps(metadata)})
+    save_file(tensors, path, {safetensors_files.KEY: json.dumps(metadata)})
     return path
 
 
@@ -57,7 +57,7 @@ def test_a_net_comes_back_as_it_was_saved(net, weights):
 
 
 def test_the_same_net_gives_the_same_bytes(net, weights, tmp_path):
-    native.save(net, tmp_path / "again.safetensors")
+    safetensors_files.save(net, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == weights.read_bytes()
 
 
@@ -65,7 +65,7 @@ def test_the_same_net_gives_the_same_bytes(net, weights, tmp_path):
 def test_the_umask_rules(net, weights, tmp_path, umask, mode):
     before = os.umask(umask)
     try:
-        native.save(net, tmp_path / "ours.safetensors")
+        safetensors_files.save(net, tmp_path / "ours.safetensors")
         with writing(tmp_path / "their.safetensors") as partial:
             torch_files.write({"a": np.zeros(1, np.float32)}, partial)
         save_folder(net, tmp_path / "folder", "user/name")
@@ -84,8 +84,10 @@ def test_heads_and_a_mean_image_travel_too(net, tmp_path):
     rule = dataclasses.replace(net.preprocessing, mean=mean, scale=0.5)
     counts = [layer["kernel"].shape[-1] for layer in net.params.values()][:5]
     heads = {f"lin{i}": np.full((1, 1, count, 1), i, np.float32) for i, count in enumerate(counts)}
-    native.save(dataclasses.replace(net, preprocessing=rule, lpips_heads=heads), tmp_path / "x")
-    again = native.read(tmp_path / "x")
+    safetensors_files.save(
+        dataclasses.replace(net, preprocessing=rule, lpips_heads=heads), tmp_path / "x"
+    )
+    again = safetensors_files.read(tmp_path / "x")
     np.testing.assert_array_equal(again.preprocessing.mean, mean)
     assert again.preprocessing.scale == 0.5
     jax.tree.map(np.testing.assert_array_equal, dict(again.lpips_heads), heads)
@@ -228,32 +230,32 @@ def test_files_that_are_none(weights, tmp_path):
         with pytest.raises(UserError, match=r"did you mean .*run\?"):
             load(tmp_path / near)
     with pytest.raises(UserError, match="cannot write"):
-        native.save(make_net(), weights / "below" / "a" / "file")
+        safetensors_files.save(make_net(), weights / "below" / "a" / "file")
 
 
 def test_a_trunk_has_features_but_no_classes(net, tmp_path):
     trunk = {name: values for name, values in net.params.items() if name.startswith("conv")}
-    native.save(dataclasses.replace(net, params=trunk), tmp_path / "trunk.safetensors")
+    safetensors_files.save(dataclasses.replace(net, params=trunk), tmp_path / "trunk.safetensors")
     again = load(tmp_path / "trunk.safetensors")
     assert not again.is_classifier
     with pytest.raises(UserError, match=r"made.pth has no fc6, fc7, fc8"):
         need_classifier(again)
     some = {**trunk, "fc6": net.params["fc6"]}
-    native.save(dataclasses.replace(net, params=some), tmp_path / "some.safetensors")
+    safetensors_files.save(dataclasses.replace(net, params=some), tmp_path / "some.safetensors")
     again = load(tmp_path / "some.safetensors")
     with pytest.raises(UserError, match=r"made.pth has no fc7, fc8"):
         need_classifier(again)
     images = again.preprocess(random_pictures(again, 1))
     assert features(again.model, again.params, images, ["fc6"])["fc6"].shape == (1, 205)
     hole = {**trunk, "fc7": net.params["fc7"]}
-    native.save(dataclasses.replace(net, params=hole), tmp_path / "hole.safetensors")
+    safetensors_files.save(dataclasses.replace(net, params=hole), tmp_path / "hole.safetensors")
     with pytest.raises(UserError, match=r"params/fc6/bias is missing.*params/fc8/bias is missing"):
         load(tmp_path / "hole.safetensors")
 
 
 def test_commands_do_not_hide_the_functions_of_their_names():
     for name in ("features", "lpips"):
-        importlib.import_module(f"flax_alexnet.{name}")
+        importlib.import_module(f"flax_alexnet.commands.{name}")
     assert callable(flax_alexnet.features)
     assert callable(flax_alexnet.lpips)
     assert flax_alexnet.load is load

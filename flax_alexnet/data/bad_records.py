@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from flax_alexnet.data.sources import NO_LABEL, Dataset
-from flax_alexnet.errors import UserError, cause
-from flax_alexnet.inputs import LARGEST_TEXT, read_bytes
+from flax_alexnet.utils.errors import UserError, cause
+from flax_alexnet.utils.inputs import LARGEST_TEXT, read_bytes
 
 MOST_OF_CLASS = 0.1  # of a folder's: there are such pictures wherever people gather some
 MOST_OF_PREPARED = 0.001  # which was whole when it was prepared

@@ -10,12 +10,12 @@ import numpy as np
 import simplejpeg
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from flax_alexnet.data import containers
-from flax_alexnet.data.containers import JPEG, DecodeError, Segment
-from flax_alexnet.errors import first_line
-from flax_alexnet.inputs import open_regular, read_bytes
-from flax_alexnet.preprocessing import ResizeRule
-from flax_alexnet.text import printable
+from flax_alexnet.data import image_files
+from flax_alexnet.data.image_files import JPEG, DecodeError, Segment
+from flax_alexnet.data.preprocessing import ResizeRule
+from flax_alexnet.utils.errors import first_line
+from flax_alexnet.utils.inputs import open_regular, read_bytes
+from flax_alexnet.utils.text import printable
 
 LARGEST_PICTURE = 178_956_970  # pixels: where Pillow refuses a picture; half of that it warns at
 # Pixels up to which a picture is decoded whole, which takes up to 22 bytes each. A larger JPEG is
@@ -128,7 +128,7 @@ def is_picture(path: str | Path) -> bool | None:
     if start.startswith(JPEG):
         return True
     if start.startswith(b"BM"):  # as a text may begin, too; the size of its second header follows
-        return int.from_bytes(start[14:18], "little") in containers.BMP_HEADERS
+        return int.from_bytes(start[14:18], "little") in image_files.BMP_HEADERS
     if start.startswith(b"P") and not start[2:3].isspace():  # likewise
         return False
     Image.init()  # once
@@ -197,12 +197,12 @@ def _pixels(
 def _jpeg(
     encoded: bytes, enough: int | None, held: contextlib.ExitStack, out: np.ndarray | None
 ) -> np.ndarray:
-    segments = containers.jpeg_segments(encoded)
+    segments = image_files.jpeg_segments(encoded)
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(encoded)
     except ValueError:  # an unusual sampling of the colours, which Pillow knows
-        pixels = _other(containers.plain_jpeg(encoded, segments), held)
-        return _turned(pixels, containers.jpeg_orientation(encoded, segments))
+        pixels = _other(image_files.plain_jpeg(encoded, segments), held)
+        return _turned(pixels, image_files.jpeg_orientation(encoded, segments))
     kinds = {segment.kind for segment in segments}
     shrinks = enough and not kinds & (LOSSLESS | ARITHMETIC)
     _need_at_most(LARGEST_PICTURE if shrinks else LARGEST_WHOLE, height * width)
@@ -216,7 +216,7 @@ def _jpeg(
         pixels = out
     else:
         pixels = simplejpeg.decode_jpeg(encoded, "RGB", min_height=least, min_width=least)
-    return _turned(pixels, containers.jpeg_orientation(encoded, segments))
+    return _turned(pixels, image_files.jpeg_orientation(encoded, segments))
 
 
 def _need_few_scans(jpeg: bytes, segments: list[Segment], channels: int, pixels: int) -> None:
@@ -226,20 +226,20 @@ def _need_few_scans(jpeg: bytes, segments: list[Segment], channels: int, pixels:
     if jpeg[first.body : first.body + 1] == bytes([channels]) and not kinds & PROGRESSIVE:
         return
     _need_at_most(LARGEST_IN_SCANS // channels, pixels)
-    scans = containers.count_scans(jpeg, first)
+    scans = image_files.count_scans(jpeg, first)
     if scans * pixels > LONGEST_IN_SCANS // (ARITHMETIC_IS_SLOWER if kinds & ARITHMETIC else 1):
         raise DecodeError(f"it has {scans:,} scans over {pixels:,} pixels: too many")
 
 
 def _other(encoded: bytes, held: contextlib.ExitStack) -> np.ndarray:
     """What Pillow decodes: any format, or a JPEG without its EXIF data, which is not turned."""
-    containers.need_decodable(encoded)
-    with Image.open(containers.Stream(encoded), formats=FORMATS) as image:
+    image_files.need_decodable(encoded)
+    with Image.open(image_files.Stream(encoded), formats=FORMATS) as image:
         _need_at_most(LARGEST_WHOLE, _stored(image))
         if image.height > MOST_ROWS:
             raise DecodeError(f"it has {image.height:,} rows; at most {MOST_ROWS:,} are read")
         if encoded.startswith(JPEG):
-            segments = containers.jpeg_segments(encoded)
+            segments = image_files.jpeg_segments(encoded)
             _need_few_scans(encoded, segments, len(image.getbands()), _stored(image))
         slow = image.tile and image.tile[0][0] in Image.DECODERS
         if slow and max(image.height * image.width, len(encoded)) > LARGEST_SLOW:
@@ -285,7 +285,7 @@ def _orientation(image: Image.Image) -> int:
         exif = bytes.fromhex("".join(raw.split("\n")[3:]))
     xmp = next((value for name in XMP if (value := image.info.get(name))), b"")
     xmp = xmp.encode() if isinstance(xmp, str) else xmp
-    return containers.orientation((exif or b"").removeprefix(containers.EXIF), xmp)
+    return image_files.orientation((exif or b"").removeprefix(image_files.EXIF), xmp)
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:

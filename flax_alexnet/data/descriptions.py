@@ -12,10 +12,10 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
-from flax_alexnet.data.ahead import map_threads
-from flax_alexnet.errors import UserError, cause, first_line
-from flax_alexnet.inputs import MB, check_regular, parse_json, read_bytes, read_text
-from flax_alexnet.text import printable
+from flax_alexnet.data.prefetch import map_threads
+from flax_alexnet.utils.errors import UserError, cause, first_line
+from flax_alexnet.utils.inputs import MB, check_regular, parse_json, read_bytes, read_text
+from flax_alexnet.utils.text import printable
 
 LARGEST = 4 * MB  # bytes of a description; ImageNet's has 20 kB
 MOST_CLASSES = 1_000_000

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from flax_alexnet.data.ahead import map_threads
-from flax_alexnet.inputs import open_regular
+from flax_alexnet.data.prefetch import map_threads
+from flax_alexnet.utils.inputs import open_regular
 
 CHUNK = 64  # files that a thread is given at once
 READERS = 16  # threads, which mostly wait for a disk or a network

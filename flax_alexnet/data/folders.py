@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from flax_alexnet.data.ahead import map_threads
 from flax_alexnet.data.decode import is_picture
-from flax_alexnet.errors import UserError, cause
-from flax_alexnet.text import printable
+from flax_alexnet.data.prefetch import map_threads
+from flax_alexnet.utils.errors import UserError, cause
+from flax_alexnet.utils.text import printable
 
 # What the folders of a split are called, whatever their case; "_set" may follow.
 SPLITS = {

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from flax_alexnet.data.decode import LARGEST_FILE, DecodeError
 from flax_alexnet.data.sources import Record
-from flax_alexnet.errors import UserError
-from flax_alexnet.inputs import open_regular
-from flax_alexnet.text import printable
+from flax_alexnet.utils.errors import UserError
+from flax_alexnet.utils.inputs import open_regular
+from flax_alexnet.utils.text import printable
 
 NAME, VERSION, NAME_FEATURE = "imagenet2012", "5.1.0", "file_name"  # as TFDS has them
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from flax_alexnet.data.examples import BAD, Examples
+from flax_alexnet.data.dataset import BAD, Examples
 
 Batch = dict[str, np.ndarray]  # "image": uint8[b, s, s, 3], "label": int32[b], "mask": bool[b]
 

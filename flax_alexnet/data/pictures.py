@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flax_alexnet.data.ahead import map_threads
 from flax_alexnet.data.decode import DecodeError, decode
 from flax_alexnet.data.folders import list_below
+from flax_alexnet.data.prefetch import map_threads
+from flax_alexnet.data.preprocessing import ResizeRule
 from flax_alexnet.data.sources import (
     NO_LABEL,
     FolderSource,
@@ -22,8 +23,7 @@ from flax_alexnet.data.sources import (
     open_splits,
     reading,
 )
-from flax_alexnet.errors import UserError
-from flax_alexnet.preprocessing import ResizeRule
+from flax_alexnet.utils.errors import UserError
 
 
 class Picture(NamedTuple):

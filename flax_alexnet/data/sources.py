@@ -18,7 +18,7 @@ from google.protobuf.json_format import ParseError
 from google.protobuf.message import DecodeError as DecodeProtoError
 from tensorflow_datasets.proto import tf_example_pb2
 
-from flax_alexnet.data import shapes
+from flax_alexnet.data import synthetic
 from flax_alexnet.data.decode import read_file
 from flax_alexnet.data.descriptions import (
     check_description,
@@ -36,10 +36,10 @@ from flax_alexnet.data.folders import (
     standard_split,
     subfolders,
 )
-from flax_alexnet.errors import UserError, first_line, unknown
-from flax_alexnet.outputs import alone
-from flax_alexnet.text import printable
-from flax_alexnet.user_folders import home
+from flax_alexnet.utils.errors import UserError, first_line, unknown
+from flax_alexnet.utils.outputs import alone
+from flax_alexnet.utils.text import printable
+from flax_alexnet.utils.user_folders import home
 
 FOLDER = "folder:"
 NO_LABEL = -1  # of a picture whose right class nobody said
@@ -213,10 +213,10 @@ def open_splits(
     if name.startswith(FOLDER):
         return FolderSplits(folder_of(name), label_order)
     data_dir = data_dir or default_data_dir()
-    if name == shapes.NAME:
+    if name == synthetic.NAME:
         check_descriptions(name, data_dir)
         try:
-            prepare_with_tfds(lambda: shapes.builder(data_dir))
+            prepare_with_tfds(lambda: synthetic.builder(data_dir))
         except OSError as error:
             raise UserError(
                 f"cannot prepare {name!r} in {data_dir} ({first_line(error)}); take another "
@@ -570,7 +570,7 @@ def prepare_command(name: str, data_dir: Path | None = None) -> str:
     """What a user types to prepare `name`."""
     where = f" --data.data-dir {data_dir}" if data_dir else ""
     name = f"{FOLDER}PATH" if _base(name) == PREPARED_FOLDER else name
-    return f"python -m flax_alexnet.prepare --data.name {name}{where}"
+    return f"python -m flax_alexnet prepare --data.name {name}{where}"
 
 
 def need_known(name: str, data_dir: Path) -> None:
@@ -578,7 +578,7 @@ def need_known(name: str, data_dir: Path) -> None:
     if os.path.isdir(name):
         raise UserError(f"unknown dataset {name!r}: did you mean folder:{name}?")
     public = tfds.list_builders(with_community_datasets=False)
-    own = {shapes.NAME, *(_base(folder) for folder in _prepared(data_dir))}
+    own = {synthetic.NAME, *(_base(folder) for folder in _prepared(data_dir))}
     known = {*own, *public, PREPARED_FOLDER}
     if _base(name) not in known:
         said = unknown("dataset", name, known, shown=sorted(own))

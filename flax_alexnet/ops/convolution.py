@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_alexnet.ops import onednn
-from flax_alexnet.ops.choices import Convolution, choose
+from flax_alexnet.ops.dispatch import Convolution, choose
 from flax_alexnet.ops.linear import bilinear
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -58,7 +58,7 @@ def convolve(
       padding: pixels of zeros ((top, bottom), (left, right)).
       groups: output features of each of so many equal groups see only their own input channels.
       implementation: one of the above for the result and both gradients; None takes for each what
-        `flax_alexnet.ops.choices` says of the platform it is compiled for.
+        `flax_alexnet.ops.dispatch` says of the platform it is compiled for.
 
     Returns:
       float[b, h', w', features].

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_alexnet.ops import onednn
-from flax_alexnet.ops.choices import Product, choose
+from flax_alexnet.ops.dispatch import Product, choose
 from flax_alexnet.ops.linear import bilinear
 
 

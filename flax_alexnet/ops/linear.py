@@ -4,7 +4,7 @@ An operator whose gradient is faster in a form of its own could say so with `jax
 JAX then refuses forward mode. Here it says with `jax.custom_jvp` that its derivative is `linear`:
 forward mode computes that function, and reverse mode its transpose, which is the gradient.
 
-Within `jax.shard_map` that takes `check_vma=False`, as all of `flax_alexnet.sharding` has it.
+Within `jax.shard_map` that takes `check_vma=False`, as in all of `flax_alexnet.parallel.layouts`.
 """
 
 import dataclasses

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_alexnet.ops.choices import choose
+from flax_alexnet.ops.dispatch import choose
 from flax_alexnet.ops.fusion import written_on_cpu
 from flax_alexnet.ops.linear import linear
 

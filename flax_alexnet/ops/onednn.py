@@ -29,10 +29,10 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from flax_alexnet.errors import UserError
-from flax_alexnet.inputs import read_json
-from flax_alexnet.outputs import replacing
-from flax_alexnet.user_folders import cache_folder
+from flax_alexnet.utils.errors import UserError
+from flax_alexnet.utils.inputs import read_json
+from flax_alexnet.utils.outputs import replacing
+from flax_alexnet.utils.user_folders import cache_folder
 
 TARGETS = "__onednn$"  # with which the names of the operations begin
 CHECK = "from flax_alexnet.ops import onednn; print(onednn.check())"  # what a probe runs

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_alexnet.ops.choices import Pooling, choose
+from flax_alexnet.ops.dispatch import Pooling, choose
 from flax_alexnet.ops.fusion import written_on_cpu
 from flax_alexnet.ops.linear import linear
 
@@ -40,7 +40,7 @@ def max_pool(
       implementation: "xla" is XLA's `reduce_window`, whose gradient a CPU scatters pixel by pixel;
         "slices" takes the pixels at one place of all windows at once. Values are the same, and the
         gradient, which goes to the first of equal values, row by row, is the same to the bit. None
-        takes for each what `flax_alexnet.ops.choices` says of the platform.
+        takes for each what `flax_alexnet.ops.dispatch` says of the platform.
     """
     facts = Pooling(window, stride, x.dtype)
     if (implementation or choose("max-pooling gradient", jax.default_backend(), facts)) == "xla":

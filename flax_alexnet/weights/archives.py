@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flax_alexnet.inputs import open_regular
+from flax_alexnet.utils.inputs import open_regular
 from flax_alexnet.weights.stored import LARGEST, MOST_TENSORS, read_exactly
 
 LARGEST_DIRECTORY = 2 * 2**20  # bytes; 200 for each of as many files as there may be

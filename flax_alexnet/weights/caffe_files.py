@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flax_alexnet.errors import UserError, first_line
-from flax_alexnet.inputs import open_regular
-from flax_alexnet.text import printable
+from flax_alexnet.utils.errors import UserError, first_line
+from flax_alexnet.utils.inputs import open_regular
+from flax_alexnet.utils.text import printable
 from flax_alexnet.weights.stored import (
     LARGEST,
     MOST_AXES,

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from flax_alexnet.integrity import digest_of_file
+from flax_alexnet.checkpoint.manifest import digest_of_file
 
 # From the `readme.md` of Caffe's model zoo, beside each net.
 SHA1 = {

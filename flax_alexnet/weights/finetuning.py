@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flax_alexnet.config import Config
-from flax_alexnet.errors import UserError
+from flax_alexnet.config.schema import Config
+from flax_alexnet.utils.errors import UserError
 from flax_alexnet.weights.labels import match_labels
+from flax_alexnet.weights.load import read
 from flax_alexnet.weights.pretrained import Params, Pretrained, expected_shapes, need_tensors
-from flax_alexnet.weights.reading import read
 
 OF_THE_NET = ("variant", "width", "activation", "relu_logits")
 

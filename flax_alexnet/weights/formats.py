@@ -5,8 +5,8 @@ import zipfile
 from pathlib import Path
 from typing import Literal
 
-from flax_alexnet.errors import UserError, first_line
-from flax_alexnet.inputs import open_regular
+from flax_alexnet.utils.errors import UserError, first_line
+from flax_alexnet.utils.inputs import open_regular
 from flax_alexnet.weights.archives import open_zip
 from flax_alexnet.weights.pickles import NONSENSE
 from flax_alexnet.weights.stored import LARGEST

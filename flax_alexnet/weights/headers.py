@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from flax_alexnet.errors import UserError, first_line
-from flax_alexnet.inputs import open_regular, parse_json
-from flax_alexnet.text import printable
+from flax_alexnet.utils.errors import UserError, first_line
+from flax_alexnet.utils.inputs import open_regular, parse_json
+from flax_alexnet.utils.text import printable
 from flax_alexnet.weights.pickles import NONSENSE
 from flax_alexnet.weights.stored import LARGEST, MOST_TENSORS, Stored, is_shape, read_exactly
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from flax_alexnet.errors import UserError, cause
-from flax_alexnet.inputs import parse_json, read_text
-from flax_alexnet.text import printable
+from flax_alexnet.utils.errors import UserError, cause
+from flax_alexnet.utils.inputs import parse_json, read_text
+from flax_alexnet.utils.text import printable
 
 # Lists of ImageNet's classes differ in some words; of one whose order is another few are in place.
 LARGEST = 2**20  # bytes; ImageNet's thousand names have 22 thousand

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from flax_alexnet.errors import UserError, first_line
-from flax_alexnet.inputs import open_regular
-from flax_alexnet.text import printable
+from flax_alexnet.utils.errors import UserError, first_line
+from flax_alexnet.utils.inputs import open_regular
+from flax_alexnet.utils.text import printable
 from flax_alexnet.weights.archives import open_member, open_zip, read_member
 from flax_alexnet.weights.pickles import NONSENSE, NUMPY, PickleError, Skipped, read_pickle
 from flax_alexnet.weights.stored import LARGEST, MOST_TENSORS, Stored, is_shape

@@ -9,7 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_alexnet.architectures import (
+from flax_alexnet.config.schema import ModelConfig
+from flax_alexnet.data.augment import preprocess, rescale, subtract_mean, ten_crops
+from flax_alexnet.data.decode import DecodeError, decode, read_file
+from flax_alexnet.data.preprocessing import Preprocessing, ResizeRule
+from flax_alexnet.models.alexnet import AlexNet, make_model
+from flax_alexnet.models.architectures import (
     ARCHITECTURES,
     Conv,
     Dense,
@@ -17,13 +22,7 @@ from flax_alexnet.architectures import (
     layers_until,
     parameter_shapes,
 )
-from flax_alexnet.augment import preprocess, rescale, subtract_mean, ten_crops
-from flax_alexnet.build import make_model
-from flax_alexnet.config import ModelConfig
-from flax_alexnet.data.decode import DecodeError, decode, read_file
-from flax_alexnet.errors import UserError, unknown
-from flax_alexnet.model import AlexNet
-from flax_alexnet.preprocessing import Preprocessing, ResizeRule
+from flax_alexnet.utils.errors import UserError, unknown
 from flax_alexnet.weights.stored import listed
 
 Params = dict[str, dict[str, Any]]
@@ -66,7 +65,7 @@ class Pretrained:
     @property
     def model(self) -> AlexNet:
         """The module that `params` belong to."""
-        return make_model(self.config, self.num_classes)
+        return make_model(**vars(self.config))
 
     @property
     def is_classifier(self) -> bool:

@@ -26,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from flax_alexnet.errors import UserError, first_line
-from flax_alexnet.inputs import open_regular
-from flax_alexnet.outputs import need_room
-from flax_alexnet.text import printable
+from flax_alexnet.utils.errors import UserError, first_line
+from flax_alexnet.utils.inputs import open_regular
+from flax_alexnet.utils.outputs import need_room
+from flax_alexnet.utils.text import printable
 from flax_alexnet.weights.archives import open_zip, read_member
 from flax_alexnet.weights.headers import read_header
 from flax_alexnet.weights.pickles import (

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_alexnet import AlexNet
-from flax_alexnet.architectures import Pool, architecture
+from flax_alexnet.models.architectures import Pool, architecture
 
 TOLERANCE = 1e-5  # in float32, relative to the largest value
 ATTEMPTS = 20

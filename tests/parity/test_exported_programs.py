@@ -8,15 +8,15 @@ import pytest
 from comparison import TOLERANCE, relative_error
 from small_nets import random_pictures, small_net
 
-from flax_alexnet import export
-from flax_alexnet.architectures import ARCHITECTURES, activation_names, architecture
-from flax_alexnet.errors import UserError
+from flax_alexnet.commands import export
+from flax_alexnet.models.architectures import ARCHITECTURES, activation_names, architecture
+from flax_alexnet.utils.errors import UserError
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 tf = pytest.importorskip("tensorflow")
 
-from flax_alexnet import onnx_graph  # noqa: E402 (it imports onnx)
+from flax_alexnet.inference import onnx as onnx_graph  # noqa: E402 (it imports onnx)
 
 
 def run(model, images):

@@ -13,7 +13,7 @@ import pytest
 from comparison import TOLERANCE, relative_error
 
 from flax_alexnet import AlexNet, features
-from flax_alexnet.weights.reading import load
+from flax_alexnet.weights.load import load
 
 NOTICEABLE = 1000 * TOLERANCE  # what a turned kernel or another resizing moves the features by
 

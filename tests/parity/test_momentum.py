@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_alexnet.optimizer import create_optimizer
+from flax_alexnet.training.optimizer import create_optimizer
 
 tf = pytest.importorskip("tensorflow")
 

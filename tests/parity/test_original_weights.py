@@ -19,9 +19,9 @@ import pytest
 from comparison import TOLERANCE, relative_error
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from flax_alexnet.convert import main
+from flax_alexnet.commands.convert import main
 from flax_alexnet.weights.labels import imagenet_labels
-from flax_alexnet.weights.reading import load
+from flax_alexnet.weights.load import load
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402

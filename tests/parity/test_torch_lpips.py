@@ -8,8 +8,8 @@ from PIL import Image
 from test_torch import to_torch
 
 from flax_alexnet import AlexNet, lpips
-from flax_alexnet.perceptual import signed
-from flax_alexnet.weights.reading import load
+from flax_alexnet.models.lpips import signed
+from flax_alexnet.weights.load import load
 
 torch = pytest.importorskip("torch")
 nn = torch.nn

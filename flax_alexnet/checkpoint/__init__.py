@@ -1,0 +1,1 @@
+"""Checkpoints of a training state: written by Orbax, with a manifest, verified before use."""

@@ -1,0 +1,1 @@
+"""The commands, a file each: parse the flags, compose the parts, report."""

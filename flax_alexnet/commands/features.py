@@ -1,0 +1,309 @@
+"""`python -m flax_alexnet features WEIGHTS …`: activations of many pictures into one file."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from flax_alexnet.config.cli import (
+    NO_DATASET,
+    UseDataConfig,
+    command,
+    need,
+    need_batch,
+    need_png,
+    parse,
+)
+from flax_alexnet.data.pictures import (
+    Picture,
+    find_pictures,
+    open_for_use,
+    read_pictures,
+    summarize,
+)
+from flax_alexnet.data.sources import NO_LABEL, FolderSource, Source
+from flax_alexnet.inference.batches import infer, need_numbers, on_devices
+from flax_alexnet.inference.feature_file import READ, SUFFIXES, UNREADABLE, FeatureFile, nearest
+from flax_alexnet.models.activations import features
+from flax_alexnet.models.alexnet import AlexNet
+from flax_alexnet.utils.errors import UserError
+from flax_alexnet.utils.outputs import check_not_read, need_room, new_files
+from flax_alexnet.utils.plotting import plot_neighbours
+from flax_alexnet.weights.load import load
+from flax_alexnet.weights.pretrained import Pretrained, need_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturesConfig:
+    """Writes the features of pictures into one file; started again, it goes on where it was."""
+
+    weights: tyro.conf.Positional[Path]
+    """A weight file (see convert), or the --workdir of a run."""
+    pictures: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Files, folders with all below them, or globs; or none, and a dataset by --data.name."""
+    data: UseDataConfig = NO_DATASET
+    layers: tuple[str, ...] = ("fc7",)
+    """Activations: conv1, norm1, pool1, … conv5, fc6, fc7, logits."""
+    output: Path = Path("features.h5")
+    """The file: .h5 (HDF5) or .npy (NumPy)."""
+    nearest: Path | None = None
+    """A .png file for the nearest neighbours of some pictures by their features of the last of the
+    layers, as in the paper's Figure 4 (right)."""
+    queries: tuple[str, ...] = ()
+    """Of which pictures, by the end of their names; none: five, evenly spaced."""
+    neighbours: int = 6
+    """How many."""
+    distance: Literal["euclidean", "cosine"] = "euclidean"
+    """The paper's, or that of features scaled to unit length, which suits maps such as conv5."""
+    batch_size: int = 64
+    """Pictures that the net sees at once."""
+    overwrite: bool = False
+    """Replace a picture of --nearest that is there."""
+
+
+@command
+def main(argv: Sequence[str]) -> None:
+    """Runs the command."""
+    config = parse(FeaturesConfig, argv, None, "flax_alexnet features")
+    need_batch(config.batch_size)
+    need("neighbours", config.neighbours, config.neighbours >= 1, "1 or more")
+    need("output", config.output, config.output.suffix in SUFFIXES, "a .h5 or .npy file")
+    need_png("nearest", config.nearest)
+    if bool(config.pictures) == bool(config.data.name):
+        raise UserError("name either pictures or a dataset with --data.name")
+    run(config)
+
+
+def run(config: FeaturesConfig) -> None:
+    """Writes and draws what `config` asks for."""
+    if config.data.name:
+        source, note = open_for_use(**vars(config.data))
+        if note:
+            print(note, flush=True)
+    else:
+        source = find_pictures(config.pictures)
+    named = find_queries(source, config.queries)
+    inputs = [config.weights, *(source.paths if isinstance(source, FolderSource) else [])]
+    check_not_read(config.output, inputs)
+    layers = tuple(dict.fromkeys(config.layers))
+    net = load(config.weights)
+    with (
+        new_files([config.nearest], inputs, overwrite=config.overwrite) as write,
+        contextlib.closing(open_file(net, source, layers, config.output)) as file,
+    ):
+        before = extract(net, source, layers, file, min(config.batch_size, len(source)))
+        bad = np.flatnonzero(file["status"][:] == UNREADABLE)
+        problems = [
+            (source.name(int(row)), file["problem"][row].decode(errors="replace")) for row in bad
+        ]
+        print(summarize(problems, len(source)))
+        found = f" ({before:,} were there)" if before else ""
+        print(f"{', '.join(layers)} of {len(source):,} pictures{found}: {config.output}")
+        if len(bad) == len(source):
+            raise UserError("none of the pictures could be read")
+        if config.nearest:
+            queries = choose_queries(source, file, named)
+            rows, distances = nearest(file, layers[-1], queries, config.neighbours, config.distance)
+            need_numbers(distances, "the neighbours of pictures")
+            with write(config.nearest) as path:
+                draw_nearest(net, source, queries, rows, distances, path)
+    if config.nearest:
+        print(f"wrote {config.nearest}")
+
+
+def open_file(net: Pretrained, source: Source, layers: Sequence[str], path: Path) -> FeatureFile:
+    """The file for the features of all pictures of a source, made if it is not there.
+
+    Raises:
+      UserError: an unknown layer, one that the net lacks the parameters for, or a file of something
+        else.
+    """
+    size = net.preprocessing.crop_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    function = functools.partial(features, net.model, layers=tuple(layers))
+    need_layers(net, layers)
+    shapes = jax.eval_shape(function, net.params, image)
+    names = [source.name(index) for index in range(len(source))]
+    sizes = {layer: shapes[layer].shape[1:] for layer in layers}
+    if not path.exists():
+        need_room(path, len(names) * 4 * sum(math.prod(shape) for shape in sizes.values()))
+    return FeatureFile(path, names, sizes)
+
+
+def extract(
+    net: Pretrained, source: Source, layers: Sequence[str], file: FeatureFile, batch_size: int = 64
+) -> int:
+    """Writes the features of all pictures that `file` does not have yet, a batch at a time.
+
+    Pictures that could not be read, and those whose files have changed since, are tried again. A
+    net may give what is not finite, of which a line warns.
+
+    Returns:
+      How many were there before.
+
+    Raises:
+      UserError: those that it has are not this net's, or it cannot be written.
+    """
+    stamps = np.array([source.stamp(row) for row in range(len(source))], np.int64).reshape(-1, 2)
+    same = (file["size"] == stamps[:, 0]) & (file["changed"] == stamps[:, 1])
+    there = (file["status"] == READ) & same
+    function = _function(net, layers)
+    _need_same(net, function, source, layers, file, np.flatnonzero(there))
+    if changed := np.count_nonzero((file["status"] == READ) & ~same):
+        print(f"{changed:,} pictures have changed since they were read, and are read again")
+    todo = np.flatnonzero(~there).tolist()
+    rule = net.preprocessing
+    pictures = read_pictures(source, rule.image_size, rule.resize, todo)
+    results = infer(function, pictures, batch_size)
+    before = len(source) - len(todo)
+    bar = tqdm(results, total=len(source), initial=before, unit="picture", disable=None)
+    results = iter(bar)
+    odd: list[str] = []
+    for start in range(0, len(todo), batch_size):
+        rows = todo[start : start + batch_size]
+        batch = list(itertools.islice(results, len(rows)))
+        columns: dict[str, Any] = {
+            layer: np.stack(
+                [
+                    np.full(file.types[layer].shape, np.nan, np.float32)
+                    if row is None
+                    else row[layer]
+                    for _, row in batch
+                ]
+            )
+            for layer in layers
+        }
+        odd += [
+            picture.name
+            for picture, row in batch
+            if row is not None and not all(np.isfinite(row[layer]).all() for layer in layers)
+        ]
+        columns["label"] = [picture.label for picture, _ in batch]
+        columns["problem"] = [picture.problem.encode() for picture, _ in batch]
+        columns["size"], columns["changed"] = stamps[rows].T
+        status = np.array([UNREADABLE if row is None else READ for _, row in batch], np.uint8)
+        file.write(rows, columns, status)
+    if odd:  # their rows say that they were read, and not that they could not
+        print(
+            f"warning: the net gives what is not a finite number for {len(odd):,} pictures (the "
+            f"first: {odd[0]}): its weights are too large or damaged",
+            file=sys.stderr,
+        )
+    return before
+
+
+def _function(net: Pretrained, layers: Sequence[str]) -> Callable[[jax.Array], Any]:
+    def of_batch(model: AlexNet, params: Any, images: jax.Array) -> dict[str, jax.Array]:
+        values = features(model, params, net.preprocess(images), layers)
+        return {layer: value.astype(jnp.float32) for layer, value in values.items()}
+
+    return on_devices(net, of_batch)
+
+
+def _need_same(
+    net: Pretrained,
+    function: Callable[[jax.Array], Any],
+    source: Source,
+    layers: Sequence[str],
+    file: FeatureFile,
+    there: np.ndarray,
+) -> None:
+    """Raises UserError unless labels, and what the first of the rows gives, are the file's."""
+    labels = file["label"][:]
+    if any(source.label(int(row)) not in (NO_LABEL, labels[row]) for row in there):
+        raise UserError(
+            f"{file.path} has the classes in another order; take another --output, or remove it"
+        )
+    for row in there[:1]:
+        rule = net.preprocessing
+        pictures = read_pictures(source, rule.image_size, rule.resize, [int(row)])
+        ((_, values),) = infer(function, pictures, 1)
+        if values is None or not all(
+            np.allclose(
+                values[layer],
+                file[layer][row],
+                rtol=1e-3,
+                atol=1e-3 * np.abs(values[layer]).max(),
+                equal_nan=True,
+            )
+            for layer in layers
+        ):
+            raise UserError(
+                f"{file.path} holds the features of another net, or the pictures have changed; "
+                "take another --output, or remove it"
+            )
+
+
+def find_queries(source: Source, endings: Sequence[str]) -> list[int]:
+    """The rows of the pictures whose names end so.
+
+    Raises:
+      UserError: an ending that no name has, or several have.
+    """
+    result = []
+    names = [source.name(index) for index in range(len(source))] if endings else []
+    for ending in endings:
+        rows = [row for row, name in enumerate(names) if name.endswith(ending)]
+        if len(rows) != 1:
+            raise UserError(f"--queries {ending}: {len(rows)} pictures have names that end so")
+        result += rows
+    return result
+
+
+def choose_queries(source: Source, file: FeatureFile, named: Sequence[int]) -> list[int]:
+    """The rows that were named, or five, evenly spaced, of those that could be read.
+
+    Raises:
+      UserError: one that was named could not be read, or only one could.
+    """
+    status = file["status"][:]
+    for row in named:
+        if status[row] != READ:
+            raise UserError(f"{source.name(row)} could not be read; choose other --queries")
+    there = np.flatnonzero(status == READ)
+    if len(there) < 2:
+        raise UserError("only one picture could be read, and it has no neighbour")
+    count = min(5, len(there))
+    spaced = [there[(2 * place + 1) * len(there) // (2 * count)] for place in range(count)]
+    return list(named) or [int(row) for row in spaced]
+
+
+def draw_nearest(
+    net: Pretrained,
+    source: Source,
+    queries: Sequence[int],
+    rows: np.ndarray,
+    distances: np.ndarray,
+    path: Path,
+) -> None:
+    """Draws the pictures of `queries` with their neighbours, which `nearest` has found."""
+    rule = net.preprocessing
+    shown = np.concatenate([np.array(queries)[:, None], rows], axis=1)
+    pictures = read_pictures(source, rule.image_size, rule.resize, shown.reshape(-1).tolist())
+    images = np.stack([_shown(picture, rule.image_size) for picture in pictures])
+    images = images.reshape(*shown.shape, *images.shape[1:])
+    names = [[Path(source.name(int(row))).stem for row in line] for line in shown]
+    plot_neighbours(
+        images[:, 0],
+        images[:, 1:],
+        distances,
+        [line[0] for line in names],
+        [line[1:] for line in names],
+        path,
+    )
+
+
+def _shown(picture: Picture, size: int) -> np.ndarray:
+    blank = np.full((size, size, 3), 255, np.uint8)  # for a file that has gone meanwhile
+    return blank if picture.image is None else picture.image

@@ -1,0 +1,1 @@
+"""What the program can be told: dataclasses with their ranges, recipes, and command lines."""

@@ -1,0 +1,475 @@
+"""What a training run can be told: frozen dataclasses, and the ranges of their values."""
+
+import builtins
+import dataclasses
+import fnmatch
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from flax_alexnet.config.cli import need, need_batch
+from flax_alexnet.data.preprocessing import ResizeRule, Scale
+from flax_alexnet.models.architectures import ARCHITECTURES
+from flax_alexnet.utils.errors import UserError, unknown
+from flax_alexnet.utils.text import printable
+
+# Beyond these a value is a slip of the keyboard.
+LARGEST_NUMBER = 1e10
+LARGEST_IMAGE = 8192
+LARGEST_TIMEOUT = 10**6  # seconds; with more, JAX's own would overflow
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which pictures, and at which size they enter the device."""
+
+    name: str = "shapes_and_textures"
+    """The embedded "shapes_and_textures", a TFDS name that has been prepared, or folder:PATH."""
+    data_dir: Path | None = None
+    """Where prepared datasets lie; none: TFDS_DATA_DIR or tensorflow_datasets in the home."""
+    train_split: str = "train"
+    """Split to train on; of TFDS slices such as train[:90%] work."""
+    eval_split: str | None = None
+    """Split to evaluate on; none: validation where there is one, else test."""
+    image_key: str | None = None
+    """TFDS feature with the pictures; none: as the dataset says, else image."""
+    label_key: str | None = None
+    """TFDS feature with the labels; none: as the dataset says, else label."""
+    image_size: int = 256
+    """Side in pixels to which pictures are brought before any crop."""
+    resize: ResizeRule = "paper"
+    """How: the paper's rule, torchvision's (bilinear), or Caffe's (warped to the square)."""
+    threads: int = 2
+    """Threads that decode and batch pictures."""
+    max_bad: float | None = None
+    """Share of a class of a folder, or of a prepared split, that may be unreadable and is skipped;
+    more stop the run; none: 0.1 of a class, 0.001 of what was prepared."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which net; the fields are those of AlexNet."""
+
+    variant: str = "notebook"
+    """notebook, paper, caffe, caffenet, torchvision or cuda_convnet_cifar10."""
+    num_classes: int | None = None
+    """Outputs; none: as many as the dataset has classes."""
+    width: float = 1.0
+    """Multiplier of the features of every layer but the last."""
+    dropout_rate: float = 0.5
+    """Share of units dropped where the variant has dropout."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; parameters are float32 always."""
+    initialization: Literal["published", "he"] = "published"
+    """Initial values: the variant's own, or He et al.'s."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """The function after each layer."""
+    relu_logits: bool = False
+    """The notebook's fault of a ReLU on the last layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """What happens to pictures on the device; evaluation takes the central crop."""
+
+    crop_size: int = 224
+    """Side in pixels of what the net sees."""
+    random_crop: bool = True
+    """Crop at random places in training, else at the centre."""
+    flip: bool = True
+    """Mirror half of the pictures left to right in training."""
+    color_noise: Literal["none", "cuda-convnet", "eigenvalues"] = "none"
+    """PCA colour noise: as strong as in the original code, or by the eigenvalues in wide use."""
+    scale: Scale = 1.0
+    """What grey levels are multiplied with once the mean is subtracted, or one for each channel; 1
+    in the original nets."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """SGD with momentum and weight decay, and the schedule of its rate."""
+
+    rule: Literal["paper", "notebook"] = "paper"
+    """The paper's update, or the notebook's (decay multiplied by the rate twice)."""
+    learning_rate: float = 0.01
+    """Rate after warm-up and before any drop."""
+    momentum: float = 0.9
+    """Share of the velocity that is kept."""
+    weight_decay: float = 0.0005
+    """Share of the weights added to the gradient."""
+    bias_rate: float = 1.0
+    """Multiplier of the rate for biases; the original code and Caffe take 2."""
+    decay_biases: bool = True
+    """Whether biases decay; in the original code and Caffe they do not."""
+    layer_rates: tuple[str, ...] = ()
+    """Multipliers of the rate of layers, such as 'conv*=0.1' fc8=10; patterns as of --freeze."""
+    clip_norm: float | None = None
+    """Global norm down to which gradients are scaled; none: not at all."""
+    schedule: Literal["constant", "steps", "plateau"] = "constant"
+    """Constant; drops at drop_epochs; or drops when the validation error stops improving."""
+    drop_epochs: tuple[float, ...] = ()
+    """With steps: the epochs at which the rate drops."""
+    drop_factor: float = 0.1
+    """What a drop multiplies the rate with."""
+    patience: int = 3
+    """With plateau: evaluations without a new best before a drop."""
+    max_drops: int = 3
+    """With plateau: how many drops there can be."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the rate rises linearly."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """What lies and is computed on which device, and which processes take part."""
+
+    layout: Literal["data", "zero", "hybrid", "towers"] = "data"
+    """Whole copies; dense layers stored, or computed, in shares; or the paper's two towers."""
+    mesh: tuple[int, ...] = ()
+    """Devices along each axis of the layout (data; or data and model, or tower); none: see docs."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where all processes of a run meet; none: as a known launcher says."""
+    num_processes: int | None = None
+    """Processes of the run; 1 stays alone even where a launcher started several."""
+    process_id: int | None = None
+    """Which of them this one is, from 0."""
+    heartbeat_timeout: int = 100
+    """Seconds of silence after which a process counts as lost, and the others end."""
+    join_timeout: int = 300
+    """Seconds that a process waits for the others to come."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    recipe: str = "quickstart"
+    """Where the defaults come from: quickstart, notebook, paper, cifar10 or finetune."""
+    workdir: Path = Path("runs")
+    """Where all that the run writes goes; starting again in the same place resumes."""
+    allow_changes: bool = False
+    """Resume even though the configuration differs from the one that the run was started with; with
+    another batch size it goes on after the pictures that it has seen."""
+    seed: int = 0
+    """Determines initial values, the order of pictures and every random draw."""
+    init_from: Path | None = None
+    """Start from a trained net: a weight file (see convert) or a run's --workdir. Its variant and
+    preprocessing become the defaults; its last layer is replaced where the classes differ."""
+    freeze: tuple[str, ...] = ()
+    """Layers that keep their values: names or patterns (as of files, or regular expressions), such
+    as conv1,conv2 or 'conv*' or 'fc[67]'."""
+    batch_size: int = 128
+    """Pictures in a step, over all devices."""
+    epochs: float = 90.0
+    """Passes over the training pictures; more of them lengthen a run that is there."""
+    steps: int | None = None
+    """Stop after this many steps, of whatever batch size, even if the epochs are not over; more of
+    them lengthen a run that is there."""
+    eval_epochs: float = 1.0
+    """Epochs between evaluations; each is followed by a checkpoint."""
+    log_every: int = 50
+    """Steps between lines of metrics; there is one an epoch at least."""
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """When the loss or a gradient is not finite: stop, or go back to the last checkpoint with half
+    the rate, three times at most."""
+    save_patience: float = 60.0
+    """Minutes for which a run goes on although nothing can be saved, such as with a full disk."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder for the next start."""
+    keep_memory: bool = True
+    """On a CPU: keep freed memory for the next step, rather than giving it back to the system."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+
+# What may differ between the processes of a run, and when it is resumed.
+LOCAL = frozenset(
+    {
+        "compilation_cache",
+        "keep_memory",
+        "data.data_dir",
+        "data.threads",
+        "dataset.folder",
+        "dataset.times",
+        "parallel.coordinator",  # only process 0 needs to know itself by another name
+        "parallel.join_timeout",
+        "parallel.num_processes",
+        "parallel.process_id",
+    }
+)
+# What differs where digests do.
+CONTENT = {
+    "dataset.train_digest": "the pictures to train on",
+    "dataset.eval_digest": "the pictures to evaluate on",
+}
+# What may also differ when a run is resumed: its steps are the same but for rounding.
+FREE_TO_CHANGE = LOCAL | {
+    "workdir",
+    "allow_changes",
+    "batch_sizes",
+    "epochs",
+    "steps",
+    "on_divergence",
+    "save_patience",
+    "data.max_bad",
+    "parallel.layout",
+    "parallel.mesh",
+    "parallel.heartbeat_timeout",
+}
+# JAX's own settings, such as JAX_ENABLE_X64, by which the same flags give other numbers, with their
+# types. They are kept with a run as "jax.enable_x64".
+JAX_SETTINGS: dict[str, Any] = {
+    "default_matmul_precision": str | None,
+    "default_prng_impl": str,
+    "enable_x64": bool,
+    "random_seed_offset": int,
+    "threefry_partitionable": bool,
+}
+
+
+def validate(config: Config) -> None:
+    """Raises UserError for the first value that is out of its range."""
+    if config.model.variant not in ARCHITECTURES:
+        raise UserError(unknown("variant", config.model.variant, ARCHITECTURES))
+    for name, value in flatten(config).items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(n, int | float) and not abs(n) <= LARGEST_NUMBER for n in numbers):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is {value}; expected numbers up to {LARGEST_NUMBER:g}")
+    data, model, optimizer = config.data, config.model, config.optimizer
+    need_batch(config.batch_size)
+    for flag, value, fits, expected in (
+        ("epochs", config.epochs, config.epochs > 0, "more than 0"),
+        ("steps", config.steps, config.steps is None or config.steps >= 1, "1 or more"),
+        ("eval-epochs", config.eval_epochs, config.eval_epochs > 0, "more than 0"),
+        ("log-every", config.log_every, config.log_every >= 1, "1 or more"),
+        ("save-patience", config.save_patience, config.save_patience >= 0, "0 or more"),
+        ("seed", config.seed, 0 <= config.seed < 2**32, "0 to 4294967295"),
+        (
+            "data.image-size",
+            data.image_size,
+            1 <= data.image_size <= LARGEST_IMAGE,
+            f"1 to {LARGEST_IMAGE}",
+        ),
+        ("data.threads", data.threads, data.threads >= 1, "1 or more"),
+        (
+            "data.max-bad",
+            data.max_bad,
+            data.max_bad is None or 0 <= data.max_bad <= 1,
+            "0 to 1",
+        ),
+        (
+            "model.num-classes",
+            model.num_classes,
+            model.num_classes is None or model.num_classes >= 2,
+            "2 or more",
+        ),
+        ("model.width", model.width, 0 < model.width <= 100, "more than 0, at most 100"),
+        ("model.dropout-rate", model.dropout_rate, 0 <= model.dropout_rate < 1, "0 to below 1"),
+        (
+            "augment.crop-size",
+            config.augment.crop_size,
+            1 <= config.augment.crop_size <= data.image_size,
+            f"1 to --data.image-size, which is {data.image_size}",
+        ),
+        (
+            "augment.scale",
+            config.augment.scale,
+            np.min(config.augment.scale) > 0,
+            "more than 0",
+        ),
+        (
+            "optimizer.learning-rate",
+            optimizer.learning_rate,
+            optimizer.learning_rate > 0,
+            "more than 0",
+        ),
+        ("optimizer.momentum", optimizer.momentum, 0 <= optimizer.momentum < 1, "0 to below 1"),
+        (
+            "optimizer.weight-decay",
+            optimizer.weight_decay,
+            optimizer.weight_decay >= 0,
+            "0 or more",
+        ),
+        ("optimizer.bias-rate", optimizer.bias_rate, optimizer.bias_rate >= 0, "0 or more"),
+        (
+            "optimizer.clip-norm",
+            optimizer.clip_norm,
+            optimizer.clip_norm is None or optimizer.clip_norm > 0,
+            "more than 0",
+        ),
+        (
+            "optimizer.drop-factor",
+            optimizer.drop_factor,
+            0 < optimizer.drop_factor < 1,
+            "between 0 and 1",
+        ),
+        (
+            "optimizer.schedule",
+            optimizer.schedule,
+            (optimizer.schedule, optimizer.rule) != ("plateau", "notebook"),
+            "constant or steps with --optimizer.rule notebook",
+        ),
+        (
+            "optimizer.drop-epochs",
+            optimizer.drop_epochs,
+            min(optimizer.drop_epochs, default=0.0 if optimizer.schedule == "steps" else 1.0) > 0,
+            "positive epochs, one or more with --optimizer.schedule steps",
+        ),
+        ("optimizer.patience", optimizer.patience, optimizer.patience >= 1, "1 or more"),
+        ("optimizer.max-drops", optimizer.max_drops, optimizer.max_drops >= 0, "0 or more"),
+        (
+            "parallel.heartbeat-timeout",
+            config.parallel.heartbeat_timeout,
+            1 <= config.parallel.heartbeat_timeout <= LARGEST_TIMEOUT,
+            f"1 to {LARGEST_TIMEOUT}",
+        ),
+        (
+            "parallel.join-timeout",
+            config.parallel.join_timeout,
+            1 <= config.parallel.join_timeout <= LARGEST_TIMEOUT,
+            f"1 to {LARGEST_TIMEOUT}",
+        ),
+        (
+            "optimizer.warmup-epochs",
+            optimizer.warmup_epochs,
+            optimizer.warmup_epochs >= 0,
+            "0 or more",
+        ),
+    ):
+        need(flag, value, fits, expected)
+
+
+def frozen_layers(config: Config, names: Sequence[str]) -> frozenset[str]:
+    """The layers of those called `names` that `--freeze` means.
+
+    Raises:
+      UserError: a pattern that is none, or means no layer; or all are frozen.
+    """
+    patterns = [pattern for value in config.freeze for pattern in value.split(",") if pattern]
+    if config.freeze and not patterns:
+        raise UserError("--freeze names no layer; leave it out, or name some, such as conv1,conv2")
+    frozen = frozenset(n for pattern in patterns for n in _matching("freeze", pattern, names))
+    if frozen == set(names):
+        raise UserError("--freeze leaves no layer to train; name fewer")
+    return frozen
+
+
+def layer_rates(config: Config, names: Sequence[str]) -> dict[str, float]:
+    """What multiplies the rate of each layer that `--optimizer.layer-rates` means.
+
+    Raises:
+      UserError: something that is not PATTERN=NUMBER, or a pattern that means no layer.
+    """
+    flag = "optimizer.layer-rates"
+    rates: dict[str, float] = {}
+    for value in config.optimizer.layer_rates:
+        pattern, equals, number = value.rpartition("=")
+        try:
+            factor = float(number) if equals else -1.0
+        except ValueError:
+            factor = -1.0
+        need(flag, value, 0 <= factor <= LARGEST_NUMBER, "PATTERN=NUMBER, such as conv.*=0.1")
+        rates |= dict.fromkeys(_matching(flag, pattern, names), factor)
+    return rates
+
+
+def _matching(flag: str, pattern: str, names: Sequence[str]) -> list[str]:
+    """The names that a pattern means: a regular expression, else a pattern as of file names.
+
+    Raises:
+      UserError: it means none.
+    """
+    problem = ""
+    try:
+        regular = pattern.replace("[!", "[^")  # which means the same in patterns of file names
+        found = [name for name in names if re.fullmatch(regular, name)]
+    except re.error as error:
+        found, problem = [], f"{pattern} is no pattern: {error}"
+    found = found or fnmatch.filter(names, pattern)
+    if not found:
+        raise UserError(f"--{flag}: {problem or unknown('layer', pattern, names)}")
+    return found
+
+
+def misfit(values: Mapping[str, Any]) -> str:
+    """What a run's `config.json` has that no run wrote, in a few words; "" if there is nothing.
+
+    That is a key which is unknown, or a value of another type than its field's.
+
+    Args:
+      values: flat, as JSON has them; some may be missing, as in a file of an older version.
+    """
+    hints = _hints(Config) | {  # beside the flags: facts on the data, the past, the start, and JAX
+        "batch_sizes": tuple[tuple[int, int], ...],
+        "dataset.train": int,
+        "dataset.eval": int,
+        "dataset.train_digest": str,
+        "dataset.eval_digest": str,
+        "dataset.times": str,
+        "dataset.folder": str,
+        "dataset.label_names": tuple[str, ...],
+        "init_from.sha256": str,
+        **{f"jax.{name}": hint for name, hint in JAX_SETTINGS.items()},
+    }
+    for name, value in sorted(values.items()):
+        if name not in hints:
+            return f"an {unknown('key', printable(name), hints, shown=('those of --help',))}"
+        if not _fits(value, hint := hints[name]):
+            # Without modules: a path's is another in each version of Python.
+            whole = hint.__name__ if isinstance(hint, type) else str(hint)
+            expected = re.sub(r"(\w+\.)+(?=\w)", "", whole)
+            return f"{name} {value!r}, where {expected} is expected"
+    return ""
+
+
+def _hints(schema: type, prefix: str = "") -> dict[str, Any]:
+    """The types of a dataclass's fields and of those in them, by names such as "data.name"."""
+    result: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(schema).items():
+        inner = dataclasses.is_dataclass(hint)
+        result |= _hints(hint, f"{prefix}{name}.") if inner else {prefix + name: hint}
+    return result
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of JSON is one of a field's type."""
+    choices = typing.get_args(hint)
+    match typing.get_origin(hint):
+        case typing.Literal:
+            return isinstance(value, str) and value in choices
+        case types.UnionType | typing.Union:
+            return any(_fits(value, choice) for choice in choices)
+        case builtins.tuple:
+            several = choices[-1] is ...
+            return (
+                isinstance(value, list)
+                and (several or len(value) == len(choices))
+                and all(_fits(part, choices[0]) for part in value)
+            )
+    return type(value) in {float: (float, int), Path: (str,)}.get(hint, (hint,))
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """A configuration as {"data.name": …}, with values as JSON has them."""
+
+    def walk(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for name, value in values.items():
+            if isinstance(value, dict):
+                result |= walk(f"{prefix}{name}.", value)
+            else:
+                result[prefix + name] = value
+        return result
+
+    values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return walk("", values)

@@ -1,0 +1,233 @@
+"""Pictures decoded to equal squares, by index, and their mean."""
+
+import abc
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flax_alexnet.data.bad_records import OnBad, refuse
+from flax_alexnet.data.pictures import Picture, decode_record, read_record
+from flax_alexnet.data.prefetch import map_threads
+from flax_alexnet.data.preprocessing import ResizeRule
+from flax_alexnet.data.sources import Record, Source
+from flax_alexnet.utils.errors import UserError
+
+CACHE_BYTES = 2**30  # decoded datasets up to this are kept in memory
+MEAN_PICTURES = 2**16  # over so many the mean is taken where there are more
+CHUNK = 64  # pictures that a thread is given at once
+READ_AHEAD = 16  # prepared pictures that it reads before it decodes them
+EVERYTHING = slice(None)
+
+Example = dict[str, Any]  # "image": uint8[size, size, 3], "label": int32[]
+
+UNKNOWN, BAD = -2, -1  # in the place of a label: not tried yet, cannot be read
+
+
+class Found(NamedTuple):
+    """Pictures as a batch has them; the image of one that cannot be read is nothing to look at."""
+
+    images: np.ndarray  # uint8[n, size, size, 3]
+    labels: np.ndarray  # int32[n], or BAD
+
+
+class Examples(abc.ABC):
+    """Decoded pictures by index, some of which may turn out to be unreadable."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def find(self, indices: Sequence[int]) -> Found:
+        """The pictures at `indices`."""
+
+    def take(self, indices: Sequence[int]) -> Found:
+        """The pictures at `indices`; for a bad one the next, in a circle, that can be read.
+
+        Who takes the place of a bad picture follows from the data alone, and so is the same in any
+        thread, on any process, and after a run was resumed.
+
+        Raises:
+          UserError: no picture can be read.
+        """
+        found = self.find(indices)
+        for row in np.flatnonzero(found.labels == BAD).tolist():
+            found.images[row], found.labels[row] = self._next(indices[row])
+        return found
+
+    def _next(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        for step in range(1, len(self)):
+            images, labels = self.find([(index + step) % len(self)])
+            if labels[0] != BAD:
+                return images[0], labels[0]
+        raise UserError(f"none of the {len(self):,} pictures can be read; take another dataset")
+
+    def __getitem__(self, index: int) -> Example:
+        """The one picture that `take` gives for `index`."""
+        images, labels = self.take([index])
+        return {"image": images[0], "label": labels[0]}
+
+
+class DecodedExamples(Examples):
+    """Pictures read and decoded each time they are asked for; `on_bad` is told of bad ones."""
+
+    def __init__(
+        self, source: Source, size: int, resize: ResizeRule = "paper", on_bad: OnBad = refuse
+    ):
+        self._source, self._size, self._resize, self._on_bad = source, size, resize, on_bad
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def find(self, indices: Sequence[int]) -> Found:
+        images = np.empty((len(indices), self._size, self._size, 3), np.uint8)
+        pictures = _read(self._source, indices, self._size, self._resize, images)
+        for picture in _bad(pictures):
+            self._on_bad(picture.name, picture.problem, picture.label)
+        return Found(images, _labels(pictures))
+
+
+class CachedExamples(Examples):
+    """Pictures decoded once and kept in memory: those of `share` now, others when asked for.
+
+    `on_bad` is told of those that cannot be read.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        size: int,
+        share: slice = EVERYTHING,
+        resize: ResizeRule = "paper",
+        on_bad: OnBad = refuse,
+    ):
+        self._source, self._size, self._resize, self._on_bad = source, size, resize, on_bad
+        self._images = np.empty((len(source), size, size, 3), np.uint8)
+        self._labels = np.full((len(source),), UNKNOWN, np.int32)
+        _try(source, share, self._fill, on_bad)
+
+    def _fill(self, rows: Sequence[int]) -> list[Picture]:
+        """Decodes some pictures; returns the bad ones."""
+        pictures = _read(self._source, rows, self._size, self._resize)
+        # Put there when they are whole, since another thread may read them already.
+        for row, picture in zip(rows, pictures, strict=True):
+            if picture.image is not None:
+                self._images[row] = picture.image
+        self._labels[rows] = _labels(pictures)  # last: they say that the pictures are there
+        return _bad(pictures)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def find(self, indices: Sequence[int]) -> Found:
+        rows = np.asarray(indices, int)
+        for picture in self._fill(rows[self._labels[rows] == UNKNOWN].tolist()):
+            self._on_bad(picture.name, picture.problem, picture.label)
+        return Found(self._images[rows], self._labels[rows])
+
+
+def open_examples(
+    source: Source,
+    size: int,
+    share: slice = EVERYTHING,
+    resize: ResizeRule = "paper",
+    on_bad: OnBad = refuse,
+) -> Examples:
+    """`source` brought to `size` × `size`: kept in memory where that takes less than 1 GiB.
+
+    All pictures of `share` are tried here, before the training. Large datasets that were prepared
+    were tried then, and are not here.
+
+    Raises:
+      UserError: a picture without a label; or one that cannot be read, where `on_bad`, which is
+        told of each in order, raises it.
+    """
+    if len(source) * size * size * 3 <= CACHE_BYTES:
+        return CachedExamples(source, size, share, resize, on_bad)
+    if not source.prepared:
+        _try(source, share, lambda rows: _bad(_read(source, rows, size, resize)), on_bad)
+    return DecodedExamples(source, size, resize, on_bad)
+
+
+def mean_image(
+    examples: Examples,
+    share: slice = EVERYTHING,
+    total: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+) -> np.ndarray:
+    """The mean of each pixel over the pictures: float32[size, size, 3], in grey levels 0 … 255.
+
+    Section 2 of the paper. Of more than 65,536 pictures as many, evenly spaced, are taken.
+
+    Args:
+      examples: all pictures.
+      share: those that this process looks at.
+      total: adds up int32 arrays over the processes.
+    """
+    count = min(len(examples), MEAN_PICTURES)
+    indices = np.linspace(0, len(examples) - 1, count).astype(int)
+
+    def add(rows: Sequence[int]) -> np.ndarray:
+        # So few grey levels cannot overflow, and whole numbers add up the same in any order.
+        return examples.take(rows).images.sum(axis=0, dtype=np.int32)
+
+    zero = np.zeros_like(examples[0]["image"], np.int32)
+    sums = sum(map_threads(add, _chunks(indices[share])), zero)
+    return (total(sums) / count).astype(np.float32)
+
+
+def _try(
+    source: Source, share: slice, function: Callable[[Sequence[int]], list[Picture]], on_bad: OnBad
+) -> None:
+    """Tells `on_bad` of the bad pictures of `share`, in order, which `function` of rows finds."""
+    for bad in map_threads(function, _chunks(np.arange(len(source))[share])):
+        for picture in bad:
+            on_bad(picture.name, picture.problem, picture.label)
+
+
+def _chunks(indices: np.ndarray) -> list[list[int]]:
+    return [part.tolist() for part in np.split(indices, range(CHUNK, len(indices), CHUNK))]
+
+
+def _bad(pictures: Sequence[Picture]) -> list[Picture]:
+    return [picture for picture in pictures if picture.image is None]
+
+
+def _labels(pictures: Sequence[Picture]) -> np.ndarray:
+    return np.array([BAD if p.image is None else p.label for p in pictures], np.int32)
+
+
+def _records(source: Source, rows: Sequence[int]) -> Iterator[Record | Picture]:
+    """The pictures at `rows`, encoded.
+
+    Reading is Python, in which threads wait for one another: some at once take less time. Of a
+    folder, whose files may be as large as `decode` allows, no more than one is held.
+    """
+    ahead = READ_AHEAD if source.prepared else 1
+    for start in range(0, len(rows), ahead):
+        yield from [read_record(source, row) for row in rows[start : start + ahead]]
+
+
+def _read(
+    source: Source,
+    rows: Sequence[int],
+    size: int,
+    resize: ResizeRule,
+    out: Iterable[np.ndarray] | None = None,
+) -> list[Picture]:
+    """The pictures at `rows`; UserError for a label that is out of range.
+
+    With `out`, squares for them are put there.
+    """
+    places = itertools.repeat(None) if out is None else out
+    pictures = [
+        decode_record(record, size, resize, place)
+        for record, place in zip(_records(source, rows), places, strict=False)
+    ]
+    for picture in pictures:
+        if picture.image is not None and not 0 <= picture.label < len(source.label_names):
+            raise UserError(
+                f"picture {picture.name} has the label {picture.label}, but there are only "
+                f"{len(source.label_names)} classes; take a split with labels"
+            )
+    return pictures

@@ -1,0 +1,269 @@
+"""AlexNet as one linen module that walks a table of layers."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flax_alexnet.models.architectures import (
+    AdaptivePool,
+    Conv,
+    Dense,
+    Dropout,
+    Layer,
+    Norm,
+    Pool,
+    architecture,
+    explicit_padding,
+    layers_after,
+    layers_until,
+    trace,
+)
+from flax_alexnet.ops.convolution import convolve
+from flax_alexnet.ops.dense import multiply
+from flax_alexnet.ops.dispatch import Convolution, Facts, Pooling, Product, choose
+from flax_alexnet.ops.lrn import local_response_normalization
+from flax_alexnet.ops.pooling import adaptive_average_pool, average_pool, max_pool
+
+Operator = Callable[..., jax.Array]
+Initializer = Callable[..., Any]
+
+
+def whole(layer: Layer, operator: Operator) -> Operator:
+    """The operator of a layer as it is: where its arrays lie is left to `jit`."""
+    del layer
+    return operator
+
+
+class AlexNet(nn.Module):
+    """Any variant of AlexNet: float[b, h, w, 3] images to float[b, num_classes] logits.
+
+    Images are NHWC and RGB, less their mean, of any size that leaves at least one pixel before the
+    first dense layer. Parameters are float32 and called `conv1` … `conv5`, `fc6`, `fc7`, `fc8`
+    (`cuda_convnet_cifar10`: `conv1` … `conv3`, `fc10`), each with `kernel` and `bias`; convolution
+    kernels are (h, w, in / groups, out) and dense kernels (in, out), where `fc6` reads its input
+    flattened in the order (h, w, c).
+
+    With `mutable=["intermediates"]` every activation comes back under its name, as an array: each
+    layer after its activation function, `norm1`, `pool1`, …, and `logits`. With Flax's own
+    `capture_intermediates=True` a layer with parameters has what Flax gives for it instead, its
+    output before the activation function, as `["conv1"]["__call__"][0]`.
+
+    Example:
+      >>> model = AlexNet(variant="paper", num_classes=1000)
+      >>> params = model.init(key, jnp.zeros((1, 224, 224, 3)))["params"]
+      >>> logits = model.apply({"params": params}, images)
+      >>> logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+      >>> logits, state = model.apply({"params": params}, images, mutable=["intermediates"])
+      >>> state["intermediates"]["conv5"].shape
+      (1, 13, 13, 256)
+
+    Attributes:
+      variant: a name in `flax_alexnet.models.architectures.ARCHITECTURES`.
+      num_classes: outputs, ≥ 1.
+      dtype: type of the computation, such as `jnp.bfloat16`; parameters stay float32.
+      dropout_rate: share of the units set to zero where the variant has dropout, in [0, 1).
+      width: multiplier of the features of every layer but the last, > 0.
+      relu_logits: the notebook's ReLU on the last layer. It is a fault, off by default: a logit
+        below zero gets no gradient, and a net whose logits are all zero never learns again.
+      initialization: "published" for the variant's own initial values, or "he" for normal kernels
+        of variance 2 / fan in and zero biases (He et al. 2015), which also trains where N(0, 0.01)
+        stalls.
+      activation: the function after each layer; the paper's Figure 1 compares `nn.relu`, `nn.tanh`.
+      partition: (layer, operator) to the operator that is used instead, as
+        `flax_alexnet.parallel.layouts` makes them to split a layer's work over devices; the result
+        must be the same.
+
+    Raises:
+      UserError (a ValueError): an unknown variant, or an image too small, naming the layer that
+        runs out of pixels.
+    """
+
+    variant: str = "notebook"
+    num_classes: int = 1000
+    dtype: Any = jnp.float32
+    dropout_rate: float = 0.5
+    width: float = 1.0
+    relu_logits: bool = False
+    initialization: Literal["published", "he"] = "published"
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    partition: Callable[[Layer, Operator], Operator] = whole
+
+    @nn.compact
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        first: str | None = None,
+        last: str | None = None,
+    ) -> jax.Array:
+        """Logits, or the activation called `last`: then nothing after it is computed or needed.
+
+        With `first`, the name of a map, `images` are that activation, and what follows is computed.
+        """
+        layers = architecture(self.variant).scaled(self.num_classes, self.width)
+        logits = layers[-1]
+        if first is not None:
+            layers = layers_after(layers, first)
+        if last is not None:
+            layers = layers_until(layers, last)
+        shape: tuple[int, ...]
+        if images.ndim != 4:
+            raise ValueError(f"images must be (batch, height, width, channels), not {images.shape}")
+        trace(layers, *images.shape[1:])  # says which layer an image that is too small breaks
+
+        x = images.astype(self.dtype)
+        for layer in layers:
+            affine = None
+            match layer:
+                case Conv(name=name, window=window, groups=groups):
+                    operator = functools.partial(
+                        convolve, stride=layer.stride, padding=_padding(x, layer), groups=groups
+                    )
+                    shape = (window, window, x.shape[-1] // groups, layer.features)
+                    affine = self._affine(layer, operator, shape)
+                    x = self.activation(affine(x))
+                case Dense(name=name):
+                    assert layer.features is not None, "scaled layers have their features"
+                    shape = (math.prod(x.shape[1:]), layer.features)
+                    affine = self._affine(layer, _flat_product, shape)
+                    x = affine(x)
+                    if layer is logits:
+                        name = "logits"
+                    if name != "logits" or self.relu_logits:
+                        x = self.activation(x)
+                case Norm(name=name):
+                    normalize = functools.partial(
+                        local_response_normalization,
+                        depth_radius=layer.depth_radius,
+                        bias=layer.bias,
+                        alpha=layer.alpha,
+                        beta=layer.beta,
+                        groups=layer.groups,
+                    )
+                    x = self.partition(layer, normalize)(x)
+                case Pool(name=name):
+                    pool = max_pool if layer.kind == "MAX" else average_pool
+                    x = pool(x, layer.window, layer.stride, _padding(x, layer))
+                case AdaptivePool(name=name):
+                    x = adaptive_average_pool(x, layer.size)
+                case Dropout():
+                    x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+                    continue
+            # With `capture_intermediates` Flax has put a layer's output under its name already.
+            captured = affine and affine.has_variable("intermediates", "__call__")
+            wanted = self.is_mutable_collection("intermediates") and not self.is_initializing()
+            if wanted and not captured:
+                # Flax's `sow` refuses a name that a submodule bears, and `conv1` is to be both.
+                self.put_variable("intermediates", name, x)
+        return x
+
+    def _affine(self, layer: Conv | Dense, operator: Operator, shape: tuple[int, ...]) -> "Affine":
+        kernel_init, bias_init = self._initializers(layer, fan_in=math.prod(shape[:-1]))
+        operator = self.partition(layer, operator)
+        return Affine(operator, shape, kernel_init, bias_init, self.dtype, name=layer.name)
+
+    def _initializers(self, layer: Conv | Dense, fan_in: int) -> tuple[Initializer, Initializer]:
+        if self.initialization == "he":
+            return nn.initializers.he_normal(), nn.initializers.zeros
+        if layer.kernel_std is None or layer.bias is None:
+            uniform = nn.initializers.uniform(2 * fan_in**-0.5)  # in [0, 2 / sqrt(fan in))
+
+            def centred(*args: Any) -> jax.Array:
+                return uniform(*args) - fan_in**-0.5
+
+            return centred, centred
+        return nn.initializers.normal(layer.kernel_std), nn.initializers.constant(layer.bias)
+
+
+class Affine(nn.Module):
+    """An operator of an array and a kernel, plus a bias: what a layer with parameters computes."""
+
+    operator: Operator
+    shape: tuple[int, ...]  # of the kernel; outputs come last
+    kernel_init: Initializer
+    bias_init: Initializer
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, self.shape, jnp.float32)
+        bias = self.param("bias", self.bias_init, self.shape[-1:], jnp.float32)
+        y = self.operator(x, kernel.astype(self.dtype))
+        return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def make_model(*, dtype: str, activation: str, **attributes: Any) -> AlexNet:
+    """The model that a configuration describes, in which types and functions have names.
+
+    Args:
+      dtype: "float32" or "bfloat16".
+      activation: "relu" or "tanh".
+      attributes: the others of `AlexNet`.
+    """
+    function = {"relu": nn.relu, "tanh": nn.tanh}[activation]
+    return AlexNet(dtype=jnp.dtype(dtype), activation=function, **attributes)
+
+
+def implementations(
+    layers: tuple[Layer, ...],
+    platform: str,
+    dtype: Any = jnp.float32,
+    *,
+    rows: int = 64,
+    channels: int = 3,
+) -> str:
+    """A line that says which implementations `flax_alexnet.ops.dispatch` picks for the layers.
+
+    Args:
+      layers: with their features.
+      platform: as JAX calls it when it compiles: "cpu", "cuda", "tpu" …
+      dtype: of the computation.
+      rows: images that a device computes at once.
+      channels: of the images.
+    """
+    used: dict[str, dict[str, list[str]]] = {}
+
+    def note(layer: Layer, operator: str, facts: Facts | None = None) -> None:
+        name = choose(operator, platform, facts)
+        used.setdefault(operator, {}).setdefault(name, []).append(layer.name)
+
+    for layer in layers:
+        match layer:
+            case Conv(groups=groups):
+                for direction in ("forward", "input gradient", "kernel gradient"):
+                    if direction == "input gradient" and layer is layers[0]:
+                        continue  # nobody asks for it
+                    sizes = channels // groups, layer.features // groups
+                    facts = Convolution(*sizes, layer.window, layer.stride, dtype)
+                    note(layer, f"convolution {direction}", facts)
+                channels = layer.features
+            case Norm():
+                note(layer, "normalization")
+            case Pool(kind=kind):
+                operators = ("max-pooling forward", "max-pooling gradient")
+                for operator in operators if kind == "MAX" else ("average-pooling",):
+                    note(layer, operator, Pooling(layer.window, layer.stride, dtype))
+            case Dense():
+                for direction in ("forward", "input gradient", "kernel gradient"):
+                    note(layer, f"dense {direction}", Product(rows, dtype))
+    return "; ".join(
+        f"{operator}: " + ", ".join(f"{name} ({' '.join(at)})" for name, at in sorted(by.items()))
+        for operator, by in used.items()
+    )
+
+
+def _flat_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return multiply(x.reshape(x.shape[0], math.prod(x.shape[1:])), kernel)
+
+
+def _padding(x: jax.Array, layer: Conv | Pool) -> tuple[tuple[int, int], tuple[int, int]]:
+    top_bottom, left_right = (
+        explicit_padding(size, layer.window, layer.stride, layer.padding) for size in x.shape[1:3]
+    )
+    return top_bottom, left_right

@@ -1,0 +1,1 @@
+"""Several devices and several processes: who holds what, and how processes find each other."""

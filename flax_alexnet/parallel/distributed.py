@@ -1,0 +1,288 @@
+"""Several processes of one run: how they find each other, agree, and add up.
+
+Each function does nothing, or the obvious, where there is one process.
+"""
+
+import contextlib
+import glob
+import importlib.util
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from flax_alexnet.config.cli import need
+from flax_alexnet.parallel.meeting import meet, place
+from flax_alexnet.parallel.program import program
+from flax_alexnet.utils.errors import END_SIGNALS, LOST, UserError, exit_code, first_line
+
+WATCHER = "signals"  # the name of the thread that is told of them
+PATIENCE = 5.0  # seconds of waiting for others that nothing is said of
+
+
+def join(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    heartbeat_timeout: int = 100,
+    join_timeout: int = 300,
+) -> None:
+    """Joins the other processes of the run, if there are any; JAX leaves them when this one ends.
+
+    There are when `coordinator` says where to meet, or when a launcher that JAX knows started this
+    process as one of several (`detected`); with `num_processes=1` it stays alone in any case. Must
+    come before the first use of a device.
+
+    Args:
+      coordinator: "HOST:PORT" of process 0, which all can reach.
+      num_processes: of the run; None: as the launcher says, as is `process_id`.
+      process_id: of this one, from 0.
+      heartbeat_timeout: seconds of silence after which a process counts as lost; the others then
+        end with a code that is not zero.
+      join_timeout: seconds to wait for the others to come.
+
+    Raises:
+      UserError: flags that are incomplete or wrong, the others cannot be reached, or they are of
+        another program.
+    """
+    cluster = detected(os.environ)
+    given = {
+        "coordinator": coordinator,
+        "num-processes": num_processes,
+        "process-id": process_id,
+    }
+    missing = [f"--parallel.{name}" for name, value in given.items() if value is None]
+    asked = len(missing) < len(given)
+    if num_processes == 1 or not (asked or cluster):
+        return
+    if missing and not cluster:
+        raise UserError(f"several processes were asked for without {' and '.join(missing)}")
+    if coordinator is not None:
+        place(coordinator)
+    if num_processes is not None:
+        need("parallel.num-processes", num_processes, num_processes >= 1, "1 or more")
+        last = num_processes - 1
+        if process_id is not None:
+            need("parallel.process-id", process_id, 0 <= process_id <= last, f"0 to {last}")
+    # It would catch SIGTERM, and only tell those who ask.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        where, number, own = coordinator, num_processes, process_id
+        if missing:
+            where, number, own = _by_launcher(coordinator, num_processes, process_id, join_timeout)
+        if where is None or number is None or own is None:
+            raise RuntimeError("the launcher does not say enough")
+        with said_if_long(f"process {own} of {number} waits for the others at {where}"):
+            meet(where, number, own, join_timeout, heartbeat_timeout, program())
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                initialization_timeout=join_timeout,
+                # `meet` has noticed before; JAX aborts the process with a trace.
+                heartbeat_timeout_seconds=2 * heartbeat_timeout + 10,
+                cluster_detection_method=None if missing else "deactivate",
+            )
+    except UserError:
+        raise
+    except Exception as error:  # of a dozen kinds, those of the cluster's own packages among them
+        raise UserError(
+            f"cannot join the other processes ({cluster or 'by flags'}): {first_line(error)}; give "
+            "--parallel.coordinator, --parallel.num-processes and --parallel.process-id, or "
+            "--parallel.num-processes 1 to run alone"
+        ) from None
+
+
+def _by_launcher(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, seconds: int
+) -> tuple[str | None, int | None, int | None]:
+    """What `jax.distributed.initialize` would find out from the launcher, where it is not given."""
+    from jax._src.clusters import ClusterEnv
+
+    coordinator, num_processes, process_id, _ = ClusterEnv.auto_detect_unset_distributed_params(
+        coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        num_processes,
+        process_id,
+        None,
+        None,
+        seconds,
+    )
+    return coordinator, num_processes, process_id
+
+
+def detected(environment: Mapping[str, str]) -> str | None:
+    """The name of the cluster whose launcher started this process as one of several, if any."""
+
+    def several(variable: str) -> bool:
+        return environment.get(variable, "").isdecimal() and int(environment[variable]) > 1
+
+    if several("SLURM_STEP_NUM_TASKS"):
+        return "SLURM"
+    if several("OMPI_COMM_WORLD_SIZE"):
+        return "Open MPI"
+    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+        return "Kubernetes"
+    # The number of hosts of a TPU slice is known only to its metadata, which JAX asks.
+    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    if importlib.util.find_spec("libtpu") and chips:
+        return "Cloud TPU"
+    return None
+
+
+@contextlib.contextmanager
+def nobody_waits() -> Iterator[None]:
+    """Ends this process at once after an error, if there are others.
+
+    An orderly exit would wait for them, and they wait for this one. Exit codes: 2 for a mistake of
+    the user; 130 for Ctrl-C; `LOST` where the error is that another process is gone; else 1.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        code = 1
+        # A ValueError where the step is waited for as soon as it is asked for; a UserError where a
+        # checkpoint cannot be saved, since for that the processes meet at JAX's service.
+        of_loss = _SERVICE if isinstance(error, UserError) else _LOSS
+        kinds = (jax.errors.JaxRuntimeError, ValueError)
+        lost = isinstance(error, kinds) and of_loss.search(str(error))
+        if isinstance(error, UserError | KeyboardInterrupt) and not lost:
+            code = exit_code(error)
+        elif lost:
+            print(f"error: another process was lost: {first_line(error)}", file=sys.stderr)
+            code = LOST
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+# What collectives, and the service that processes meet at, say of one that has gone.
+_SERVICE = re.compile("coordination service")
+_LOSS = re.compile("gloo|nccl|unavailable|aborted|deadline|coordination|connection", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
+    """Turns the first SIGTERM, SIGHUP or Ctrl-C into a question to ask after each step.
+
+    The next one ends the process. Of several processes any may get the signal, and each is at
+    another step, so these ask each other, but only where they wait for the devices anyway. Outside
+    the main thread, where Python lets nobody handle signals, these stay as they are: see
+    `signals_reach`.
+
+    Args:
+      alone: whether this process asks for itself, whatever the others do.
+
+    Yields:
+      (whether this is such a place) to whether the run is to be saved and ended here; the same on
+      all processes.
+    """
+    pressed = False
+
+    def handle(signum: int, frame: Any) -> None:
+        del signum, frame
+        nonlocal pressed
+        pressed = True
+
+    def requested(waiting: bool) -> bool:
+        if alone or jax.process_count() == 1:
+            return pressed
+        return waiting and bool(total(np.array([pressed], np.int32), "log a step")[0])
+
+    def watch() -> None:
+        seen = 0
+        while number := os.read(reader, 1):
+            if number[0] not in before:
+                continue
+            seen += 1
+            if seen > 1:
+                os._exit(128 + number[0])
+            with contextlib.suppress(OSError):  # nobody reads it
+                os.write(2, b"\nstopping after the steps under way; once more to stop at once\n")
+
+    if not signals_reach():
+        yield requested
+        return
+    heard = [number for number in END_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heard}
+    # Python calls `handle` between two of its instructions, and one may wait for the device for
+    # long. A thread is told of each signal at once.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    told_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, name=WATCHER, daemon=True)
+    watcher.start()
+    try:
+        yield requested
+    finally:
+        signal.set_wakeup_fd(told_before)
+        for number, action in before.items():
+            signal.signal(number, action)
+        os.close(writer)  # which ends the thread
+        watcher.join()
+        os.close(reader)
+
+
+def signals_reach() -> bool:
+    """Whether this thread may handle signals, which is the main one alone."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and talks for all."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def said_if_long(what: str) -> Iterator[None]:
+    """Says `what` on standard error if its block is not over after `PATIENCE` seconds."""
+    timer = threading.Timer(PATIENCE, print, [what], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def gather(text: str, purpose: str = "agree") -> list[str]:
+    """What each process says, in the order of processes; all must call it.
+
+    Args:
+      text: of this process.
+      purpose: what the processes meet for, which is said of one that waits for long.
+    """
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    lengths = _all(np.int32(len(data)), purpose)
+    padded = np.pad(data, (0, int(lengths.max()) - len(data)))
+    rows = _all(padded, purpose)
+    return [
+        bytes(row[:length]).decode() for row, length in zip(rows, lengths.tolist(), strict=True)
+    ]
+
+
+def total(values: np.ndarray, purpose: str = "add up their sums") -> np.ndarray:
+    """The sum of an int32 array over all processes; all must call it; `purpose` as of `gather`."""
+    if jax.process_count() == 1:
+        return values
+    return _all(values, purpose).sum(axis=0)
+
+
+def _all(values: Any, purpose: str) -> np.ndarray:
+    """An array of each process, stacked."""
+    who = f"process {jax.process_index()} of {jax.process_count()}"
+    with said_if_long(f"{who} waits for the others to {purpose}"):
+        return multihost_utils.process_allgather(values)

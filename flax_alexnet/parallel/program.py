@@ -1,0 +1,34 @@
+"""What a process of a run computes with: this package's code, other packages, JAX's settings."""
+
+import hashlib
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flax_alexnet.config.schema import JAX_SETTINGS
+from flax_alexnet.utils.inputs import MB, read_bytes
+
+PACKAGES = ("flax", "jax", "jaxlib", "numpy", "optax")  # whose versions may change numbers
+
+
+def program() -> dict[str, Any]:
+    """What must be the same on all processes of a run, by names that a user knows."""
+    versions = {f"the version of {name}": importlib.metadata.version(name) for name in PACKAGES}
+    return {"the digest of the code of flax_alexnet": _sources(), **versions, **settings()}
+
+
+def settings() -> dict[str, Any]:
+    """JAX's settings that change numbers, such as "jax.enable_x64"."""
+    return {f"jax.{name}": getattr(jax.config, f"jax_{name}") for name in JAX_SETTINGS}
+
+
+def _sources() -> str:
+    """A short digest of the files of this package."""
+    folder = Path(__file__).parent
+    found = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".txt")):
+        found.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        found.update(hashlib.sha256(read_bytes(path, MB)).digest())
+    return found.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""A training run: setup, the loop, the step, the optimizer, and what a run writes."""

@@ -1,0 +1,146 @@
+"""What ails a net that does not train: the layer that explodes, the units that are dead."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_alexnet.models.alexnet import AlexNet
+from flax_alexnet.models.architectures import Conv, Dense, activation_names, architecture
+
+# Share of ln(classes) within which a loss has not moved from it. In quickstart with the notebook's
+# own initial values it is within 0.03 % after one epoch and two, with He et al.'s 20 % below.
+PLATEAU = 0.01
+PLATEAU_EPOCHS = 5  # in which a loss that does not move is worth a warning
+LARGE_SCALE = 0.1  # of grey levels: more, and what the net sees is far from a deviation of 1
+
+
+def largest_activation(
+    model: AlexNet, params: Mapping[str, Any], images: jax.Array
+) -> tuple[str, float]:
+    """The name of the activation with the largest absolute value, and that value.
+
+    One that is not finite is larger than any; of several the first counts, which the others come
+    from.
+
+    Args:
+      model: the net.
+      params: its parameters.
+      images: float[b, h, w, 3] as it sees them.
+    """
+    largest = {
+        name: float(jnp.nan_to_num(jnp.abs(values).max(), nan=jnp.inf, posinf=jnp.inf))
+        for name, values in zip(_names(model), _activations(model, params, images), strict=True)
+    }
+    name = max(largest, key=lambda name: largest[name])
+    return name, largest[name]
+
+
+def dead_units(model: AlexNet, params: Mapping[str, Any], images: jax.Array) -> dict[str, float]:
+    """By layer, the share of its units (or channels) that are above zero nowhere in any image.
+
+    Such a unit gets no gradient from these images. The last layer, which is linear, is left out,
+    and so are all of a net whose activation function is another than ReLU.
+    """
+    if model.activation is not nn.relu:
+        return {}
+    layers = [
+        layer.name
+        for layer in architecture(model.variant).layers
+        if isinstance(layer, Conv | Dense)
+    ]
+    activations = dict(zip(_names(model), _activations(model, params, images), strict=True))
+    return {
+        name: float((activations[name].reshape(-1, activations[name].shape[-1]) <= 0).all(0).mean())
+        for name in layers[:-1]
+    }
+
+
+def on_plateau(loss: float, classes: int) -> bool:
+    """Whether a loss has not moved from that of equal chances for all classes, ln(classes)."""
+    return abs(loss - math.log(classes)) <= PLATEAU * math.log(classes)
+
+
+def new_plateau(evaluations: Sequence[tuple[float, float]], classes: int) -> bool:
+    """Whether the last of these (epoch, loss) is the first that is worth a warning.
+
+    Those that count are the evaluations from epoch 1 to 5, and the first from epoch 1 on where it
+    comes later.
+    """
+    counting = [(epoch, loss) for epoch, loss in evaluations if epoch >= 1]
+    found = [
+        place
+        for place, (epoch, loss) in enumerate(counting)
+        if (place == 0 or epoch <= PLATEAU_EPOCHS) and on_plateau(loss, classes)
+    ]
+    return bool(counting) and found == [len(counting) - 1]
+
+
+def plateau_warning(classes: int, dead: Mapping[str, float], remedies: Sequence[str]) -> str:
+    """What to say of a loss that `on_plateau`, with what `dead_units` found and what may help."""
+    shares = ", ".join(f"{layer} {share:.0%}" for layer, share in dead.items())
+    return (
+        f"warning: the loss has not moved from ln({classes}) = {math.log(classes):.3f}; "
+        f"dead units: {shares or 'not looked for'}. It may help to take {', or '.join(remedies)}"
+    )
+
+
+def plateau_remedies(
+    *,
+    pretrained: bool,
+    frozen: bool,
+    initialization: str,
+    scale: float | Sequence[float],
+) -> list[str]:
+    """What may bring a run off the plateau, of what it does not have yet.
+
+    Args:
+      pretrained: whether it started from a trained net, whose preprocessing is to stay.
+      frozen: whether any layers keep their values.
+      initialization: "published" or "he".
+      scale: what grey levels are multiplied with.
+    """
+    if pretrained:
+        thaw = ["fewer layers with --freeze"] if frozen else []
+        return [*thaw, "a higher --optimizer.learning-rate", "more epochs"]
+    initial = ["--model.initialization he"] if initialization != "he" else []
+    if np.max(scale) > LARGE_SCALE:
+        initial.append("--augment.scale 0.015625")
+    together = [" with ".join(initial)] if initial else []
+    return [*together, "another --optimizer.learning-rate", "more epochs"]
+
+
+def divergence(step: int, rate: float, layer: str, largest: float, saved: int | None) -> str:
+    """What to say where the loss or a gradient is not finite.
+
+    Args:
+      step: that could not be made.
+      rate: the learning rate.
+      layer: of the largest activation.
+      largest: its value; see `largest_activation`.
+      saved: the newest step that is saved.
+    """
+    return (
+        f"the loss or a gradient is not finite at step {step:,}, at a learning rate of {rate:.3g}; "
+        f"the largest activation is {largest:.3g}, in {layer}; the last good checkpoint is "
+        f"{'none' if saved is None else f'that of step {saved:,}'}"
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _activations(
+    model: AlexNet, params: Mapping[str, Any], images: jax.Array
+) -> tuple[jax.Array, ...]:
+    """All named activations, in their order."""
+    logits, state = model.apply({"params": params}, images, mutable=["intermediates"])
+    found = {**state["intermediates"], "logits": logits}
+    return tuple(found[name] for name in _names(model))
+
+
+def _names(model: AlexNet) -> tuple[str, ...]:
+    return activation_names(architecture(model.variant).layers)

@@ -1,0 +1,161 @@
+"""What a finished run leaves behind: `report/` with its pictures, and `summary.json`."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_alexnet.checkpoint.manager import digest
+from flax_alexnet.config.schema import AugmentConfig, Config
+from flax_alexnet.data.augment import preprocess
+from flax_alexnet.data.dataset import Examples
+from flax_alexnet.models.alexnet import AlexNet
+from flax_alexnet.models.architectures import architecture
+from flax_alexnet.parallel.distributed import is_main, stop_requests
+from flax_alexnet.training.build import collected
+from flax_alexnet.training.logger import Clock, average_rate, read_metrics
+from flax_alexnet.training.run_directory import versions, write_json
+from flax_alexnet.training.setup import Ready
+from flax_alexnet.training.step import TrainState
+from flax_alexnet.utils.errors import STOPPED, UserError
+from flax_alexnet.utils.outputs import replacing
+from flax_alexnet.utils.plotting import plot_curves, plot_kernels, plot_predictions
+
+RETRY_SECONDS = 10  # between attempts to write what is left at the end
+
+
+def layer_table(model: nn.Module, crop_size: int) -> str:
+    """The layers with their shapes and parameters, to print."""
+    images = jnp.zeros((1, crop_size, crop_size, 3))
+    return model.tabulate(
+        jax.random.key(0), images, depth=1, console_kwargs={"width": 100, "force_terminal": False}
+    )
+
+
+def finish(
+    config: Config,
+    ready: Ready,
+    model: AlexNet,
+    state: TrainState,
+    evaluated: dict[str, float],
+    clock: Clock,
+) -> int:
+    """Draws the report, writes the summary, and prints the last line; returns an exit code."""
+    params = collected(state.params, ready.layout)
+    if not is_main():
+        return 0
+    mean = jnp.asarray(np.asarray(state.mean))
+    metrics = read_metrics(config.workdir / "metrics.jsonl")
+    summary = {
+        "step": int(state.step),
+        **evaluated,
+        "seconds": clock.seconds(),
+        "images_per_second": average_rate(metrics),
+        "peak_memory_bytes": peak_memory(),
+        "params_sha256": digest(params),
+        "platform": jax.default_backend(),
+        "device_kind": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "layout": ready.layout.name,
+        "mesh": dict(ready.layout.mesh.shape),
+        "versions": versions(),
+    }
+
+    def report() -> None:
+        draw_report(
+            config.workdir / "report",
+            metrics,
+            params,
+            mean,
+            model,
+            ready.eval,
+            ready.dataset.label_names,
+            config.augment,
+        )
+        clock.keep()
+        write_json(config.workdir / "summary.json", summary)  # last: it marks the run as complete
+
+    if not keep_trying(report, config.save_patience):
+        print("stopped; the same command writes the report", flush=True)
+        return STOPPED
+    print(
+        f"test accuracy {evaluated['eval_top1']:.2%} after {summary['step']:,} steps and "
+        f"{summary['seconds']:.0f} s; everything is in {config.workdir}"
+    )
+    return 0
+
+
+def draw_report(
+    folder: Path,
+    metrics: Sequence[dict[str, Any]],
+    params: Any,
+    mean: jax.Array,
+    model: AlexNet,
+    examples: Examples,
+    label_names: Sequence[str],
+    settings: AugmentConfig,
+) -> None:
+    """Draws the curves, the first layer's kernels, and eight predictions into `folder`."""
+    with replacing(folder / "curves.png") as path:
+        plot_curves(metrics, path)
+    with replacing(folder / "conv1.png") as path:
+        plot_kernels(params["conv1"]["kernel"], path, architecture(model.variant).groups)
+    order = np.random.default_rng(0).permutation(len(examples))
+    images, labels = examples.take(order[:8].tolist())
+    seen = preprocess(jnp.asarray(images), mean, crop_size=settings.crop_size, scale=settings.scale)
+    logits: Any = jax.jit(model.apply)({"params": params}, seen)
+    probabilities = np.asarray(jax.nn.softmax(logits.astype(jnp.float32)))
+    with replacing(folder / "predictions.png") as path:
+        plot_predictions(images, labels.tolist(), probabilities, label_names, path)
+
+
+def peak_memory() -> int:
+    """Bytes: the most that the first device has used where it tells, else the process."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but on macOS in bytes
+    resident *= 1 if sys.platform == "darwin" else 1024
+    return statistics.get("peak_bytes_in_use") or resident
+
+
+def keep_trying(action: Callable[[], None], minutes: float) -> bool:
+    """Does what a full disk may hinder, again and again for so many minutes.
+
+    Returns:
+      Whether it is done: a signal to stop ends the attempts.
+
+    Raises:
+      UserError: it could not be done.
+    """
+    until = time.monotonic() + 60 * minutes
+    with stop_requests(alone=True) as stop_requested:
+        while True:
+            try:
+                action()
+                return True
+            except (UserError, OSError) as error:
+                said = str(error)
+                if isinstance(error, OSError) and error.filename:
+                    said = f"cannot write {error.filename}: {error.strerror}"
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise UserError(f"{said}; make room, and the same command goes on") from None
+                print(f"{said}; trying again for {math.ceil(left / 60)} minutes", flush=True)
+            if stopped_in(min(RETRY_SECONDS, left), stop_requested):
+                return False
+
+
+def stopped_in(seconds: float, stop_requested: Callable[[bool], bool]) -> bool:
+    """Waits so long, or until a stop is requested; whether it is."""
+    until = time.monotonic() + seconds
+    while not (stop := stop_requested(True)) and (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, 0.5))
+    return stop

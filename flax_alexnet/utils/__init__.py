@@ -1,0 +1,1 @@
+"""Errors, files, text, processes and plots: what every other package may use."""

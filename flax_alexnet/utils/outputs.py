@@ -1,0 +1,283 @@
+"""Files that are written: whole or not at all, by one process at a time, and never over others."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+from flax_alexnet.utils.errors import UserError, cause
+
+LOCK = "lock"
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[Path]:
+    """Keeps other processes from writing `path`, and gives an empty folder for what is not whole.
+
+    The folder, `.NAME.partial`, lies beside `path`, whose own folder is made if it is not there. It
+    holds a lock, which ends with the process, however that ends. What a process that was killed has
+    left in it is removed when the next one begins, and the folder itself at the end.
+
+    Raises:
+      UserError: another process is writing there.
+      OSError: the folder cannot be made.
+    """
+    folder = _partial(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # By its descriptor the folder is found again where it is moved away meanwhile.
+    with _opened(path.parent) as parent:
+        file = _lock_folder(folder, path)
+        try:
+            _clear(folder.name, parent)
+            yield folder
+        finally:
+            _clear(folder.name, parent)
+            with contextlib.suppress(OSError):
+                os.unlink(f"{folder.name}/{LOCK}", dir_fd=parent)
+                os.rmdir(folder.name, dir_fd=parent)
+            os.close(file)
+
+
+def _lock_folder(folder: Path, path: Path) -> int:
+    """Makes the folder of `alone` for `path`, and gives its lock."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        if not stat.S_ISDIR(folder.lstat().st_mode):  # of a link, what it leads to is not ours
+            raise FileExistsError(errno.EEXIST, "something else is in the way", str(folder))
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            file = os.open(folder / LOCK, flags, 0o666)
+        except FileNotFoundError:  # another process has just ended, and removed it
+            continue
+        try:
+            lock(file, folder / LOCK)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), os.stat(folder / LOCK)):
+                    return file
+            os.close(file)
+        except BlockingIOError:
+            os.close(file)
+            raise UserError(
+                f"another process is writing {path}: wait until it has ended, or take another path"
+            ) from None
+
+
+def lock(file: int, path: Path) -> None:
+    """Takes the system's lock on an open file, whose `path` is for the message.
+
+    Where a file system has no locks, a line warns of that.
+
+    Raises:
+      BlockingIOError: another process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        print(
+            f"warning: {path} cannot be locked ({error.strerror}): start no second process that "
+            "writes there"
+        )
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path for a file or a folder, which becomes `path` once all of it is on the disk.
+
+    Raises:
+      UserError: another process is writing there.
+      OSError: it cannot be written, with its name; then what was there before is as it was.
+    """
+    try:
+        with alone(path) as folder:
+            yield folder / path.name
+            _publish(folder, path)
+    except OSError as error:
+        raise OSError(error.errno, cause(error), str(path)) from None
+
+
+@contextlib.contextmanager
+def writing(path: Path, *failures: type[Exception]) -> Iterator[Path]:
+    """As `replacing`, with a line for the user where that fails.
+
+    Args:
+      path: as there.
+      failures: what may be raised while it is written, beside OSError and ValueError.
+
+    Raises:
+      UserError: it cannot be written there; then what was there before is as it was.
+    """
+    with _failures_said(path, *failures), replacing(path) as partial:
+        yield partial
+
+
+class Write(Protocol):
+    """What `new_files` gives: from a path to one for what is not whole yet, as `writing`."""
+
+    def __call__(
+        self, path: Path, *failures: type[Exception]
+    ) -> contextlib.AbstractContextManager[Path]: ...
+
+
+@contextlib.contextmanager
+def new_files(
+    paths: Iterable[Path | None], inputs: Iterable[Path] = (), *, overwrite: bool = False
+) -> Iterator[Write]:
+    """Claims files or folders that a command is to make, before all its work.
+
+    Those that have been written get their names together, when the block ends without an error.
+    A command that is killed while they do can be started again: one that is there is its own, where
+    what is left of another shows that it was at it.
+
+    Args:
+      paths: of the files; None is left out.
+      inputs: what the command reads.
+      overwrite: whether files that are there may be replaced.
+
+    Raises:
+      UserError: one cannot be written, or another process is writing it; or it is an input; or,
+        unless `overwrite`, something is there.
+    """
+    chosen = list(dict.fromkeys(path for path in paths if path is not None))
+    read = list(inputs)
+    for path in chosen:
+        check_not_read(path, read)
+    goes_on = any(os.path.lexists(_partial(path)) for path in chosen)
+    for path in chosen:
+        if os.path.lexists(path) and not (overwrite or goes_on):
+            raise UserError(f"{path} is there already: take another path, or --overwrite")
+    folders: dict[Path, Path] = {}
+    written: list[Path] = []
+
+    @contextlib.contextmanager
+    def write(path: Path, *failures: type[Exception]) -> Iterator[Path]:
+        with _failures_said(path, *failures):
+            yield folders[path] / path.name
+        written.append(path)
+
+    def publish() -> None:
+        for path in written:
+            with _failures_said(path):
+                _publish(folders[path], path)
+
+    with contextlib.ExitStack() as held:
+        for path in chosen:
+            with _failures_said(path):
+                folders[path] = held.enter_context(alone(path))
+        yield write
+        # In a thread, which a signal does not interrupt: all get their names, or none.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(int).result()  # it runs from here on, so that its end is waited for
+            thread.submit(publish).result()
+
+
+def _partial(path: Path) -> Path:
+    """The folder for what is not whole yet of `path`."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _target(path: Path) -> Path:
+    """What a path in such a folder is to become; any other path is itself."""
+    target = path.parent.with_name(path.name)
+    return target if _partial(target) == path.parent else path
+
+
+def _publish(folder: Path, path: Path) -> None:
+    """Gives what was written into a folder of `alone` its name."""
+    partial = folder / path.name
+    mode = (folder / LOCK).stat().st_mode & 0o777  # as the umask has it
+    for file in (partial, *partial.rglob("*")):
+        if file.is_file():
+            file.chmod(mode)  # which some libraries set without asking
+        _to_disk(file)  # else a loss of power may leave the name without the bytes
+    partial.replace(path)
+    _to_disk(path.parent)
+
+
+@contextlib.contextmanager
+def _failures_said(path: Path, *failures: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, *failures) as error:  # type: ignore[misc]
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, error: BaseException) -> UserError:
+    """The mistake of the user that an error in writing is."""
+    reason = cause(error)
+    return UserError(f"cannot write {path}: {reason}; take another path")
+
+
+def moved_away(workdir: Path) -> UserError:
+    """What ends a run whose directory is no longer in its place.
+
+    What it would save from now on would lie apart from what it has saved.
+    """
+    return UserError(
+        f"{workdir} was moved or removed while the run went on: move it back, and the same "
+        "command goes on from the newest checkpoint in it"
+    )
+
+
+def check_not_read(path: Path, inputs: Iterable[Path]) -> None:
+    """Raises UserError for a path that is an input's, or a folder."""
+    with contextlib.suppress(OSError):  # an input that is not there is said elsewhere
+        if path.exists() and any(other.exists() and path.samefile(other) for other in inputs):
+            raise UserError(f"{path} would be written over, but is read; take another path")
+    # Python 3.12's `Path.is_dir` raises where a name is too long.
+    if os.path.isdir(path):
+        raise UserError(f"cannot write {path}: it is a folder; take another path")
+
+
+def need_room(path: Path, needed: int) -> None:
+    """Raises UserError unless the disk of `path`, which may not exist, has `needed` bytes free."""
+    try:
+        ancestors = (path.absolute(), *path.absolute().parents)
+    except OSError as error:  # the working directory has been removed
+        raise cannot_write(path, error) from None
+    folder = next(place for place in ancestors if os.path.exists(place))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"the disk of {_target(path)} has {_size(free)} free, and about {_size(needed)} are "
+            "needed: make room, or take a path on another disk"
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def _clear(name: str, parent: int) -> None:
+    """Removes all but the lock in a folder of an open one; of a link, not what it leads to."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+    with contextlib.suppress(OSError), _opened(name, flags, parent) as folder:
+        for entry in list(os.scandir(folder)):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.name, ignore_errors=True, dir_fd=folder)
+            elif entry.name != LOCK:
+                os.unlink(entry.name, dir_fd=folder)
+
+
+def _to_disk(path: Path) -> None:
+    with _opened(path) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def _opened(path: Path | str, flags: int = os.O_RDONLY, parent: int | None = None) -> Iterator[int]:
+    descriptor = os.open(path, flags, dir_fd=parent)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
