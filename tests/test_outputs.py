@@ -186,6 +186,10 @@ def test_what_is_there_is_replaced_only_where_that_is_wanted(tmp_path):
             new_files([path], [read], overwrite=overwrite).__enter__()
     with pytest.raises(UserError, match="it is a folder"):
         new_files([tmp_path], [], overwrite=True).__enter__()
+    with pytest.raises(UserError, match="would be written over, but is read"):  # as of a run
+        new_files([path], [tmp_path], overwrite=True).__enter__()
+    with pytest.raises(UserError, match="lies where what is not whole is kept"):
+        new_files([path, tmp_path / ".x.csv.partial" / "y.png"], overwrite=True).__enter__()
     (tmp_path / "nowhere").symlink_to("gone")
     with pytest.raises(UserError, match="is there already"):
         new_files([tmp_path / "nowhere"]).__enter__()
@@ -252,11 +256,27 @@ def test_a_command_that_is_killed_between_two_names_can_be_started_again(tmp_pat
     assert done.returncode == 9
     assert (tmp_path / "a.csv").exists()
     assert not (tmp_path / "b.png").exists()
+    (tmp_path / "mine.png").write_text("mine")
+    with pytest.raises(UserError, match=r"mine\.png is there already"):
+        new_files([tmp_path / "a.csv", tmp_path / "mine.png"]).__enter__()
+    assert (tmp_path / "mine.png").read_text() == "mine"
+    (tmp_path / "mine.png").unlink()
     files = [tmp_path / "a.csv", tmp_path / "b.png"]
     with new_files(files) as write:
         write_all(write, files)
     assert [file.read_text() for file in files] == ["whole", "whole"]
     assert sorted(os.listdir(tmp_path)) == ["a.csv", "b.png"]
+
+
+@pytest.mark.parametrize("left", ["", "1 2 3"])
+def test_what_is_left_of_another_process_lets_nothing_be_replaced(tmp_path, left):
+    path, folder = tmp_path / "x.csv", tmp_path / ".x.csv.partial"
+    path.write_text("mine")
+    folder.mkdir()
+    (folder / "lock").write_text(left)
+    with pytest.raises(UserError, match="is there already: take another path, or --overwrite"):
+        new_files([path]).__enter__()
+    assert path.read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -546,6 +546,18 @@ def test_pictures_that_have_changed_or_could_not_be_read_are_tried_again(
     assert np.isfinite(values[5]).all()
 
 
+def test_pictures_of_any_time_have_features(weights, photographs, tmp_path, capsys):
+    """A stamp has 64 bits, which end with the year 2262."""
+    picture = tmp_path / "a.png"
+    shutil.copy(photographs / "class a" / "0.png", picture)
+    for seconds in (-(2**31), 2**34):
+        os.utime(picture, (seconds, seconds))
+        flags = ["--output", str(tmp_path / f"{seconds}.npy")]
+        for _ in range(2):
+            assert FEATURES([str(weights), str(picture), *flags]) == 0
+        assert "(1 were there)" in capsys.readouterr().out
+
+
 def test_a_file_of_other_features_is_left_alone(weights, photographs, tmp_path, capsys):
     output = tmp_path / "features.npy"
     flags = ["--layers", "fc7", "--output", str(output)]
@@ -605,9 +617,10 @@ def test_outputs_into_a_run_or_a_dataset_replace_nothing(run, photographs, tmp_p
         (PREDICT, [str(dataset), "--output", str(run / "config.json")], run / "config.json"),
         (EVALUATE, [*data, "--output", str(picture.parent)], picture),
     ):
-        assert command([str(run), *flags]) == 2
-        said = f"error: {output} is there already: take another path, or --overwrite\n"
-        assert capsys.readouterr().err == said
+        for more in ([], ["--overwrite"]):
+            assert command([str(run), *flags, *more]) == 2
+            said = f"error: {output} would be written over, but is read; take another path\n"
+            assert capsys.readouterr().err == said
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

@@ -17,7 +17,7 @@ from flax_alexnet.utils.errors import UserError
 from flax_alexnet.utils.outputs import new_files
 from flax_alexnet.weights import name_maps, safetensors_files, torch_files
 from flax_alexnet.weights.labels import read_labels
-from flax_alexnet.weights.load import read, with_heads
+from flax_alexnet.weights.load import files_of, read, with_heads
 from flax_alexnet.weights.pretrained import Pretrained, missing_layers
 
 
@@ -66,8 +66,10 @@ def convert(config: ConvertConfig) -> None:
     endings = (".safetensors",) if config.format == "flax" else (".pth", ".safetensors")
     if output.suffix not in endings:
         raise UserError(f"OUTPUT is {output}; expected a {' or '.join(endings)} file")
-    inputs = (path, config.mean, config.labels, config.heads)
-    with new_files([output], filter(None, inputs), overwrite=config.overwrite) as write:
+    others = (config.mean, config.labels, config.heads)
+    with new_files(
+        [output], [*files_of(path), *filter(None, others)], overwrite=config.overwrite
+    ) as write:
         net, notes = read(path, config.variant, config.mean, config.head)
         if config.labels:
             names = read_labels(config.labels, net.num_classes)

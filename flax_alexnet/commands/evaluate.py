@@ -25,7 +25,7 @@ from flax_alexnet.utils.outputs import Write, new_files
 from flax_alexnet.utils.plotting import plot_confusion
 from flax_alexnet.utils.text import write_table
 from flax_alexnet.weights.labels import match_labels
-from flax_alexnet.weights.load import load
+from flax_alexnet.weights.load import files_of, load
 from flax_alexnet.weights.pretrained import Pretrained, need_classifier
 
 OUTPUTS = ("evaluation.json", "classes.csv", "confusion.csv", "confusion.png")
@@ -146,7 +146,11 @@ def run(config: EvaluateConfig) -> None:
     files = [folder / name for name in OUTPUTS]
     part = data.split or "what training holds out (--data.split takes other parts)"
     print(f"{data.name}: {len(source):,} pictures, {part}", flush=True)
-    with new_files(files, config.weights, overwrite=overwrite) as write:
+    with new_files(
+        files,
+        [*itertools.chain(*map(files_of, config.weights)), *source.paths],
+        overwrite=overwrite,
+    ) as write:
         evaluation = evaluate(nets, source, labels, config.crops, config.batch_size)
         print(summarize(evaluation.problems, len(source)))
         if not evaluation.confusion.any():

@@ -23,7 +23,7 @@ from flax_alexnet.models.activations import features
 from flax_alexnet.utils.errors import UserError, first_line, unknown
 from flax_alexnet.utils.inputs import read_bytes
 from flax_alexnet.utils.outputs import new_files, writing
-from flax_alexnet.weights.load import load
+from flax_alexnet.weights.load import files_of, load
 from flax_alexnet.weights.pretrained import Params, Pretrained, need_layers
 from flax_alexnet.weights.stored import LARGEST
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     config = parse(ExportConfig, argv, None, "flax_alexnet export")
     path = config.output
-    with new_files([path], [config.weights], overwrite=config.overwrite) as write:
+    with new_files([path], files_of(config.weights), overwrite=config.overwrite) as write:
         net = load(config.weights)
         with write(path) as partial:
             said = _export(net, path, partial, config.format, config.layer)

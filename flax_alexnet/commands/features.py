@@ -32,7 +32,7 @@ from flax_alexnet.data.pictures import (
     read_pictures,
     summarize,
 )
-from flax_alexnet.data.sources import NO_LABEL, FolderSource, Source
+from flax_alexnet.data.sources import NO_LABEL, Source
 from flax_alexnet.inference.batches import infer, need_numbers, on_devices
 from flax_alexnet.inference.feature_file import READ, SUFFIXES, UNREADABLE, FeatureFile, nearest
 from flax_alexnet.models.activations import features
@@ -40,7 +40,7 @@ from flax_alexnet.models.alexnet import AlexNet
 from flax_alexnet.utils.errors import UserError
 from flax_alexnet.utils.outputs import check_not_read, need_room, new_files
 from flax_alexnet.utils.plotting import plot_neighbours
-from flax_alexnet.weights.load import load
+from flax_alexnet.weights.load import files_of, load
 from flax_alexnet.weights.pretrained import Pretrained, need_layers
 
 
@@ -94,7 +94,7 @@ def run(config: FeaturesConfig) -> None:
     else:
         source = find_pictures(config.pictures)
     named = find_queries(source, config.queries)
-    inputs = [config.weights, *(source.paths if isinstance(source, FolderSource) else [])]
+    inputs = [*files_of(config.weights), *source.paths]
     check_not_read(config.output, inputs)
     layers = tuple(dict.fromkeys(config.layers))
     net = load(config.weights)

@@ -17,7 +17,7 @@ from flax_alexnet.utils.errors import UserError
 from flax_alexnet.utils.outputs import new_files
 from flax_alexnet.utils.plotting import plot_distance
 from flax_alexnet.utils.text import printable, write_table
-from flax_alexnet.weights.load import load
+from flax_alexnet.weights.load import files_of, load
 from flax_alexnet.weights.pretrained import LPIPS_HEADS, Pretrained
 
 
@@ -57,7 +57,7 @@ def run(config: LpipsConfig) -> None:
     pairs = find_pairs(config.a, config.b)
     if config.plot and len(pairs) > 1:
         raise UserError("--plot is for two pictures; leave it out for folders")
-    inputs = [config.weights, *(file for _, *files in pairs for file in files)]
+    inputs = [*files_of(config.weights), *(file for _, *files in pairs for file in files)]
     files = (config.output, config.plot)
     with new_files(files, inputs, overwrite=config.overwrite) as write:
         net = load(config.weights)

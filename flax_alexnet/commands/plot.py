@@ -19,7 +19,7 @@ from flax_alexnet.models.architectures import activation_names, architecture
 from flax_alexnet.utils.errors import UserError, unknown
 from flax_alexnet.utils.outputs import new_files
 from flax_alexnet.utils.plotting import plot_activations, plot_grad_cam, plot_kernels
-from flax_alexnet.weights.load import load
+from flax_alexnet.weights.load import files_of, load
 from flax_alexnet.weights.pretrained import Pretrained, need_classifier, need_layers
 
 of_layers = jax.jit(features, static_argnames=("model", "layers"))
@@ -74,7 +74,7 @@ def plot(config: PlotConfig) -> None:
         [folder / f"{path.stem}_{ending}.png" for ending in endings] for path in config.pictures
     ]
     files = [kernels, *itertools.chain(*of_pictures)]
-    inputs = [config.weights, *config.pictures]
+    inputs = [*files_of(config.weights), *config.pictures]
     with new_files(files, inputs, overwrite=config.overwrite) as write:
         with write(kernels) as path:
             groups = architecture(net.config.variant).groups
@@ -125,7 +125,7 @@ def find_class(net: Pretrained, name: str) -> int:
     """The class of a name, or of a number; UserError where there is none."""
     if name in net.label_names:
         return net.label_names.index(name)
-    if name.isdecimal() and int(name) < net.num_classes:
+    if name.isdecimal() and len(name) < 10 and int(name) < net.num_classes:
         return int(name)
     numbers = f"a number up to {net.num_classes - 1}"
     raise UserError(unknown("class", name, net.label_names, [*net.label_names[:10], numbers]))

@@ -17,7 +17,7 @@ from flax_alexnet.utils.errors import UserError
 from flax_alexnet.utils.outputs import new_files
 from flax_alexnet.utils.plotting import plot_predictions
 from flax_alexnet.utils.text import write_table
-from flax_alexnet.weights.load import load
+from flax_alexnet.weights.load import files_of, load
 from flax_alexnet.weights.pretrained import Pretrained, need_classifier
 
 MOST_PLOTTED = 64
@@ -82,7 +82,7 @@ def predict(config: PredictConfig) -> None:
     source = find_pictures(config.pictures)
     net = load(config.weights)
     need_classifier(net)
-    inputs = [config.weights, *source.paths]
+    inputs = [*files_of(config.weights), *source.paths]
     files = (config.output, config.plot)
     with new_files(files, inputs, overwrite=config.overwrite) as write:
         kept: list[Prediction] = []

@@ -85,6 +85,11 @@ class Source(Pictures, Protocol):
 
     prepared: bool  # whether every picture was decoded once before, when it was prepared
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files that it reads."""
+        ...
+
     def label(self, index: int, /) -> int:
         """The picture's label, where that is known before it is read, else `NO_LABEL`."""
         ...
@@ -346,6 +351,11 @@ class TfdsSource:
         del index
         return NO_LABEL
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files of the split."""
+        return list(self._files)
+
     def stamp(self, index: int) -> tuple[int, int]:
         """Nothing, since many pictures share a file."""
         del index
@@ -380,7 +390,7 @@ class FolderSource:
 
     @property
     def paths(self) -> list[Path]:
-        """The files."""
+        """The files of the pictures."""
         return [Path(path) for path, _ in self.files]
 
     def __len__(self) -> int:
@@ -400,7 +410,7 @@ class FolderSource:
             status = os.stat(self.files[index][0])
         except OSError:
             return 0, 0
-        return status.st_size, status.st_mtime_ns
+        return status.st_size, min(status.st_mtime_ns, 2**63 - 1)  # which the year 2262 exceeds
 
     def digest(self) -> Digest:
         """Over its files, by their places below the folder that all are in."""
@@ -555,6 +565,11 @@ class Joined:
         """That of its part."""
         source, index = self._find(index)
         return source.stamp(index)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Those of its parts."""
+        return [path for part in self._parts for path in part.paths]
 
     def digest(self) -> Digest:
         """Over those of its parts."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from flax_alexnet.utils.errors import UserError, cause
+from flax_alexnet.utils.inputs import read_text
 
 LOCK = "lock"
 
@@ -134,26 +135,25 @@ def new_files(
     """Claims files or folders that a command is to make, before all its work.
 
     Those that have been written get their names together, when the block ends without an error.
-    A command that is killed while they do can be started again: one that is there is its own, where
-    what is left of another shows that it was at it.
+    A command that is killed while they do can be started again, and replaces those that it had
+    given their names to.
 
     Args:
       paths: of the files; None is left out.
-      inputs: what the command reads.
+      inputs: the files and folders that the command reads.
       overwrite: whether files that are there may be replaced.
 
     Raises:
-      UserError: one cannot be written, or another process is writing it; or it is an input; or,
-        unless `overwrite`, something is there.
+      UserError: one cannot be written, or another process is writing it; or it is an input, or lies
+        in one; or, unless `overwrite`, something is there.
     """
     chosen = list(dict.fromkeys(path for path in paths if path is not None))
     read = list(inputs)
     for path in chosen:
         check_not_read(path, read)
-    goes_on = any(os.path.lexists(_partial(path)) for path in chosen)
-    for path in chosen:
-        if os.path.lexists(path) and not (overwrite or goes_on):
-            raise UserError(f"{path} is there already: take another path, or --overwrite")
+        if {_partial(other).absolute() for other in chosen} & {*path.absolute().parents}:
+            raise UserError(f"{path} lies where what is not whole is kept; take another path")
+        _check_new(path, overwrite)
     folders: dict[Path, Path] = {}
     written: list[Path] = []
 
@@ -172,6 +172,7 @@ def new_files(
         for path in chosen:
             with _failures_said(path):
                 folders[path] = held.enter_context(alone(path))
+                _check_new(path, overwrite)  # another process may have written it just now
         yield write
         # In a thread, which a signal does not interrupt: all get their names, or none.
         with ThreadPoolExecutor(1) as thread:
@@ -198,8 +199,30 @@ def _publish(folder: Path, path: Path) -> None:
         if file.is_file():
             file.chmod(mode)  # which some libraries set without asking
         _to_disk(file)  # else a loss of power may leave the name without the bytes
+    # A process that is killed from here on leaves the lock, by which the next one knows the file.
+    (folder / LOCK).write_text(_identity(partial))
+    _to_disk(folder / LOCK)
     partial.replace(path)
     _to_disk(path.parent)
+
+
+def _check_new(path: Path, overwrite: bool) -> None:
+    """Raises UserError where something is at `path` that may not be replaced.
+
+    What a process gave its name to that was killed soon after may be.
+    """
+    if overwrite or not os.path.lexists(path):
+        return
+    with contextlib.suppress(OSError):
+        if read_text(_partial(path) / LOCK, encoding="latin-1") == _identity(path):
+            return
+    raise UserError(f"{path} is there already: take another path, or --overwrite")
+
+
+def _identity(path: Path) -> str:
+    """What a file keeps when it gets another name, and another file does not have."""
+    status = path.lstat()
+    return f"{status.st_dev} {status.st_ino} {status.st_mtime_ns}"
 
 
 @contextlib.contextmanager
@@ -230,13 +253,20 @@ def moved_away(workdir: Path) -> UserError:
 
 
 def check_not_read(path: Path, inputs: Iterable[Path]) -> None:
-    """Raises UserError for a path that is an input's, or a folder."""
+    """Raises UserError for a path that is an input, lies in one and is there, or is a folder."""
     with contextlib.suppress(OSError):  # an input that is not there is said elsewhere
-        if path.exists() and any(other.exists() and path.samefile(other) for other in inputs):
+        if path.exists() and any(_holds(other, path) for other in inputs):
             raise UserError(f"{path} would be written over, but is read; take another path")
     # Python 3.12's `Path.is_dir` raises where a name is too long.
     if os.path.isdir(path):
         raise UserError(f"cannot write {path}: it is a folder; take another path")
+
+
+def _holds(place: Path, path: Path) -> bool:
+    """Whether `path` is the file, or lies in the folder, of an input."""
+    if not place.is_dir():
+        return place.exists() and path.samefile(place)
+    return path.resolve().is_relative_to(place.resolve())
 
 
 def need_room(path: Path, needed: int) -> None:

@@ -222,6 +222,11 @@ def _not_finite(net: Pretrained) -> str:
     return ", ".join(f"{count} in {name}" for name, count in counts.items() if count)
 
 
+def files_of(path: Path) -> list[Path]:
+    """What `load` reads of a path: the weight file, or a run's configuration and checkpoints."""
+    return [path / "config.json", path / "checkpoints"] if path.is_dir() else [path]
+
+
 def _near(folder: Path) -> str:
     """What may have been meant with a folder that is no run: one above or below, or a file."""
     above = folder.absolute().parents[:2]  # of a checkpoint
