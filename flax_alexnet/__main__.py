@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from flax_alexnet.utils.errors import UserError, exit_code, unknown
+from flax_alexnet.utils.errors import UserError, exit_code, starting, unknown
 from flax_alexnet.utils.process import begin, leave
 
 COMMANDS = {
@@ -37,7 +37,11 @@ def find(argv: Sequence[str]) -> Callable[[], int]:
     """The command that the first argument names, imported, with the rest of the arguments."""
     name, *rest = argv or ["--help"]
     if name in COMMANDS:
-        module = importlib.import_module(f"flax_alexnet.commands.{name}")
+        try:
+            with starting():
+                module = importlib.import_module(f"flax_alexnet.commands.{name}")
+        except UserError as error:
+            return functools.partial(exit_code, error)
         return functools.partial(module.main, rest)
     return functools.partial(_explain, name)
 

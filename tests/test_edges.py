@@ -78,7 +78,10 @@ def test_another_number_of_devices_goes_on(tmp_path, flags):
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--optimizer.learning-rate", "0"), ("--model.num-classes", "1"), ("--model.width", "0")],
+    [
+        *(("--optimizer.learning-rate", "0"), ("--model.num-classes", "1"), ("--model.width", "0")),
+        ("--eval-epochs", "1e-320"),
+    ],
 )
 def test_what_trains_nothing_is_refused(flag, value):
     with pytest.raises(UserError, match=f"{flag} is {value}.*; expected"):

@@ -152,6 +152,8 @@ def refused(kind, status, text):
         (OfflineModeIsEnabled("offline"), "offline"),
         (LocalTokenNotFoundError("no token"), "log in with: hf auth login"),
         (HFValidationError("a name is too long"), "a name is too long"),
+        (KeyError("url"), "KeyError 'url'"),  # as where a proxy answers in the place of the Hub
+        (ImportError("no package\nfor SOCKS"), "ImportError no package for SOCKS"),
         (refused(RepositoryNotFoundError, 404, "long\ntext"), "log in with: hf auth login"),
         (refused(HfHubHTTPError, 403, "Forbidden"), "log in with: hf auth login"),
         (refused(HfHubHTTPError, 400, "Bad\n\nlicence"), "Bad licence"),

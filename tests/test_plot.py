@@ -1,6 +1,9 @@
 """The pictures, by what matplotlib is told to draw, and the command."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -278,6 +281,7 @@ def test_command_on_a_trunk(folder, tmp_path):
         (["trunk.safetensors", "--layers", "logits"], "no fc10, which logits needs"),
         (["net.safetensors", "--classes", "cats"], "'cats': did you mean 'cat'"),
         (["net.safetensors", "--classes", "3"], "cat, dog, cow, a number up to 2"),
+        (["net.safetensors", "--classes", "1" * 5000], "cat, dog, cow, a number up to 2"),
         (["trunk.safetensors", "--classes", "0"], "has no fc10"),
         (["net.safetensors", "--output", "one.png"], "cannot write one.png/conv1.png"),
         (["net.safetensors", "--outptu", "x"], "did you mean --output"),
@@ -290,3 +294,22 @@ def test_mistakes_are_said_in_one_line(folder, monkeypatch, capsys, arguments, m
     (line,) = capsys.readouterr().err.splitlines()
     assert any(part in line for part in message.split("|"))
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (os.mkfifo, "it is no regular file"),
+        (lambda path: path.write_bytes(b"backend: \xff\n"), "'utf-8' codec can't decode"),
+    ],
+)
+def test_a_matplotlibrc_that_cannot_be_read_is_said(folder, tmp_path, make, said):
+    make(tmp_path / "matplotlibrc")
+    command = [sys.executable, "-m", "flax_alexnet", "plot", folder / "net.safetensors"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]  # matplotlib may say something before
+    assert last.startswith(f"error: matplotlib does not start ({said}")
+    assert not list(tmp_path.rglob("*.png"))

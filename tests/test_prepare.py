@@ -116,6 +116,14 @@ class TestPrepare:
         ]
         assert [process.communicate()[0].split()[-1] for process in started] == ["40"] * 3
 
+    def test_a_dataset_among_its_own_pictures_is_refused(self, tmp_path, capsys):
+        folder = make_folder(tmp_path / "pets", {"cat": 10, "dog": 10})
+        for place in (folder, folder / "prepared"):
+            flags = ["--data.name", f"folder:{folder}", "--data.data-dir", str(place)]
+            assert prepare_main(flags) == 2
+            assert "take a folder beside it" in capsys.readouterr().err
+        assert sorted(os.listdir(folder)) == ["cat", "dog"]
+
     def test_mistakes_are_one_line(self, tmp_path, capsys):
         for argv, message in (
             (["--data.name", "cifar1O"], "unknown dataset 'cifar1O': did you mean 'cifar10'?"),

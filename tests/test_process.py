@@ -197,6 +197,29 @@ def test_too_few_addresses_are_one_line(command, kibibytes, said):
     assert done.stderr == f"error: `ulimit -v` allows {said}: raise it\n"
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("JAX_ENABLE_X64", "maybe", "cannot start: invalid truth value 'maybe'"),
+        ("JAX_PLATFORMS", "none", "JAX finds no device (Unable to initialize backend 'none'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["flax_alexnet.train", "flax_alexnet predict"])
+def test_what_jax_does_not_understand_is_one_line(
+    command, variable, value, said, weights, photographs
+):
+    more = [weights, photographs] if command.endswith("predict") else []
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split(), *more],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {variable: value},
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"error: {said}")
+
+
 def test_too_little_memory_is_one_line():
     code = "from flax_alexnet.utils.process import leave; leave(lambda: len(bytes(2**62)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -14,9 +14,7 @@ import jax
 import numpy as np
 import tyro
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
@@ -24,7 +22,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 
 from flax_alexnet.config.cli import command, parse
-from flax_alexnet.utils.errors import UserError, unknown
+from flax_alexnet.utils.errors import UserError, starting, unknown
 from flax_alexnet.utils.outputs import new_files, writing
 from flax_alexnet.utils.text import markdown
 from flax_alexnet.weights import safetensors_files
@@ -32,7 +30,6 @@ from flax_alexnet.weights.load import load
 from flax_alexnet.weights.pretrained import Pretrained
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
-HUB_ERRORS = (OSError, HTTPError, EntryNotFoundError, HFValidationError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +70,8 @@ COMMANDS = {"push": "upload a net with a model card", "pull": "download a net"}
 @command
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
-    huggingface_hub.logging.set_verbosity_error()  # what fails is said in one line
+    with starting():
+        huggingface_hub.logging.set_verbosity_error()  # what fails is said in one line
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
         print("usage: python -m flax_alexnet hub COMMAND [--help] [flags]\n")
@@ -129,13 +127,13 @@ def push(
     Raises:
       UserError: the Hub cannot be reached, nobody is logged in, or it refuses.
     """
-    api = huggingface_hub.HfApi(library_name="flax_alexnet")
     with tempfile.TemporaryDirectory() as folder:
         save_folder(net, folder, repository, license_id, accuracy)
         try:
+            api = huggingface_hub.HfApi(library_name="flax_alexnet")
             address = api.create_repo(repository, private=private, exist_ok=True)
             api.upload_folder(repo_id=repository, folder_path=folder)
-        except HUB_ERRORS as error:
+        except Exception as error:  # of many kinds, as proxies and other servers answer
             raise UserError(f"cannot push to {repository}: {_reason(error)}") from None
     return str(address)
 
@@ -153,6 +151,8 @@ def save_folder(
       UserError: there is something in the folder, or it cannot be written to.
     """
     net, folder = net if isinstance(net, Pretrained) else load(net), Path(folder).expanduser()
+    if not folder.name:
+        raise UserError(f"cannot write {folder}: it has no name of its own; name a new folder")
     with writing(folder, SafetensorError) as partial:
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty; take another folder")
@@ -181,7 +181,7 @@ def from_hub(repository: str | Path, revision: str | None = None) -> Pretrained:
             file = Path(
                 huggingface_hub.hf_hub_download(str(repository), WEIGHTS, revision=revision)
             )
-        except HUB_ERRORS as error:
+        except Exception as error:  # as in `push`
             raise UserError(f"cannot fetch {repository}: {_reason(error)}") from None
     if not safetensors_files.is_native(file):
         raise UserError(f"the {WEIGHTS} of {repository} is not one of flax_alexnet")
@@ -256,7 +256,9 @@ python -m flax_alexnet.{command}
 
 def _reason(error: BaseException) -> str:
     """Why the Hub gave nothing, in one line."""
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = " ".join(str(error).split())
+    if not isinstance(error, OSError | HTTPError) or not said:
+        said = f"{type(error).__name__} {said}".strip()
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     if status in (401, 403) or isinstance(error, LocalTokenNotFoundError | RepositoryNotFoundError):
         return "there is no such repository, or not for you; log in with: hf auth login"

@@ -115,6 +115,11 @@ def prepare(
 
 def _prepare_folder(name: str, data_dir: Path, image_size: int, as_name: str | None) -> str:
     path = place_of(name)  # so that names are the same from everywhere
+    if data_dir.resolve().is_relative_to(path):
+        raise UserError(
+            f"--data.data-dir is {data_dir}, in the folder of the pictures, which would then have "
+            "another class; take a folder beside it"
+        )
     parts = FolderSplits(path)
     as_name = as_name or name_of_folder(path.name)
     folder = data_dir / PREPARED_FOLDER / as_name / "1.0.0"

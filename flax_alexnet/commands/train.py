@@ -6,6 +6,7 @@ from pathlib import Path
 from flax_alexnet.config.cli import command
 from flax_alexnet.config.recipes import parse_config
 from flax_alexnet.config.schema import Config
+from flax_alexnet.utils.errors import starting
 
 
 @command
@@ -13,8 +14,9 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; returns as `flax_alexnet.training.loop.train` does."""
     config = parse_config(argv, adapt=_adapt)
     # JAX and all that needs it take seconds to import: --help and a wrong flag do without.
-    from flax_alexnet.parallel.distributed import join
-    from flax_alexnet.training.loop import train
+    with starting():
+        from flax_alexnet.parallel.distributed import join
+        from flax_alexnet.training.loop import train
 
     parallel = config.parallel
     join(

@@ -9,13 +9,13 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import tyro
 
-from flax_alexnet.utils.errors import UserError, exit_code
+from flax_alexnet.utils.errors import UserError, exit_code, first_line
 from flax_alexnet.utils.process import escape_output
 
 T = TypeVar("T")
@@ -59,11 +59,31 @@ def command(run: Callable[[Sequence[str]], int | None]) -> Main:
     @functools.wraps(run)
     def main(argv: Sequence[str] | None = None) -> int:
         try:
-            return run(sys.argv[1:] if argv is None else argv) or 0
+            with _needed_device():
+                return run(sys.argv[1:] if argv is None else argv) or 0
         except (UserError, KeyboardInterrupt) as error:
             return exit_code(error)
 
     return main
+
+
+@contextlib.contextmanager
+def _needed_device() -> Iterator[None]:
+    """Raises UserError in the place of an error that is raised because JAX finds no device."""
+    try:
+        yield
+    except (RuntimeError, AssertionError):
+        if jax := sys.modules.get("jax"):
+            check_device(jax.device_count)
+        raise
+
+
+def check_device(count: Callable[[], int]) -> int:
+    """What `count`, such as `jax.device_count`, gives; UserError where JAX finds no device."""
+    try:
+        return count()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"JAX finds no device ({first_line(error)}): see JAX_PLATFORMS") from None
 
 
 def need(flag: str, value: object, fits: bool, expected: str) -> None:

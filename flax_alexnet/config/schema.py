@@ -250,7 +250,7 @@ def validate(config: Config) -> None:
     for flag, value, fits, expected in (
         ("epochs", config.epochs, config.epochs > 0, "more than 0"),
         ("steps", config.steps, config.steps is None or config.steps >= 1, "1 or more"),
-        ("eval-epochs", config.eval_epochs, config.eval_epochs > 0, "more than 0"),
+        ("eval-epochs", config.eval_epochs, config.eval_epochs >= 1e-6, "1e-6 or more"),
         ("log-every", config.log_every, config.log_every >= 1, "1 or more"),
         ("save-patience", config.save_patience, config.save_patience >= 0, "0 or more"),
         ("seed", config.seed, 0 <= config.seed < 2**32, "0 to 4294967295"),
@@ -393,7 +393,7 @@ def _matching(flag: str, pattern: str, names: Sequence[str]) -> list[str]:
     try:
         regular = pattern.replace("[!", "[^")  # which means the same in patterns of file names
         found = [name for name in names if re.fullmatch(regular, name)]
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         found, problem = [], f"{pattern} is no pattern: {error}"
     found = found or fnmatch.filter(names, pattern)
     if not found:

@@ -9,6 +9,7 @@ and notice when nothing is heard of one any more, which JAX would end them for w
 import contextlib
 import json
 import os
+import re
 import socket
 import socketserver
 import sys
@@ -81,7 +82,7 @@ def meet(
 def place(coordinator: str) -> tuple[str, int]:
     """The host and the port of "HOST:PORT"; UserError where it is none."""
     host, _, port = coordinator.rpartition(":")
-    if not (host and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
+    if not (host and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2**16):
         raise UserError(
             f"--parallel.coordinator is {coordinator!r}; expected HOST:PORT, with a port of 1 to "
             "65535"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from flax_alexnet.checkpoint.manager import digest, need_steps, set_aside_damaged
+from flax_alexnet.config.cli import check_device
 from flax_alexnet.config.schema import (
     CONTENT,
     FREE_TO_CHANGE,
@@ -35,7 +36,7 @@ from flax_alexnet.training.run_directory import (
     recorded,
     summarized_step,
 )
-from flax_alexnet.utils.errors import UserError, first_line
+from flax_alexnet.utils.errors import UserError
 from flax_alexnet.utils.outputs import need_room
 from flax_alexnet.weights.finetuning import Start, start_from
 from flax_alexnet.weights.load import load
@@ -93,11 +94,8 @@ def use_devices() -> int:
     """The number of devices of all processes; UserError where JAX finds none."""
     several = jax.distributed.is_initialized()
     waiting = said_if_long("this process waits for JAX to find the devices of all processes")
-    try:
-        with waiting if several else contextlib.nullcontext():
-            return jax.device_count()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"JAX finds no device ({first_line(error)}): see JAX_PLATFORMS") from None
+    with waiting if several else contextlib.nullcontext():
+        return check_device(jax.device_count)
 
 
 def agree(about: Mapping[str, Any], error: str) -> None:

@@ -1,9 +1,10 @@
 """Mistakes of the user, one line that says what was wrong, and how a process ends."""
 
+import contextlib
 import difflib
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from flax_alexnet.utils.text import printable
 
@@ -29,6 +30,15 @@ def exit_code(error: BaseException) -> int:
         return 128 + number
     print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return 2
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Raises UserError for what libraries say of variables of the environment when imported."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"cannot start: {first_line(error)}") from None
 
 
 def unknown(what: str, name: str, known: Iterable[str], shown: Iterable[str] = ()) -> str:

@@ -4,6 +4,7 @@ Functions of plain arrays, each of which writes one PNG; folders on the way to i
 """
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from flax_alexnet.utils.errors import UserError, cause
+from flax_alexnet.utils.inputs import check_regular
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DPI = 110
+RC = "matplotlibrc"  # which matplotlib reads where a command is run, before all others
 USUAL = "DejaVu Sans"  # the font that matplotlib brings along
 
 
@@ -186,14 +191,14 @@ def plot_confusion(matrix: np.ndarray, label_names: Sequence[str], path: Path) -
       label_names: of the classes; a class beyond them is shown by its number.
       path: the PNG to write.
     """
-    from matplotlib.colors import PowerNorm  # late, as in `_figure`
-
     matrix = np.asarray(matrix)
     count, total = len(matrix), int(matrix.sum())
     pictures = matrix.sum(1, keepdims=True)
     shares = np.where(pictures > 0, matrix / np.maximum(pictures, 1), np.nan)
     side = float(np.clip(0.45 * count, 3.5, 10))  # inches; 1000 classes have a pixel each
     figure = _figure((side + 2, side + (1 if count <= 60 else 3)))
+    from matplotlib.colors import PowerNorm  # after `_figure`, which imports matplotlib first
+
     axis = figure.subplots()
     # A root shows faint confusions beside a strong diagonal.
     norm = PowerNorm(1 / 2 if count <= 60 else 1 / 3, 0, 1)
@@ -371,8 +376,14 @@ def _title(axis: "Axes", text: str, length: int = 30) -> None:
 def _figure(size: tuple[float, float]) -> "Figure":
     # Without pyplot, whose backend is the user's choice; and not before something is drawn, since
     # every command imports this module, and few draw.
-    from matplotlib.figure import Figure
-
+    try:
+        if os.path.exists(RC):
+            check_regular(RC)  # matplotlib would wait for a pipe
+        from matplotlib.figure import Figure
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"matplotlib does not start ({cause(error)}): see {RC} here, and MPLBACKEND"
+        ) from None
     return Figure(figsize=size, layout="constrained")
 
 
