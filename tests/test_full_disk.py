@@ -23,7 +23,7 @@ DRIVER = """
 import contextlib, errno, os, shutil, subprocess, sys, threading, time
 from pathlib import Path
 from flax_alexnet import train
-from flax_alexnet.training.loop import logger
+from flax_alexnet.training import logger
 from flax_alexnet.utils.process import leave
 
 where, *flags = sys.argv[1:]

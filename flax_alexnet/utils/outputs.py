@@ -166,6 +166,8 @@ def new_files(
     def publish() -> None:
         for path in written:
             with _failures_said(path):
+                # Where the process is killed, the next one knows the file by this.
+                (folders[path] / LOCK).write_text(_identity(folders[path] / path.name))
                 _publish(folders[path], path)
 
     with contextlib.ExitStack() as held:
@@ -199,9 +201,6 @@ def _publish(folder: Path, path: Path) -> None:
         if file.is_file():
             file.chmod(mode)  # which some libraries set without asking
         _to_disk(file)  # else a loss of power may leave the name without the bytes
-    # A process that is killed from here on leaves the lock, by which the next one knows the file.
-    (folder / LOCK).write_text(_identity(partial))
-    _to_disk(folder / LOCK)
     partial.replace(path)
     _to_disk(path.parent)
 
