@@ -23,7 +23,7 @@ from flax_alexnet.data.loader import evaluation_batches, training_batches
 from flax_alexnet.data.sources import NO_LABEL, Record, open_dataset
 from flax_alexnet.train import main as train
 from flax_alexnet.training.run_directory import record
-from flax_alexnet.training.setup import check_and_open
+from flax_alexnet.training.setup import set_up
 from flax_alexnet.utils.errors import UserError
 
 BAD = {4: "it is on fire", 5: "", 17: "", 29: "it is on fire"}  # 5 and 17 are no pictures
@@ -244,13 +244,13 @@ class TestFolders:
         flags = train_flags(tmp_path / "run", tmp_path)[:-2]  # with the default of --data.max-bad
         config = parse_config([*flags, "--data.name", f"folder:{pets}", *more])
         with contextlib.ExitStack() as held:
-            return check_and_open(config, held)
+            return set_up(config, held)
 
     def test_some_are_named_and_left_out(self, tmp_path, pets, capsys):
         (pets / "cat" / "003.png").write_bytes(b"")
         (pets / "dog" / "009.png").write_bytes((pets / "dog" / "009.png").read_bytes()[:300])
         ready = self.open(tmp_path, pets)
-        (held_out, *_) = evaluation_batches(ready.eval, 24)
+        (held_out, *_) = evaluation_batches(ready.data.eval, 24)
         assert held_out["mask"].sum() == 19
         said = capsys.readouterr().out
         assert "1 of 180 train pictures cannot be read and are skipped" in said
@@ -274,11 +274,11 @@ class TestFolders:
         (pets / "cat").rename(pets / "10")
         (pets / "dog").rename(pets / "9")
         ready = self.open(tmp_path, pets)
-        assert ready.dataset.label_names == ["9", "10"]
+        assert ready.data.dataset.label_names == ["9", "10"]
         record(tmp_path / "run", ready.identity | {"dataset.label_names": ["10", "9"]})
         again = self.open(tmp_path, pets)
-        assert again.dataset.label_names == ["10", "9"]
-        assert [again.train[0]["label"], ready.train[0]["label"]] == [0, 1]
+        assert again.data.dataset.label_names == ["10", "9"]
+        assert [again.data.train[0]["label"], ready.data.train[0]["label"]] == [0, 1]
 
 
 def train_flags(workdir, data_dir):

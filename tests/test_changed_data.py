@@ -18,7 +18,7 @@ from flax_alexnet.data.sources import END_OF_PICTURE, END_OF_SHARD, open_dataset
 from flax_alexnet.train import main as train
 from flax_alexnet.training import setup
 from flax_alexnet.training.run_directory import record
-from flax_alexnet.training.setup import agree, check_and_open
+from flax_alexnet.training.setup import agree, set_up
 from flax_alexnet.utils.errors import UserError
 
 TRAIN, EVAL = "the pictures to train on have changed", "the pictures to evaluate on have changed"
@@ -38,7 +38,7 @@ def start(tmp_path, pets):
         flags += ["--model.width", "0.05", "--data.data-dir", str(tmp_path / "data")]
         config = parse(Config, [*flags, *more], QUICKSTART, "flax_alexnet.train")
         with contextlib.ExitStack() as held:
-            ready = check_and_open(config, held)
+            ready = set_up(config, held)
         record(config.workdir, ready.identity)
         return ready
 
@@ -59,8 +59,8 @@ def test_all_pictures_replaced_under_their_names(start, pets):
         paint(path, 1000 + number)
     with pytest.raises(UserError, match=f"{EVAL}; {TRAIN}.*, or --allow-changes to go on"):
         start()
-    assert start("--allow-changes").changes == [EVAL, TRAIN]
-    assert start().changes == [], "it goes on with the new ones"
+    assert start("--allow-changes").history.changes == [EVAL, TRAIN]
+    assert start().history.changes == [], "it goes on with the new ones"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_run_of_an_older_version_goes_on(start, tmp_path, capsys):
     names = ("dataset.train_digest", "dataset.eval_digest", "dataset.times")
     record(tmp_path / "run", {k: v for k, v in identity.items() if k not in names})
     capsys.readouterr()
-    assert start().changes == []
+    assert start().history.changes == []
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert all(config[name] == identity[name] for name in names)
 

@@ -60,7 +60,7 @@ class Checkpoints:
         say: Callable[[str], None] = print,
         marker: Path | None = None,
     ) -> None:
-        self._folder, self._patience, self.say = _in_utf8(folder.absolute()), patience, say
+        self._folder, self._patience, self._say = _in_utf8(folder.absolute()), patience, say
         self._marker = marker
         self._started: int | None = (
             None  # the step whose save has begun and is not known to be done
@@ -193,7 +193,7 @@ class Checkpoints:
         self._manager = self._open()
         latest = self.latest_step()
         there = "there is none before it" if latest is None else f"step {latest:,} is intact"
-        self.say(f"{said}; {there}, and the next save is another attempt")
+        self._say(f"{said}; {there}, and the next save is another attempt")
 
     def restore(self, step: int, template: T) -> T:
         """The state of `step`, in the shapes, types and shardings of `template`.

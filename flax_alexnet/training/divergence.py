@@ -1,8 +1,9 @@
 """What ails a net that does not train: the layer that explodes, the units that are dead."""
 
+import collections
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,12 +13,104 @@ import numpy as np
 
 from flax_alexnet.models.alexnet import AlexNet
 from flax_alexnet.models.architectures import Conv, Dense, activation_names, architecture
+from flax_alexnet.training.step import TrainState
+from flax_alexnet.utils.errors import UserError
 
 # Share of ln(classes) within which a loss has not moved from it. In quickstart with the notebook's
 # own initial values it is within 0.03 % after one epoch and two, with He et al.'s 20 % below.
 PLATEAU = 0.01
 PLATEAU_EPOCHS = 5  # in which a loss that does not move is worth a warning
+LEAST_BACKOFF = 1 / 8  # of the rate: after three halvings a run that diverges ends
+REMEDY = (
+    "start again in a new --workdir with a lower --optimizer.learning-rate or with "
+    "--optimizer.clip-norm"
+)
 LARGE_SCALE = 0.1  # of grey levels: more, and what the net sees is far from a deviation of 1
+
+
+# From a state to its parameters and to images float[b, h, w, 3] as the model sees them.
+Inspect = Callable[[TrainState], tuple[Mapping[str, Any], jax.Array]]
+
+
+class DivergenceMonitor:
+    """Looks for losses that are not finite, and decides what follows.
+
+    Args:
+      model: the model that is trained.
+      inspect: what its activations are computed from; it is called only after divergence.
+      stops: whether the run then ends at once, and does not go back.
+    """
+
+    def __init__(self, model: AlexNet, inspect: Inspect, *, stops: bool):
+        self._model, self._inspect, self._stops = model, inspect, stops
+        self._pending: collections.deque[tuple[int, jax.Array]] = collections.deque()
+
+    def add(self, step: int, loss: jax.Array) -> None:
+        """The loss of a step, which need not be computed yet."""
+        self._pending.append((step, loss))
+
+    def first_not_finite(self, keep: int) -> int:
+        """The first step without a finite loss, or 0; the last `keep` are looked at later."""
+        while len(self._pending) > keep:
+            step, loss = self._pending.popleft()
+            if not math.isfinite(float(loss)):
+                return step
+        return 0
+
+    def explain(
+        self, step: int, rate: float, state: TrainState, saved: int | None, lowered: jax.Array
+    ) -> str:
+        """What to say of a step that has diverged, where the run goes back and tries again.
+
+        Args:
+          step: that could not be made.
+          rate: the learning rate.
+          state: before that step.
+          saved: the newest step that is saved.
+          lowered: the share of the rate that the run would go on with.
+
+        Raises:
+          UserError: the run is to end, or has gone back three times.
+        """
+        self._pending.clear()
+        found = largest_activation(self._model, *self._inspect(state))
+        said = divergence(step, rate, *found, saved)
+        if self._stops:
+            raise UserError(f"{said}: {REMEDY}, or go on with --on-divergence rollback")
+        if float(lowered) < LEAST_BACKOFF:
+            raise UserError(f"{said}; it went back three times, down to 1/8 of the rate: {REMEDY}")
+        return said
+
+
+class PlateauMonitor:
+    """Notices once in a run that its loss stays at that of equal chances.
+
+    Args:
+      model: the model that is trained.
+      inspect: what its activations are computed from; it is called only on the plateau.
+      classes: of the data.
+      evaluations: (epoch, loss) of those made before.
+      remedies: what may help, see `plateau_remedies`.
+    """
+
+    def __init__(
+        self,
+        model: AlexNet,
+        inspect: Inspect,
+        classes: int,
+        evaluations: Sequence[tuple[float, float]],
+        remedies: Sequence[str],
+    ):
+        self._model, self._inspect, self._classes = model, inspect, classes
+        self._evaluations, self._remedies = list(evaluations), remedies
+
+    def look(self, epoch: float, loss: float, state: TrainState) -> list[str]:
+        """The warning, if there is one, after an evaluation with this loss."""
+        self._evaluations.append((epoch, loss))
+        if not new_plateau(self._evaluations, self._classes):
+            return []
+        dead = dead_units(self._model, *self._inspect(state))
+        return [plateau_warning(self._classes, dead, self._remedies)]
 
 
 def largest_activation(

@@ -101,7 +101,7 @@ class RunLog:
             self._failing = False
         except OSError as error:
             if not self._failing:  # once is enough
-                self.say(
+                say_line(
                     f"cannot write metrics to {self._workdir}: {error.strerror}; they are kept, "
                     "and tried again with the next"
                 )
@@ -112,7 +112,7 @@ class RunLog:
                 {name: f"{metrics[key]:.4g}" for name, key in shown.items() if key in metrics}
             )
         else:
-            self.say(_line(metrics))
+            say_line(_line(metrics))
 
     def _flush(self) -> None:
         self._lines.flush()
@@ -123,11 +123,6 @@ class RunLog:
         self._flush()
         self._lines.sync()
 
-    def say(self, text: str) -> None:
-        """A line for the terminal that leaves the progress bar whole."""
-        self._bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
-
     def close(self) -> None:
         """Closes the files."""
         self._clock.keep()
@@ -135,6 +130,12 @@ class RunLog:
         with contextlib.suppress(OSError):  # which `write` and `sync` have said
             self._flush()
         self._files.close()
+
+
+def say_line(text: str) -> None:
+    """Prints a line on the terminal that leaves a progress bar whole."""
+    tqdm.tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
 
 
 class Clock:
@@ -285,9 +286,6 @@ class SilentLog:
         """Nothing."""
 
     def sync(self) -> None:
-        """Nothing."""
-
-    def say(self, text: str) -> None:
         """Nothing."""
 
     def close(self) -> None:

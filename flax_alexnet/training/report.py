@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: `report/` with its pictures, and `summary.json`."""
+"""What a run prints when it begins, and leaves behind: `report/` and `summary.json`."""
 
 import math
 import resource
@@ -17,13 +17,14 @@ from flax_alexnet.checkpoint.manager import digest
 from flax_alexnet.config.schema import AugmentConfig, Config
 from flax_alexnet.data.augment import preprocess
 from flax_alexnet.data.dataset import Examples
-from flax_alexnet.models.alexnet import AlexNet
+from flax_alexnet.models.alexnet import AlexNet, implementations
 from flax_alexnet.models.architectures import architecture
-from flax_alexnet.parallel.distributed import is_main, stop_requests
+from flax_alexnet.parallel.distributed import is_main, signals_reach, stop_requests
 from flax_alexnet.training.build import collected
+from flax_alexnet.training.epochs import Schedule
 from flax_alexnet.training.logger import Clock, average_rate, read_metrics
 from flax_alexnet.training.run_directory import versions, write_json
-from flax_alexnet.training.setup import Ready
+from flax_alexnet.training.setup import Setup
 from flax_alexnet.training.step import TrainState
 from flax_alexnet.utils.errors import STOPPED, UserError
 from flax_alexnet.utils.outputs import replacing
@@ -40,16 +41,50 @@ def layer_table(model: nn.Module, crop_size: int) -> str:
     )
 
 
+def introduce(config: Config, setup: Setup, model: AlexNet, schedule: Schedule, start: int) -> None:
+    """Prints what is about to happen."""
+    print(layer_table(model, config.augment.crop_size))
+    epochs, data, total_steps = schedule.epochs, setup.data, schedule.total_steps
+    if setup.history.changes and start:
+        print(
+            f"from step {start:,} on, {'; '.join(setup.history.changes)}. {epochs.seen(start):,} "
+            f"pictures have been seen, epoch {epochs.epoch(start):.2f}: the run goes on with the "
+            "next"
+        )
+    if setup.start and start == 0:
+        print(setup.start.said)
+    if setup.frozen:
+        print(f"frozen: {', '.join(sorted(setup.frozen))}")
+    if config.model.initialization == "he":
+        print("initial values are He et al.'s, not the variant's own, which may stall (see README)")
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    rows = config.batch_size // jax.device_count()
+    dtype = jnp.dtype(config.model.dtype)
+    print(implementations(setup.layout.layers, platform, dtype, rows=rows))
+    mesh = " x ".join(f"{name} {size}" for name, size in setup.layout.mesh.shape.items())
+    stops = "Ctrl-C stops" if signals_reach() else "No signal stops it outside the main thread"
+    print(
+        f"{config.recipe}: {len(data.train):,} pictures of {data.dataset.name} in "
+        f"{len(data.dataset.label_names)} classes, {len(data.eval):,} to test on; steps "
+        f"{start:,} to {total_steps:,} with {config.batch_size} pictures each on "
+        f"{jax.device_count()} {jax.default_backend()} device(s) of {jax.process_count()} "
+        f"process(es), layout {setup.layout.name} ({mesh}). {stops}; the same command goes on.",
+        flush=True,
+    )
+    if start > total_steps:
+        print(f"it has made {start:,} steps already, which stay, and makes no more")
+
+
 def finish(
     config: Config,
-    ready: Ready,
+    setup: Setup,
     model: AlexNet,
     state: TrainState,
     evaluated: dict[str, float],
     clock: Clock,
 ) -> int:
     """Draws the report, writes the summary, and prints the last line; returns an exit code."""
-    params = collected(state.params, ready.layout)
+    params = collected(state.params, setup.layout)
     if not is_main():
         return 0
     mean = jnp.asarray(np.asarray(state.mean))
@@ -65,8 +100,8 @@ def finish(
         "device_kind": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
-        "layout": ready.layout.name,
-        "mesh": dict(ready.layout.mesh.shape),
+        "layout": setup.layout.name,
+        "mesh": dict(setup.layout.mesh.shape),
         "versions": versions(),
     }
 
@@ -77,8 +112,8 @@ def finish(
             params,
             mean,
             model,
-            ready.eval,
-            ready.dataset.label_names,
+            setup.data.eval,
+            setup.data.dataset.label_names,
             config.augment,
         )
         clock.keep()

@@ -1,10 +1,11 @@
 """What is opened and checked before anything is compiled: data, devices, working directory."""
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -19,7 +20,7 @@ from flax_alexnet.config.schema import (
     frozen_layers,
     layer_rates,
 )
-from flax_alexnet.data.bad_records import BadRecords, Limit, limits
+from flax_alexnet.data.bad_records import BadRecords, limits
 from flax_alexnet.data.dataset import Examples, open_examples
 from flax_alexnet.data.sources import Dataset, Source, open_dataset, place_of
 from flax_alexnet.models.architectures import Conv, Dense, Layer, architecture, trace
@@ -42,52 +43,97 @@ from flax_alexnet.weights.finetuning import Start, start_from
 from flax_alexnet.weights.load import load
 
 
-class Ready(NamedTuple):
-    """What a run needs, in order."""
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The images of a run.
+
+    Attributes:
+      dataset: both splits, and the names of their classes.
+      train: the images to train on.
+      eval: the images to evaluate on.
+      bad: what cannot be read, of each of the two.
+      share: the images that this process tries, and adds up for the mean image.
+    """
 
     dataset: Dataset
     train: Examples
     eval: Examples
-    bad: tuple[BadRecords, BadRecords]  # of both
+    bad: tuple[BadRecords, BadRecords]
+    share: slice
+
+    def news(self) -> list[str]:
+        """A line on each split in which more images could not be read than was known."""
+        return [line for records in self.bad if (line := records.news())]
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """What a run's directory says of the run so far.
+
+    Attributes:
+      changes: in the configuration, since the run was here last.
+      epochs: of the steps made so far.
+      summarized: the step of the run's summary, if there is one.
+      evaluations: step, epoch and loss of each.
+    """
+
+    changes: list[str]
+    epochs: Epochs
+    summarized: int | None
+    evaluations: list[tuple[int, float, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run needs, before anything is compiled.
+
+    Attributes:
+      data: the images.
+      num_classes: outputs of the model.
+      layout: which device holds what.
+      start: what is taken from `--init-from`, if anything.
+      frozen: names of the layers that keep their values.
+      layer_rates: factors of the learning rate, by layer.
+      identity: the configuration and the data, as `config.json` has them.
+      history: of the run, if it goes on.
+    """
+
+    data: Data
     num_classes: int
     layout: Layout
-    start: Start | None  # what is taken from --init-from
-    frozen: frozenset[str]  # layers that keep their values
+    start: Start | None
+    frozen: frozenset[str]
     layer_rates: dict[str, float]
-    share: slice  # of the pictures: those that this process tries, and adds up for their mean
-    identity: dict[str, Any]  # the configuration and the data, as JSON has them
-    changes: list[str]  # in it since the run was here last
-    epochs: Epochs  # of the steps made so far
-    summarized: int | None  # the step of the run's summary
-    evaluations: list[tuple[int, float, float]]  # step, epoch and loss of those made before
+    identity: dict[str, Any]
+    history: History
 
 
-def check_and_open(config: Config, held: contextlib.ExitStack) -> Ready:
+def set_up(config: Config, held: contextlib.ExitStack) -> Setup:
     """Opens what a run needs, and locks its working directory for as long as `held` is open.
 
     Raises:
       UserError: something in `config`, the data or the working directory does not fit, here or on
         another process of the run, or the processes' configurations differ. All processes raise.
     """
-    error, ready, devices = "", None, use_devices()
+    error, setup, devices = "", None, use_devices()
     about = flatten(config) | program()
     try:
-        ready = _open(config, devices, held)
-        about |= ready.identity
+        setup = _set_up(config, devices, held)
+        about |= setup.identity
     except UserError as mistake:
         error = str(mistake)
     agree(about, error)
-    assert ready is not None, "an error has ended all processes"
+    assert setup is not None, "an error has ended all processes"
     # Now that the main process has set aside what is damaged, all must see the same.
     left = sorted(path.name for path in config.workdir.glob("checkpoints/*") if path.name.isdigit())
     seen = {
         "checkpoints": left,
-        "batch_sizes": ready.epochs.parts,
-        "summary": ready.summarized,
-        "evaluations": ready.evaluations,
+        "batch_sizes": setup.history.epochs.parts,
+        "summary": setup.history.summarized,
+        "evaluations": setup.history.evaluations,
     }
     agree(seen, error="")
-    return ready
+    return setup
 
 
 def use_devices() -> int:
@@ -116,8 +162,39 @@ def agree(about: Mapping[str, Any], error: str) -> None:
         raise UserError(disagreement(differs))
 
 
-def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
-    data, parallel, known = config.data, config.parallel, recorded(config.workdir)
+def _set_up(config: Config, devices: int, held: contextlib.ExitStack) -> Setup:
+    known = recorded(config.workdir)
+    dataset = _open_dataset(config, known)
+    num_classes = _num_classes(config, dataset)
+    layers = architecture(config.model.variant).scaled(num_classes, config.model.width)
+    layout = make_layout(config.parallel.layout, layers, config.parallel.mesh)
+    names = [layer.name for layer in layers if isinstance(layer, Conv | Dense)]
+    frozen, rates = frozen_layers(config, names), layer_rates(config, names)
+    start, origin = _start(config, num_classes, dataset.label_names, frozen)
+    check_batch_size(config.batch_size, devices)
+    check_room(config, layers)
+    identity = _identity(config, dataset) | origin
+    before, changes = _claim(config, identity, known, held)
+    return Setup(
+        data=_open_data(config, dataset),
+        num_classes=num_classes,
+        layout=layout,
+        start=start,
+        frozen=frozen,
+        layer_rates=rates,
+        identity=identity,
+        history=History(
+            changes=changes,
+            epochs=Epochs(len(dataset.train), recorded_parts(before, config)),
+            summarized=summarized_step(config.workdir),
+            evaluations=_evaluations(config.workdir / "metrics.jsonl"),
+        ),
+    )
+
+
+def _open_dataset(config: Config, known: Mapping[str, Any]) -> Dataset:
+    """Both splits; where the run has been here before, with its order of the classes."""
+    data = config.data
     dataset = open_dataset(
         data.name,
         data.data_dir,
@@ -129,44 +206,79 @@ def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
     )
     if dataset.note and is_main():
         print(dataset.note, flush=True)
+    return dataset
+
+
+def _num_classes(config: Config, dataset: Dataset) -> int:
+    """Outputs of the model: as many as are asked for, else as the dataset has classes."""
     num_classes = config.model.num_classes or len(dataset.label_names)
     if num_classes < len(dataset.label_names):
         raise UserError(
             f"--model.num-classes is {num_classes}, but {dataset.name} has "
             f"{len(dataset.label_names)} classes; give at least as many, or leave it out"
         )
-    layers = architecture(config.model.variant).scaled(num_classes, config.model.width)
-    layout = make_layout(parallel.layout, layers, parallel.mesh)
-    names = [layer.name for layer in layers if isinstance(layer, Conv | Dense)]
-    frozen, rates = frozen_layers(config, names), layer_rates(config, names)
-    start = None
-    if config.init_from:
-        net = load(config.init_from)
-        start = start_from(net, config, num_classes, dataset.label_names)
-        if frozen & start.anew:
-            raise UserError(
-                f"--freeze names {', '.join(sorted(frozen & start.anew))}, which --init-from does "
-                "not give and would stay random; freeze others"
-            )
-    if config.batch_size % devices:
+    return num_classes
+
+
+def _start(
+    config: Config, num_classes: int, label_names: Sequence[str], frozen: frozenset[str]
+) -> tuple[Start | None, dict[str, str]]:
+    """What is taken from `--init-from`, and its digest for the identity of the run."""
+    if not config.init_from:
+        return None, {}
+    net = load(config.init_from)
+    start = start_from(net, config, num_classes, label_names)
+    if frozen & start.anew:
         raise UserError(
-            f"--batch-size {config.batch_size} does not divide by the {devices} devices; the "
-            f"nearest that does is {max(1, round(config.batch_size / devices)) * devices}"
+            f"--freeze names {', '.join(sorted(frozen & start.anew))}, which --init-from does "
+            "not give and would stay random; freeze others"
         )
-    check_room(config, layers)
+    return start, {"init_from.sha256": digest(net.params)}
+
+
+def check_batch_size(batch_size: int, devices: int) -> None:
+    """Raises UserError where a batch cannot be split over the devices."""
+    if batch_size % devices:
+        raise UserError(
+            f"--batch-size {batch_size} does not divide by the {devices} devices; the "
+            f"nearest that does is {max(1, round(batch_size / devices)) * devices}"
+        )
+
+
+def check_room(config: Config, layers: tuple[Layer, ...]) -> None:
+    """Raises UserError where the crop does not fit the model, or its checkpoints the disk."""
+    size = config.augment.crop_size
+    try:
+        parameters = sum(info.parameters for info in trace(layers, size, size))
+    except UserError as error:
+        raise UserError(f"--augment.crop-size {size}: {error}") from None
+    # Parameters and velocity in float32; two latest, a best and one that is being written.
+    checkpoints = 1 if (config.workdir / "checkpoints").exists() else 4
+    need_room(config.workdir, checkpoints * 2 * 4 * parameters)
+
+
+def _identity(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What makes a run this one and not another: its configuration, its data, JAX's settings."""
     of_train, of_eval = dataset.train.digest(), dataset.eval.digest()
-    identity = flatten(config) | {  # with other data it would be another run
+    return flatten(config) | {
         "dataset.train": len(dataset.train),
         "dataset.eval": len(dataset.eval),
         "dataset.train_digest": of_train.content,
         "dataset.eval_digest": of_eval.content,
         "dataset.times": of_train.times + of_eval.times,
-        "dataset.folder": str(place_of(data.name, data.data_dir)),
+        "dataset.folder": str(place_of(config.data.name, config.data.data_dir)),
         "dataset.label_names": list(dataset.label_names),
         **settings(),
     }
-    if config.init_from:
-        identity["init_from.sha256"] = digest(net.params)
+
+
+def _claim(
+    config: Config,
+    identity: Mapping[str, Any],
+    known: Mapping[str, Any],
+    held: contextlib.ExitStack,
+) -> tuple[Mapping[str, Any], list[str]]:
+    """Makes the directory this run's; gives the configuration before, and what has changed."""
     before, changes = claim(
         config.workdir,
         identity,
@@ -184,29 +296,33 @@ def _open(config: Config, devices: int, held: contextlib.ExitStack) -> Ready:
         for line in set_aside_damaged(config.workdir / "checkpoints", config.workdir / "damaged"):
             print(line, flush=True)
         need_steps(config.workdir / "checkpoints", config.workdir / SAVED)
+    return before, changes
+
+
+def _open_data(config: Config, dataset: Dataset) -> Data:
+    """Both splits, their images tried where they were not before."""
     share = slice(jax.process_index(), None, jax.process_count())
-    limit_of_train, limit_of_eval = limits(dataset, data.max_bad)
-    bad = (
-        _bad_records(config, "train", dataset.train, limit_of_train),
-        _bad_records(config, "eval", dataset.eval, limit_of_eval),
+    splits: dict[str, Source] = {"train": dataset.train, "eval": dataset.eval}
+    bad = [
+        BadRecords(config.workdir, split, len(source), limit, jax.process_index())
+        for (split, source), limit in zip(
+            splits.items(), limits(dataset, config.data.max_bad), strict=True
+        )
+    ]
+    train, evaluation = (
+        _open_examples(config, source, share, records)
+        for source, records in zip(splits.values(), bad, strict=True)
     )
-    return Ready(
-        dataset,
-        _open_examples(config, dataset.train, share, bad[0]),
-        _open_examples(config, dataset.eval, share, bad[1]),
-        bad,
-        num_classes,
-        layout,
-        start,
-        frozen,
-        rates,
-        share,
-        identity,
-        changes,
-        Epochs(len(dataset.train), recorded_parts(before, config)),
-        summarized_step(config.workdir),
-        _evaluations(config.workdir / "metrics.jsonl"),
-    )
+    return Data(dataset, train, evaluation, (bad[0], bad[1]), share)
+
+
+def _open_examples(config: Config, source: Source, share: slice, bad: BadRecords) -> Examples:
+    """A split's images, tried where they were not before; says how many cannot be read."""
+    data = config.data
+    examples = open_examples(source, data.image_size, share, data.resize, bad.add)
+    if (said := bad.news()) and is_main():
+        print(said, flush=True)
+    return examples
 
 
 def recorded_parts(before: Mapping[str, Any], config: Config) -> tuple[Part, ...]:
@@ -228,28 +344,3 @@ def _evaluations(path: Path) -> list[tuple[int, float, float]]:
         for line in read_metrics(path)
         if "eval_loss" in line
     ]
-
-
-def _bad_records(config: Config, split: str, source: Source, limit: Limit) -> BadRecords:
-    return BadRecords(config.workdir, split, len(source), limit, jax.process_index())
-
-
-def _open_examples(config: Config, source: Source, share: slice, bad: BadRecords) -> Examples:
-    """A split's pictures, tried where they were not before; says how many cannot be read."""
-    data = config.data
-    examples = open_examples(source, data.image_size, share, data.resize, bad.add)
-    if (said := bad.news()) and is_main():
-        print(said, flush=True)
-    return examples
-
-
-def check_room(config: Config, layers: tuple[Layer, ...]) -> None:
-    """Raises UserError where the crop does not fit the net, or its checkpoints the disk."""
-    size = config.augment.crop_size
-    try:
-        parameters = sum(info.parameters for info in trace(layers, size, size))
-    except UserError as error:
-        raise UserError(f"--augment.crop-size {size}: {error}") from None
-    # Parameters and velocity in float32; two latest, a best and one that is being written.
-    checkpoints = 1 if (config.workdir / "checkpoints").exists() else 4
-    need_room(config.workdir, checkpoints * 2 * 4 * parameters)

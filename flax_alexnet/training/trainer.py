@@ -1,0 +1,148 @@
+"""What stays the same over the steps of a run: its model, its compiled steps, its data."""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_alexnet.checkpoint.manager import Checkpoints
+from flax_alexnet.config.schema import Config
+from flax_alexnet.data.augment import preprocess
+from flax_alexnet.data.dataset import mean_image
+from flax_alexnet.data.loader import evaluation_batches, training_batches
+from flax_alexnet.data.prefetch import ahead
+from flax_alexnet.models.alexnet import AlexNet, make_model
+from flax_alexnet.parallel.distributed import total
+from flax_alexnet.training.build import (
+    collected,
+    compile_steps,
+    initialize,
+    make_optimizer,
+    no_totals,
+    state_template,
+)
+from flax_alexnet.training.epochs import Schedule
+from flax_alexnet.training.setup import Setup
+from flax_alexnet.training.step import Totals, TrainState, create_state
+from flax_alexnet.weights.pretrained import Params
+
+SAMPLE = 64  # images that a diagnosis looks at
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The parts of a run that its loop uses.
+
+    Attributes:
+      config: of the run.
+      setup: what was opened for it.
+      schedule: when it logs and evaluates, and when it ends.
+      checkpoints: of the run.
+      model: the module that is trained.
+      init_fn: makes the state before the first step.
+      template: shapes, types and shardings of a state.
+      step_fn: the compiled training step.
+      eval_fn: the compiled evaluation step.
+    """
+
+    config: Config
+    setup: Setup
+    schedule: Schedule
+    checkpoints: Checkpoints
+    model: AlexNet
+    init_fn: Callable[..., TrainState]
+    template: TrainState
+    step_fn: Callable[..., tuple[TrainState, jax.Array]]
+    eval_fn: Callable[..., Totals]
+
+    @property
+    def key(self) -> jax.Array:
+        """The key that all random numbers of the run follow from."""
+        return jax.random.key(self.config.seed)
+
+    def newest(self) -> tuple[int, TrainState]:
+        """The newest step and state that were saved, or those before the first step.
+
+        The step is in the state too, but to look there would be to wait until the device has drawn
+        all parameters, which it does while the host traces and compiles the training step.
+        """
+        latest = self.checkpoints.latest_step()
+        if latest is not None:
+            return latest, self.checkpoints.restore(latest, self.template)
+        if self.setup.start:
+            mean, given = self.setup.start.mean, self.setup.start.params
+        else:
+            mean, given = mean_image(self.setup.data.train, self.setup.data.share, total), {}
+        key = jax.random.fold_in(self.key, 2**32 - 1)
+        return 0, initialize(self.init_fn, key, mean, self.template, given)
+
+    def batches_from(self, step: int) -> Iterator[dict[str, jax.Array]]:
+        """The batches of the steps after `step`, on their devices ahead of time."""
+        layout, batch_size = self.setup.layout, self.config.batch_size
+        batches = training_batches(
+            self.setup.data.train,
+            batch_size,
+            seed=self.config.seed,
+            start=self.schedule.epochs.seen(step),
+            threads=self.config.data.threads,
+            rows=layout.rows(batch_size),
+        )
+        return ahead(layout.put(batch, batch_size) for batch in batches)
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Loss, top-1 and top-5 accuracy over all images to evaluate on, each counted once."""
+        layout, size = self.setup.layout, self.config.batch_size
+        batches = evaluation_batches(
+            self.setup.data.eval, size, threads=self.config.data.threads, rows=layout.rows(size)
+        )
+        totals = no_totals(layout)
+        for batch in batches:
+            totals = self.eval_fn(totals, state.params, state.mean, layout.put(batch, size))
+        images = float(totals["images"])
+        return {f"eval_{name}": float(totals[name]) / images for name in ("loss", "top1", "top5")}
+
+    def inspect(self, state: TrainState) -> tuple[Params, jax.Array]:
+        """Parameters on this host, and images as the model sees them; for all processes at once."""
+        train = self.setup.data.train
+        sample = [train[index]["image"] for index in range(min(SAMPLE, len(train)))]
+        images = preprocess(
+            jnp.asarray(np.stack(sample)),
+            jnp.asarray(np.asarray(state.mean)),
+            crop_size=self.config.augment.crop_size,
+            scale=self.config.augment.scale,
+        )
+        return collected(state.params, self.setup.layout), images
+
+
+def make_trainer(config: Config, setup: Setup, checkpoints: Checkpoints) -> Trainer:
+    """The parts of a run; nothing is compiled yet."""
+    start = checkpoints.latest_step() or 0
+    epochs = setup.history.epochs.going_on(start, config.batch_size)
+    model = make_model(**vars(config.model) | {"num_classes": setup.num_classes})
+    optimizer = make_optimizer(
+        config.optimizer,
+        epochs.pictures / config.batch_size,
+        setup.layer_rates,
+        epochs.first_step,
+    )
+    init_fn: Any = functools.partial(
+        create_state,
+        model=model,
+        optimizer=optimizer,
+        crop_size=config.augment.crop_size,
+        frozen=setup.frozen,
+    )
+    template = state_template(init_fn, config.data.image_size, setup.layout)
+    step_fn, eval_fn = compile_steps(config, model, optimizer, setup.layout, template, setup.frozen)
+    schedule = Schedule(
+        epochs,
+        total_steps=min(epochs.steps(config.epochs), config.steps or sys.maxsize),
+        log_every=config.log_every,
+        eval_epochs=config.eval_epochs,
+    )
+    return Trainer(config, setup, schedule, checkpoints, model, init_fn, template, step_fn, eval_fn)
