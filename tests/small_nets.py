@@ -3,10 +3,11 @@
 import dataclasses
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from flax_alexnet.config.schema import ModelConfig
 from flax_alexnet.data.preprocessing import Preprocessing
-from flax_alexnet.weights.pretrained import Pretrained, expected_shapes, unflatten
+from flax_alexnet.weights.pretrained import Pretrained, expected_shapes
 
 COLOR = np.array([120, 110, 100], np.float32)
 # Small, so that programs compile quickly; torchvision's average pool still has 4 × 4 pixels to
@@ -32,7 +33,7 @@ def make_net(
     for name, shape in expected_shapes(net).items():
         fan_in = np.prod(shape[:-1]) if name.endswith("kernel") else 4
         params[name] = (rng.standard_normal(shape) * (2 / fan_in) ** 0.5).astype(np.float32)
-    return dataclasses.replace(net, params=unflatten(params))
+    return dataclasses.replace(net, params=unflatten_dict(params, sep="/"))
 
 
 def small_net(variant: str, **config) -> Pretrained:

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 from PIL import Image
 from small_nets import make_net
 
 from flax_alexnet import lpips
 from flax_alexnet.utils.errors import UserError
 from flax_alexnet.weights import safetensors_files
-from flax_alexnet.weights.pretrained import LPIPS_HEADS, unflatten
+from flax_alexnet.weights.pretrained import LPIPS_HEADS
 
 main = importlib.import_module("flax_alexnet.commands.lpips").main
 distance = jax.jit(lpips, static_argnames="spatial")
@@ -24,7 +25,9 @@ def trunk(shared_data):
     """Torchvision's layers, the heads, and the three example pictures of the reference code."""
     with np.load(shared_data / "alexnet_owt" / "features_and_lpips.npz") as file:
         arrays = dict(file)
-    params = unflatten({name: v for name, v in arrays.items() if name.startswith("conv")})
+    params = unflatten_dict(
+        {name: v for name, v in arrays.items() if name.startswith("conv")}, sep="/"
+    )
     heads = {name: arrays[name] for name in LPIPS_HEADS}
     pictures = {
         name: shared_data / "alexnet_owt" / f"ex_{name}.png" for name in ("ref", "p0", "p1")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from flax_alexnet.config.schema import Config
 from flax_alexnet.utils.errors import UserError
@@ -71,7 +72,7 @@ def start_from(
     shapes = expected_shapes(dataclasses.replace(net, config=model, preprocessing=rule))
     *_, last = (path.partition("/")[0] for path in shapes)
     params = {k: v for k, v in net.params.items() if same_classes or k != last}
-    found = {f"{k}/{n}": value.shape for k, values in params.items() for n, value in values.items()}
+    found = {path: value.shape for path, value in flatten_dict(params, sep="/").items()}
     wanted = {path: shape for path, shape in shapes.items() if path.partition("/")[0] in params}
     need_tensors(found, wanted, f"--init-from {config.init_from}")
     anew = {path.partition("/")[0] for path in shapes.keys() - wanted.keys()}

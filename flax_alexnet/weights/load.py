@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from flax_alexnet.checkpoint.manifest import sha256
 from flax_alexnet.config.schema import ModelConfig, misfit
@@ -215,11 +216,10 @@ def _caffe_rule(mean: Path | None, is_grey: bool) -> Preprocessing:
 
 def _not_finite(net: Pretrained) -> str:
     counts = {
-        f"{layer}/{part}": np.count_nonzero(~np.isfinite(value))
-        for layer, parts in net.params.items()
-        for part, value in parts.items()
+        path: np.count_nonzero(~np.isfinite(value))
+        for path, value in flatten_dict(net.params, sep="/").items()
     }
-    return ", ".join(f"{count} in {name}" for name, count in counts.items() if count)
+    return ", ".join(f"{count} in {path}" for path, count in counts.items() if count)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -292,10 +292,6 @@ def _read_run(workdir: Path) -> tuple[Pretrained, list[str]]:
     source = {"file": file, "format": "run", "sha256": digest(params)}
     rule = dataclasses.replace(rule, mean=mean)
     net = dataclasses.replace(net, params=params, preprocessing=rule, source=source)
-    found = {
-        f"{layer}/{name}": np.shape(value)
-        for layer, values in params.items()
-        for name, value in values.items()
-    }
+    found = {path: np.shape(value) for path, value in flatten_dict(params, sep="/").items()}
     need_tensors(found, expected_shapes(net), f"checkpoint {step} of {workdir}")
     return net, notes

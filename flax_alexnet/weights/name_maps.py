@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_alexnet.models.architectures import architecture, parameter_shapes, trace
 from flax_alexnet.utils.errors import UserError, unknown
@@ -26,7 +27,6 @@ from flax_alexnet.weights.pretrained import (
     Params,
     last_layers,
     need_tensors,
-    unflatten,
 )
 from flax_alexnet.weights.stored import Stored, Tensor, listed, numbers
 
@@ -214,7 +214,8 @@ def read_params(
         num_classes = last.shape[0]
     shapes, flattened = _shapes(variant, num_classes)
     optional = [frozenset(layout.names[path] for path in last) for last in last_layers(shapes)]
-    return unflatten(_read(layout, tensors, shapes, file, optional, flattened)), num_classes
+    params = _read(layout, tensors, shapes, file, optional, flattened)
+    return unflatten_dict(params, sep="/"), num_classes
 
 
 def read_heads(
@@ -259,9 +260,8 @@ def write_params(layout: Layout, params: Params, variant: str) -> dict[str, np.n
     """The inverse of `read_params`: tensors by their names."""
     _, flattened = _shapes(variant, 2)
     return {
-        layout.names[f"{layer}/{part}"]: layout.theirs(f"{layer}/{part}", np.asarray(v), flattened)
-        for layer, parts in params.items()
-        for part, v in parts.items()
+        layout.names[path]: layout.theirs(path, np.asarray(value), flattened)
+        for path, value in flatten_dict(params, sep="/").items()
     }
 
 

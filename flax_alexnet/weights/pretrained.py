@@ -238,12 +238,3 @@ def need_tensors(
 
 def _shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape)) or "a number"
-
-
-def unflatten(tensors: Mapping[str, np.ndarray]) -> Params:
-    """{"conv1/kernel": array} to {"conv1": {"kernel": array}}."""
-    params: Params = {}
-    for path, value in tensors.items():
-        layer, _, name = path.partition("/")
-        params.setdefault(layer, {})[name] = value
-    return params

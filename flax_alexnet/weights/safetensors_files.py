@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -31,7 +32,6 @@ from flax_alexnet.weights.pretrained import (
     last_layers,
     need_sane,
     need_tensors,
-    unflatten,
 )
 
 KEY, FORMAT = "flax_alexnet", 1
@@ -58,9 +58,8 @@ def write(net: Pretrained, path: Path) -> None:
     """
     rule = net.preprocessing
     tensors = {
-        f"params/{layer}/{name}": np.asarray(value, np.float32)
-        for layer, values in net.params.items()
-        for name, value in values.items()
+        f"params/{path}": np.asarray(value, np.float32)
+        for path, value in flatten_dict(net.params, sep="/").items()
     }
     tensors["preprocessing/mean"] = np.asarray(rule.mean, np.float32)
     tensors |= {f"lpips/{k}": np.asarray(v, np.float32) for k, v in net.lpips_heads.items()}
@@ -138,7 +137,7 @@ def read(path: Path) -> Pretrained:
     tensors = {name: value.read() for name, value in stored.items()}
     return dataclasses.replace(
         net,
-        params=unflatten(_under("params/", tensors)),
+        params=unflatten_dict(_under("params/", tensors), sep="/"),
         preprocessing=dataclasses.replace(net.preprocessing, mean=tensors["preprocessing/mean"]),
         lpips_heads=_under("lpips/", tensors),
     )
