@@ -31,7 +31,7 @@ from photographs import FOLDER, find_photographs
 from PIL import Image, ImageFilter
 
 from flax_alexnet import features, lpips
-from flax_alexnet.commands.lpips import need_heads
+from flax_alexnet.commands.lpips import check_heads
 from flax_alexnet.data.decode import DecodeError, decode_whole, read_file
 from flax_alexnet.data.pictures import find_pictures, read_pictures
 from flax_alexnet.models.lpips import signed
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         photographs = find_photographs(arguments.photographs)
         examples = open_examples(arguments.examples)
         net = load(arguments.weights)
-        need_heads(net)
+        check_heads(net)
         base, distorted = arguments.output / "trunk", arguments.distorted
         if arguments.quick:
             base, distorted = arguments.output / "trunk_quick", 4

@@ -13,9 +13,9 @@ import pytest
 
 from flax_alexnet.checkpoint.manager import (
     Checkpoints,
+    check_steps,
     digest,
     manifest,
-    need_steps,
     newest_whole,
     restore_model,
     set_aside_damaged,
@@ -322,15 +322,15 @@ def test_steps_that_were_saved_and_are_gone_are_missed(tmp_path, monkeypatch):
 
         patch.setattr("flax_alexnet.checkpoint.manager.write_manifest", fail)
         save_one(1)
-    need_steps(folder, marker)  # a run that never could save starts again
+    check_steps(folder, marker)  # a run that never could save starts again
     save_one(2)
-    need_steps(folder, marker)
+    check_steps(folder, marker)
     marker.unlink()  # as with a run of an older version, or a kill right after the save
     Checkpoints(folder, marker=marker).close()
     shutil.rmtree(folder / "2")
     for _ in range(2):
         with pytest.raises(UserError, match="has no checkpoint, though this run has saved some"):
-            need_steps(folder, marker)
+            check_steps(folder, marker)
         shutil.rmtree(folder, ignore_errors=True)
 
 

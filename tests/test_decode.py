@@ -255,7 +255,7 @@ def test_lengths_of_strips_below_0_make_up_for_no_others():
     tiff = b"II*\0" + struct.pack("<IH", 8, len(lines))
     tiff += b"".join(struct.pack("<HHII", *line) for line in lines) + bytes(4)
     with pytest.raises(DecodeError, match="its strips have 4,294,967,296 bytes"):
-        image_files.need_decodable(tiff)
+        image_files.check_decodable(tiff)
 
 
 def test_what_lies_behind_a_picture_is_not_looked_at():

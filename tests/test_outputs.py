@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flax_alexnet.utils.errors import UserError
-from flax_alexnet.utils.outputs import alone, need_room, new_files, replacing, writing
+from flax_alexnet.utils.outputs import alone, check_room, new_files, replacing, writing
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
@@ -292,9 +292,9 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, name):
 
 
 def test_room_is_asked_for_where_the_path_will_be(tmp_path):
-    need_room(tmp_path / "not" / "yet", 1)
+    check_room(tmp_path / "not" / "yet", 1)
     with pytest.raises(UserError, match=r"GB free, and about 1,000,000,000\.0 GB are needed"):
-        need_room(tmp_path / "not" / "yet", 10**18)
+        check_room(tmp_path / "not" / "yet", 10**18)
     with alone(tmp_path / "x") as folder, pytest.raises(UserError) as error:
-        need_room(folder / "x", 10**18)
+        check_room(folder / "x", 10**18)
     assert str(error.value).startswith(f"the disk of {tmp_path / 'x'} has")

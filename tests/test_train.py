@@ -216,7 +216,7 @@ def no_save(monkeypatch):
             act()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flax_alexnet.checkpoint.manager.Checkpoints._need_room", fail)
+    monkeypatch.setattr("flax_alexnet.checkpoint.manager.Checkpoints._check_room", fail)
     return attempts
 
 

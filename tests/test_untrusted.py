@@ -25,7 +25,7 @@ from flax_alexnet.training.logger import Clock, RunLog, read_metrics
 from flax_alexnet.training.run_directory import FILES, claim, locked, record
 from flax_alexnet.training.setup import recorded_parts
 from flax_alexnet.utils.errors import UserError
-from flax_alexnet.utils.outputs import need_room
+from flax_alexnet.utils.outputs import check_room
 from flax_alexnet.utils.text import printable, read_table
 from flax_alexnet.weights import safetensors_files
 from flax_alexnet.weights.load import load
@@ -208,7 +208,7 @@ class TestWorkingDirectories:
         monkeypatch.chdir(tmp_path / "gone")
         (tmp_path / "gone").rmdir()
         with pytest.raises(UserError, match="cannot write run: No such file or directory"):
-            need_room(Path("run"), 1)
+            check_room(Path("run"), 1)
 
     def test_metrics_that_are_removed_while_a_run_goes_on_are_written_anew(self, tmp_path):
         log = RunLog(tmp_path, 0, 9, Clock(tmp_path / "seconds", 0.0))

@@ -23,7 +23,7 @@ from flax_alexnet.utils.errors import UserError
 from flax_alexnet.utils.outputs import writing
 from flax_alexnet.weights import safetensors_files, torch_files
 from flax_alexnet.weights.load import load
-from flax_alexnet.weights.pretrained import need_classifier
+from flax_alexnet.weights.pretrained import check_classifier
 
 RULE = {
     "image_size": 72,
@@ -239,12 +239,12 @@ def test_a_trunk_has_features_but_no_classes(net, tmp_path):
     again = load(tmp_path / "trunk.safetensors")
     assert not again.is_classifier
     with pytest.raises(UserError, match=r"made.pth has no fc6, fc7, fc8"):
-        need_classifier(again)
+        check_classifier(again)
     some = {**trunk, "fc6": net.params["fc6"]}
     safetensors_files.save(dataclasses.replace(net, params=some), tmp_path / "some.safetensors")
     again = load(tmp_path / "some.safetensors")
     with pytest.raises(UserError, match=r"made.pth has no fc7, fc8"):
-        need_classifier(again)
+        check_classifier(again)
     images = again.preprocess(random_pictures(again, 1))
     assert features(again.model, again.params, images, ["fc6"])["fc6"].shape == (1, 205)
     hole = {**trunk, "fc7": net.params["fc7"]}

@@ -50,7 +50,7 @@ class Checkpoints:
       folder: made if it is not there.
       patience: seconds after which failing attempts are an error.
       say: says a line.
-      marker: a file that is made, elsewhere, once there is a step: see `need_steps`.
+      marker: a file that is made, elsewhere, once there is a step: see `check_steps`.
     """
 
     def __init__(
@@ -133,12 +133,12 @@ class Checkpoints:
         self._started = step
         try:
             first()
-            self._need_room(state)
+            self._check_room(state)
             self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
         except FAILURES as error:
             self._fail(error)
 
-    def _need_room(self, state: Any) -> None:
+    def _check_room(self, state: Any) -> None:
         """Raises OSError where the disk is too full or read-only.
 
         Earlier, and tidier, than Orbax would, whose threads wait for minutes after some failures.
@@ -265,7 +265,7 @@ def set_aside_damaged(folder: Path, aside: Path) -> list[str]:
     return moved
 
 
-def need_steps(folder: Path, marker: Path) -> None:
+def check_steps(folder: Path, marker: Path) -> None:
     """Raises UserError where steps were saved, as `marker` tells, and none is under `folder`."""
     if marker.exists() and not _steps(folder):
         raise UserError(

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from flax_alexnet.config.cli import NO_DATASET, UseDataConfig, command, need_batch, parse
+from flax_alexnet.config.cli import NO_DATASET, UseDataConfig, check_batch, command, parse
 from flax_alexnet.data.pictures import Picture, open_for_use, read_pictures, summarize
 from flax_alexnet.data.sources import FOLDER, Source, place_of
-from flax_alexnet.inference.batches import infer, log_probabilities, need_numbers
+from flax_alexnet.inference.batches import check_numbers, infer, log_probabilities
 from flax_alexnet.training.run_directory import recorded
 from flax_alexnet.utils.errors import UserError
 from flax_alexnet.utils.inputs import read_json
@@ -26,7 +26,7 @@ from flax_alexnet.utils.plotting import plot_confusion
 from flax_alexnet.utils.text import write_table
 from flax_alexnet.weights.labels import match_labels
 from flax_alexnet.weights.load import files_of, load
-from flax_alexnet.weights.pretrained import Pretrained, need_classifier
+from flax_alexnet.weights.pretrained import Pretrained, check_classifier
 
 OUTPUTS = ("evaluation.json", "classes.csv", "confusion.csv", "confusion.png")
 
@@ -98,7 +98,7 @@ class Evaluation:
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     config = parse(EvaluateConfig, argv, None, "flax_alexnet evaluate")
-    need_batch(config.batch_size)
+    check_batch(config.batch_size)
     if not config.weights:
         raise UserError("no weights: name weight files, or working directories of runs")
     run(config)
@@ -125,7 +125,7 @@ def run(config: EvaluateConfig) -> None:
             file=sys.stderr,
         )
     for net in nets:
-        need_classifier(net)
+        check_classifier(net)
         if (net.num_classes, net.label_names) != (nets[0].num_classes, nets[0].label_names):
             raise UserError("the nets differ in their classes; evaluate them one by one")
     labels = _match(source.label_names, nets[0], config.match_by_order)
@@ -277,7 +277,7 @@ def evaluate(
             continue
         if not 0 <= picture.label < len(labels):
             raise UserError(f"picture {picture.name} has no label; take a split with labels")
-        need_numbers(row, picture.name)
+        check_numbers(row, picture.name)
         evaluation.add(int(labels[picture.label]), row)
     return evaluation
 

@@ -18,13 +18,13 @@ import numpy as np
 import tyro
 
 from flax_alexnet.config.cli import command, parse
-from flax_alexnet.inference.batches import need_numbers
+from flax_alexnet.inference.batches import check_numbers
 from flax_alexnet.models.activations import features
 from flax_alexnet.utils.errors import UserError, first_line, unknown
 from flax_alexnet.utils.inputs import read_bytes
 from flax_alexnet.utils.outputs import new_files, writing
 from flax_alexnet.weights.load import files_of, load
-from flax_alexnet.weights.pretrained import Params, Pretrained, need_layers
+from flax_alexnet.weights.pretrained import Params, Pretrained, check_layers
 from flax_alexnet.weights.stored import LARGEST
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -93,7 +93,7 @@ def _export(net: Pretrained, path: Path, partial: Path, kind: str | None, layer:
     kind = kind or _kind_of(path)
     if kind not in FORMATS:
         raise UserError(unknown("format", kind, FORMATS))
-    need_layers(net, (layer,))
+    check_layers(net, (layer,))
     config = dataclasses.replace(net.config, dtype="float32")
     net = dataclasses.replace(net, config=config, params=jax.tree.map(np.asarray, net.params))
     size = net.preprocessing.image_size
@@ -103,7 +103,7 @@ def _export(net: Pretrained, path: Path, partial: Path, kind: str | None, layer:
         with jax.default_device(_cpu()):
             program = write(net, layer, partial)
             ours = np.asarray(jax.jit(_forward(net, layer))(net.params, images))
-            need_numbers(ours, "random pictures")
+            check_numbers(ours, "random pictures")
             if program is None:
                 check = "not checked, since onnxruntime is not installed"
             else:

@@ -19,10 +19,10 @@ from tqdm import tqdm
 from flax_alexnet.config.cli import (
     NO_DATASET,
     UseDataConfig,
+    check_batch,
+    check_flag,
+    check_png,
     command,
-    need,
-    need_batch,
-    need_png,
     parse,
 )
 from flax_alexnet.data.pictures import (
@@ -33,15 +33,15 @@ from flax_alexnet.data.pictures import (
     summarize,
 )
 from flax_alexnet.data.sources import NO_LABEL, Source
-from flax_alexnet.inference.batches import infer, need_numbers, on_devices
+from flax_alexnet.inference.batches import check_numbers, infer, on_devices
 from flax_alexnet.inference.feature_file import READ, SUFFIXES, UNREADABLE, FeatureFile, nearest
 from flax_alexnet.models.activations import features
 from flax_alexnet.models.alexnet import AlexNet
 from flax_alexnet.utils.errors import UserError
-from flax_alexnet.utils.outputs import check_not_read, need_room, new_files
+from flax_alexnet.utils.outputs import check_not_read, check_room, new_files
 from flax_alexnet.utils.plotting import plot_neighbours
 from flax_alexnet.weights.load import files_of, load
-from flax_alexnet.weights.pretrained import Pretrained, need_layers
+from flax_alexnet.weights.pretrained import Pretrained, check_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +76,10 @@ class FeaturesConfig:
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     config = parse(FeaturesConfig, argv, None, "flax_alexnet features")
-    need_batch(config.batch_size)
-    need("neighbours", config.neighbours, config.neighbours >= 1, "1 or more")
-    need("output", config.output, config.output.suffix in SUFFIXES, "a .h5 or .npy file")
-    need_png("nearest", config.nearest)
+    check_batch(config.batch_size)
+    check_flag("neighbours", config.neighbours, config.neighbours >= 1, "1 or more")
+    check_flag("output", config.output, config.output.suffix in SUFFIXES, "a .h5 or .npy file")
+    check_png("nearest", config.nearest)
     if bool(config.pictures) == bool(config.data.name):
         raise UserError("name either pictures or a dataset with --data.name")
     run(config)
@@ -115,7 +115,7 @@ def run(config: FeaturesConfig) -> None:
         if config.nearest:
             queries = choose_queries(source, file, named)
             rows, distances = nearest(file, layers[-1], queries, config.neighbours, config.distance)
-            need_numbers(distances, "the neighbours of pictures")
+            check_numbers(distances, "the neighbours of pictures")
             with write(config.nearest) as path:
                 draw_nearest(net, source, queries, rows, distances, path)
     if config.nearest:
@@ -132,12 +132,12 @@ def open_file(net: Pretrained, source: Source, layers: Sequence[str], path: Path
     size = net.preprocessing.crop_size
     image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     function = functools.partial(features, net.model, layers=tuple(layers))
-    need_layers(net, layers)
+    check_layers(net, layers)
     shapes = jax.eval_shape(function, net.params, image)
     names = [source.name(index) for index in range(len(source))]
     sizes = {layer: shapes[layer].shape[1:] for layer in layers}
     if not path.exists():
-        need_room(path, len(names) * 4 * sum(math.prod(shape) for shape in sizes.values()))
+        check_room(path, len(names) * 4 * sum(math.prod(shape) for shape in sizes.values()))
     return FeatureFile(path, names, sizes)
 
 
@@ -159,7 +159,7 @@ def extract(
     same = (file["size"] == stamps[:, 0]) & (file["changed"] == stamps[:, 1])
     there = (file["status"] == READ) & same
     function = _function(net, layers)
-    _need_same(net, function, source, layers, file, np.flatnonzero(there))
+    _check_same(net, function, source, layers, file, np.flatnonzero(there))
     if changed := np.count_nonzero((file["status"] == READ) & ~same):
         print(f"{changed:,} pictures have changed since they were read, and are read again")
     todo = np.flatnonzero(~there).tolist()
@@ -211,7 +211,7 @@ def _function(net: Pretrained, layers: Sequence[str]) -> Callable[[jax.Array], A
     return on_devices(net, of_batch)
 
 
-def _need_same(
+def _check_same(
     net: Pretrained,
     function: Callable[[jax.Array], Any],
     source: Source,

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import tyro
 
-from flax_alexnet.config.cli import command, need, need_png, parse
+from flax_alexnet.config.cli import check_flag, check_png, command, parse
 from flax_alexnet.data.decode import DecodeError, decode_whole, read_file
 from flax_alexnet.data.pictures import find_pictures, summarize
-from flax_alexnet.inference.batches import need_numbers
+from flax_alexnet.inference.batches import check_numbers
 from flax_alexnet.models.lpips import lpips, signed
 from flax_alexnet.utils.errors import UserError
 from flax_alexnet.utils.outputs import new_files
@@ -46,9 +46,9 @@ class LpipsConfig:
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     config = parse(LpipsConfig, argv, None, "flax_alexnet lpips")
-    need_png("plot", config.plot)
+    check_png("plot", config.plot)
     csv_named = config.output is None or config.output.suffix == ".csv"
-    need("output", config.output, csv_named, "a .csv file")
+    check_flag("output", config.output, csv_named, "a .csv file")
     run(config)
 
 
@@ -61,7 +61,7 @@ def run(config: LpipsConfig) -> None:
     files = (config.output, config.plot)
     with new_files(files, inputs, overwrite=config.overwrite) as write:
         net = load(config.weights)
-        need_heads(net)
+        check_heads(net)
         distance = jax.jit(lpips, static_argnames="spatial")
         rows: list[tuple[str, str]] = []
         values: list[float] = []
@@ -75,7 +75,7 @@ def run(config: LpipsConfig) -> None:
                     )
                 images = signed(a[None]), signed(b[None])
                 value = float(distance(net.params, net.lpips_heads, *images)[0])
-                need_numbers(value, "these pictures")
+                check_numbers(value, "these pictures")
             except (DecodeError, UserError) as error:
                 problems.append((name, str(error)))
                 rows.append((name, str(error)))
@@ -131,7 +131,7 @@ def _by_name(folder: Path) -> dict[str, Path]:
     return named
 
 
-def need_heads(net: Pretrained) -> None:
+def check_heads(net: Pretrained) -> None:
     """Raises UserError for a net that LPIPS cannot be computed with."""
     name = net.source.get("file", "this net")
     if net.config.variant != "torchvision" or net.config.width != 1:

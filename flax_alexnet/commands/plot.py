@@ -13,14 +13,14 @@ import tyro
 
 from flax_alexnet.config.cli import command, parse
 from flax_alexnet.data.augment import center_crop
-from flax_alexnet.inference.batches import need_numbers
+from flax_alexnet.inference.batches import check_numbers
 from flax_alexnet.models.activations import features, grad_cam, map_names
 from flax_alexnet.models.architectures import activation_names, architecture
 from flax_alexnet.utils.errors import UserError, unknown
 from flax_alexnet.utils.outputs import new_files
 from flax_alexnet.utils.plotting import plot_activations, plot_grad_cam, plot_kernels
 from flax_alexnet.weights.load import files_of, load
-from flax_alexnet.weights.pretrained import Pretrained, need_classifier, need_layers
+from flax_alexnet.weights.pretrained import Pretrained, check_classifier, check_layers
 
 of_layers = jax.jit(features, static_argnames=("model", "layers"))
 maps_of_classes = jax.jit(grad_cam, static_argnames=("model", "layer"))
@@ -59,9 +59,9 @@ def plot(config: PlotConfig) -> None:
     """
     net = load(config.weights)
     layers = config.layers or drawable(net)
-    need_layers(net, layers)
+    check_layers(net, layers)
     if config.classes:
-        need_classifier(net)
+        check_classifier(net)
     chosen = [find_class(net, name) for name in config.classes]
     for stem, count in Counter(path.stem for path in config.pictures).items():
         if count > 1:
@@ -94,7 +94,7 @@ def draw_activations(net: Pretrained, image: jax.Array, layers: Sequence[str], p
     found = of_layers(net.model, net.params, net.preprocess(image[None]), tuple(layers))
     activations = {layer: np.asarray(found[layer][0], np.float32) for layer in layers}
     for layer, values in activations.items():
-        need_numbers(values, f"{layer} of a picture")
+        check_numbers(values, f"{layer} of a picture")
     plot_activations(_crop(net, image), activations, path)
 
 
@@ -103,7 +103,7 @@ def draw_grad_cam(net: Pretrained, image: jax.Array, labels: Sequence[int], path
     seen = net.preprocess(image[None])
     logits = of_layers(net.model, net.params, seen, ("logits",))["logits"][0]
     probabilities = np.asarray(jax.nn.softmax(logits.astype(jnp.float32)))
-    need_numbers(probabilities, "a picture")
+    check_numbers(probabilities, "a picture")
     chosen = np.array(labels or np.argsort(-probabilities, kind="stable")[:5], np.int32)
     images = jnp.broadcast_to(seen, (len(chosen), *seen.shape[1:]))
     maps = np.asarray(maps_of_classes(net.model, net.params, images, chosen))

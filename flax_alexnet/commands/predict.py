@@ -9,16 +9,16 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from flax_alexnet.config.cli import command, need, need_batch, need_png, parse
+from flax_alexnet.config.cli import check_batch, check_flag, check_png, command, parse
 from flax_alexnet.data.pictures import Picture, find_pictures, read_pictures, summarize
 from flax_alexnet.data.sources import Source
-from flax_alexnet.inference.batches import infer, log_probabilities, need_numbers
+from flax_alexnet.inference.batches import check_numbers, infer, log_probabilities
 from flax_alexnet.utils.errors import UserError
 from flax_alexnet.utils.outputs import new_files
 from flax_alexnet.utils.plotting import plot_predictions
 from flax_alexnet.utils.text import write_table
 from flax_alexnet.weights.load import files_of, load
-from flax_alexnet.weights.pretrained import Pretrained, need_classifier
+from flax_alexnet.weights.pretrained import Pretrained, check_classifier
 
 MOST_PLOTTED = 64
 
@@ -64,11 +64,11 @@ class Prediction:
 def main(argv: Sequence[str]) -> None:
     """Runs the command."""
     config = parse(PredictConfig, argv, None, "flax_alexnet predict")
-    need("top", config.top, config.top >= 1, "1 or more")
-    need_png("plot", config.plot)
-    need_batch(config.batch_size)
+    check_flag("top", config.top, config.top >= 1, "1 or more")
+    check_png("plot", config.plot)
+    check_batch(config.batch_size)
     suffix = config.output.suffix if config.output else ".json"
-    need("output", config.output, suffix in (".json", ".csv"), "a .json or .csv file")
+    check_flag("output", config.output, suffix in (".json", ".csv"), "a .json or .csv file")
     predict(config)
 
 
@@ -81,7 +81,7 @@ def predict(config: PredictConfig) -> None:
     """
     source = find_pictures(config.pictures)
     net = load(config.weights)
-    need_classifier(net)
+    check_classifier(net)
     inputs = [*files_of(config.weights), *source.paths]
     files = (config.output, config.plot)
     with new_files(files, inputs, overwrite=config.overwrite) as write:
@@ -126,7 +126,7 @@ def predictions(
     batch_size = min(batch_size, len(source))
     for picture, row in infer(log_probabilities(net, crops), pictures, batch_size):
         if row is not None:
-            need_numbers(row, picture.name)
+            check_numbers(row, picture.name)
         yield Prediction(picture, None if row is None else np.exp(row))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import absl.logging
 import tensorflow_datasets as tfds
 
-from flax_alexnet.config.cli import command, need, parse
+from flax_alexnet.config.cli import check_flag, command, parse
 from flax_alexnet.config.schema import LARGEST_IMAGE
 from flax_alexnet.data import imagenet, synthetic
 from flax_alexnet.data.descriptions import damaged
@@ -24,12 +24,12 @@ from flax_alexnet.data.sources import (
     UNREADABLE,
     FolderSplits,
     check_descriptions,
+    check_known,
     default_data_dir,
-    need_known,
     place_of,
     prepare_with_tfds,
 )
-from flax_alexnet.data.writer import OUTCOMES, Prepared, need_new, write_dataset
+from flax_alexnet.data.writer import OUTCOMES, Prepared, check_new, write_dataset
 from flax_alexnet.utils.errors import UserError, first_line
 from flax_alexnet.utils.text import printable
 
@@ -80,9 +80,9 @@ def prepare(
         read, a place that cannot be written to, or TensorFlow is needed and not installed.
     """
     if as_name is not None:
-        need("name", as_name, name.startswith(FOLDER), "no value: it is for folders")
+        check_flag("name", as_name, name.startswith(FOLDER), "no value: it is for folders")
         plain = re.fullmatch(r"\w+", as_name, re.ASCII)
-        need("name", as_name, plain is not None, "letters of ASCII, digits and '_'")
+        check_flag("name", as_name, plain is not None, "letters of ASCII, digits and '_'")
     if not 1 <= image_size <= LARGEST_IMAGE:
         raise UserError(f"--data.image-size is {image_size}; expected 1 to {LARGEST_IMAGE}")
     data_dir = data_dir or default_data_dir()
@@ -123,7 +123,7 @@ def _prepare_folder(name: str, data_dir: Path, image_size: int, as_name: str | N
     parts = FolderSplits(path)
     as_name = as_name or name_of_folder(path.name)
     folder = data_dir / PREPARED_FOLDER / as_name / "1.0.0"
-    need_new(folder, "--name or --data.data-dir")
+    check_new(folder, "--name or --data.data-dir")
     if as_name != path.name:
         print(f"{printable(str(path))} is prepared as {PREPARED_FOLDER}/{as_name}", flush=True)
     splits = {split: parts.open(split) for split in parts.names}
@@ -146,7 +146,7 @@ def name_of_folder(name: str) -> str:
 
 def _prepare_imagenet(data_dir: Path, image_size: int) -> str:
     folder = data_dir / imagenet.NAME / imagenet.VERSION
-    need_new(folder)
+    check_new(folder)
     with imagenet.open_archives(data_dir) as splits:
         written = write_dataset(
             splits, folder, imagenet.NAME, image_size, name_feature=imagenet.NAME_FEATURE
@@ -174,7 +174,7 @@ def _prepare_with_tfds(name: str, data_dir: Path) -> str:
     if name == synthetic.NAME:
         builder = prepare_with_tfds(lambda: synthetic.builder(data_dir))
     else:
-        need_known(name, data_dir)
+        check_known(name, data_dir)
         builder = prepare_with_tfds(
             lambda: tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
         )

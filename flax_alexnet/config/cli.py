@@ -86,20 +86,20 @@ def check_device(count: Callable[[], int]) -> int:
         raise UserError(f"JAX finds no device ({first_line(error)}): see JAX_PLATFORMS") from None
 
 
-def need(flag: str, value: object, fits: bool, expected: str) -> None:
+def check_flag(flag: str, value: object, fits: bool, expected: str) -> None:
     """Raises UserError for the value of a flag that does not fit."""
     if not fits:
         raise UserError(f"--{flag} is {value}; expected {expected}")
 
 
-def need_batch(size: int) -> None:
+def check_batch(size: int) -> None:
     """Raises UserError for a `--batch-size` that is out of its range."""
-    need("batch-size", size, 1 <= size <= LARGEST_BATCH, f"1 to {LARGEST_BATCH}")
+    check_flag("batch-size", size, 1 <= size <= LARGEST_BATCH, f"1 to {LARGEST_BATCH}")
 
 
-def need_png(flag: str, path: Path | None) -> None:
+def check_png(flag: str, path: Path | None) -> None:
     """Raises UserError for a picture to be written under another ending."""
-    need(flag, path, path is None or path.suffix == ".png", "a .png file")
+    check_flag(flag, path, path is None or path.suffix == ".png", "a .png file")
 
 
 def parse(schema: type[T], argv: Sequence[str], default: T | None, program: str) -> T:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flax_alexnet.config.cli import need, need_batch
+from flax_alexnet.config.cli import check_batch, check_flag
 from flax_alexnet.data.preprocessing import ResizeRule, Scale
 from flax_alexnet.models.architectures import ARCHITECTURES
 from flax_alexnet.utils.errors import UserError, unknown
@@ -246,7 +246,7 @@ def validate(config: Config) -> None:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is {value}; expected numbers up to {LARGEST_NUMBER:g}")
     data, model, optimizer = config.data, config.model, config.optimizer
-    need_batch(config.batch_size)
+    check_batch(config.batch_size)
     for flag, value, fits, expected in (
         ("epochs", config.epochs, config.epochs > 0, "more than 0"),
         ("steps", config.steps, config.steps is None or config.steps >= 1, "1 or more"),
@@ -346,7 +346,7 @@ def validate(config: Config) -> None:
             "0 or more",
         ),
     ):
-        need(flag, value, fits, expected)
+        check_flag(flag, value, fits, expected)
 
 
 def frozen_layers(config: Config, names: Sequence[str]) -> frozenset[str]:
@@ -378,7 +378,7 @@ def layer_rates(config: Config, names: Sequence[str]) -> dict[str, float]:
             factor = float(number) if equals else -1.0
         except ValueError:
             factor = -1.0
-        need(flag, value, 0 <= factor <= LARGEST_NUMBER, "PATTERN=NUMBER, such as conv.*=0.1")
+        check_flag(flag, value, 0 <= factor <= LARGEST_NUMBER, "PATTERN=NUMBER, such as conv.*=0.1")
         rates |= dict.fromkeys(_matching(flag, pattern, names), factor)
     return rates
 

@@ -46,7 +46,7 @@ def rescale(images: jax.Array, scale: Scale) -> jax.Array:
     return images * scale
 
 
-def _need_size(images: jax.Array, size: int) -> None:
+def _check_size(images: jax.Array, size: int) -> None:
     """Raises UserError for images that have no part of `size`: a slice would be cut short."""
     if min(images.shape[1:3]) < size:
         shape = ", ".join(map(str, images.shape))
@@ -59,7 +59,7 @@ def center_crop(images: jax.Array, size: int) -> jax.Array:
     Raises:
       UserError: the images are smaller, here and in the other functions that cut.
     """
-    _need_size(images, size)
+    _check_size(images, size)
     top, left = ((side - size) // 2 for side in images.shape[1:3])
     return images[:, top : top + size, left : left + size]
 
@@ -69,7 +69,7 @@ def ten_crops(images: jax.Array, size: int) -> jax.Array:
 
     Section 4.1 of the paper, whose test averages the softmax over these.
     """
-    _need_size(images, size)
+    _check_size(images, size)
     height, width = images.shape[1:3]
     corners = [(0, 0), (0, width - size), (height - size, 0), (height - size, width - size)]
     crops = [images[:, top : top + size, left : left + size] for top, left in corners]
@@ -79,7 +79,7 @@ def ten_crops(images: jax.Array, size: int) -> jax.Array:
 
 def random_crop(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
     """[b, h, w, 3] → [b, size, size, 3], each at a place of its own, all equally likely."""
-    _need_size(images, size)
+    _check_size(images, size)
     batch, height, width, channels = images.shape
     limit = jnp.array([height - size + 1, width - size + 1])
     corners = jax.random.randint(key, (batch, 2), 0, limit[None])

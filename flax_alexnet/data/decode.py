@@ -205,9 +205,9 @@ def _jpeg(
         return _turned(pixels, image_files.jpeg_orientation(encoded, segments))
     kinds = {segment.kind for segment in segments}
     shrinks = enough and not kinds & (LOSSLESS | ARITHMETIC)
-    _need_at_most(LARGEST_PICTURE if shrinks else LARGEST_WHOLE, height * width)
+    _check_at_most(LARGEST_PICTURE if shrinks else LARGEST_WHOLE, height * width)
     channels = {"Gray": 1, "CMYK": 4, "YCCK": 4}.get(colors, 3)
-    _need_few_scans(encoded, segments, channels, height * width)
+    _check_few_scans(encoded, segments, channels, height * width)
     if height * width > SMALL:
         held.enter_context(ROOM.take(height * width))
     least = enough if enough and height * width > LARGEST_WHOLE else max(height, width)
@@ -219,13 +219,13 @@ def _jpeg(
     return _turned(pixels, image_files.jpeg_orientation(encoded, segments))
 
 
-def _need_few_scans(jpeg: bytes, segments: list[Segment], channels: int, pixels: int) -> None:
+def _check_few_scans(jpeg: bytes, segments: list[Segment], channels: int, pixels: int) -> None:
     """Raises DecodeError where a JPEG that is not decoded row by row is too large for that."""
     kinds = {segment.kind for segment in segments}
     first = segments[-1]
     if jpeg[first.body : first.body + 1] == bytes([channels]) and not kinds & PROGRESSIVE:
         return
-    _need_at_most(LARGEST_IN_SCANS // channels, pixels)
+    _check_at_most(LARGEST_IN_SCANS // channels, pixels)
     scans = image_files.count_scans(jpeg, first)
     if scans * pixels > LONGEST_IN_SCANS // (ARITHMETIC_IS_SLOWER if kinds & ARITHMETIC else 1):
         raise DecodeError(f"it has {scans:,} scans over {pixels:,} pixels: too many")
@@ -233,14 +233,14 @@ def _need_few_scans(jpeg: bytes, segments: list[Segment], channels: int, pixels:
 
 def _other(encoded: bytes, held: contextlib.ExitStack) -> np.ndarray:
     """What Pillow decodes: any format, or a JPEG without its EXIF data, which is not turned."""
-    image_files.need_decodable(encoded)
+    image_files.check_decodable(encoded)
     with Image.open(image_files.Stream(encoded), formats=FORMATS) as image:
-        _need_at_most(LARGEST_WHOLE, _stored(image))
+        _check_at_most(LARGEST_WHOLE, _stored(image))
         if image.height > MOST_ROWS:
             raise DecodeError(f"it has {image.height:,} rows; at most {MOST_ROWS:,} are read")
         if encoded.startswith(JPEG):
             segments = image_files.jpeg_segments(encoded)
-            _need_few_scans(encoded, segments, len(image.getbands()), _stored(image))
+            _check_few_scans(encoded, segments, len(image.getbands()), _stored(image))
         slow = image.tile and image.tile[0][0] in Image.DECODERS
         if slow and max(image.height * image.width, len(encoded)) > LARGEST_SLOW:
             raise DecodeError(
@@ -271,7 +271,7 @@ def _centre(width: int, height: int, most: int) -> tuple[int, int, int, int]:
     return left, top, min(width, left + most), min(height, top + most)
 
 
-def _need_at_most(largest: int, pixels: int) -> None:
+def _check_at_most(largest: int, pixels: int) -> None:
     if pixels > largest:
         raise DecodeError(f"it has {pixels:,} pixels; at most {largest:,} of its format are read")
 

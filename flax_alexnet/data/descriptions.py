@@ -47,7 +47,7 @@ def check_description(folder: Path) -> None:
                 if path.suffix == ".json":
                     value = parse_json(read_bytes(path, LARGEST))
                     if path.name == "features.json":
-                        _need_classes_of_tfds(folder, value)
+                        _check_classes_of_tfds(folder, value)
             except UserError:
                 raise
             except (OSError, ValueError) as error:
@@ -55,7 +55,7 @@ def check_description(folder: Path) -> None:
                 raise damaged(folder, f"{path.name}: {reason}") from None
 
 
-def _need_classes_of_tfds(folder: Path, features: object) -> None:
+def _check_classes_of_tfds(folder: Path, features: object) -> None:
     todo = [features]
     while todo:
         value = todo.pop()

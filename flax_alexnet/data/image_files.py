@@ -139,20 +139,20 @@ def orientation(exif: bytes, xmp: bytes = b"") -> int:
     return int(found[1]) if found else 1
 
 
-def need_decodable(picture: bytes) -> None:
+def check_decodable(picture: bytes) -> None:
     """Raises DecodeError for a file in more parts, or larger ones, than a picture can need."""
     if picture.startswith(PNG):
-        _need_decodable_png(picture)
+        _check_decodable_png(picture)
     elif picture.startswith(TIFF):
-        _need_decodable_tiff(picture)
+        _check_decodable_tiff(picture)
     elif picture.startswith(b"RIFF") and picture[8:12] == b"WEBP":
-        _need_decodable_webp(picture)
+        _check_decodable_webp(picture)
     # Pillow would read the whole header of a BMP before it looks at what it is.
     elif picture.startswith(b"BM") and int.from_bytes(picture[14:18], "little") not in BMP_HEADERS:
         raise DecodeError("it is no picture in a known format")
 
 
-def _need_decodable_png(png: bytes) -> None:
+def _check_decodable_png(png: bytes) -> None:
     unpacked, place = 0, len(PNG)
     for _ in range(MOST_CHUNKS):
         size, kind = int.from_bytes(png[place : place + 4], "big"), png[place + 4 : place + 8]
@@ -168,7 +168,7 @@ def _need_decodable_png(png: bytes) -> None:
         raise DecodeError(f"it has {unpacked:,} texts and profiles: too many")
 
 
-def _need_decodable_tiff(tiff: bytes) -> None:
+def _check_decodable_tiff(tiff: bytes) -> None:
     if tiff.startswith(BIG_TIFF):  # readers disagree on where its directory is
         raise DecodeError("it is a BigTIFF with the larger byte first; save it as TIFF")
     entries = list(_directory(tiff))
@@ -192,7 +192,7 @@ def _need_decodable_tiff(tiff: bytes) -> None:
             raise DecodeError(f"its strips have {packed:,} bytes, the file has {len(tiff):,}")
 
 
-def _need_decodable_webp(webp: bytes) -> None:
+def _check_decodable_webp(webp: bytes) -> None:
     if len(webp) > LARGEST_WEBP:
         raise DecodeError(f"it has {len(webp):,} bytes; at most {LARGEST_WEBP:,} of WebP are read")
     place, end = 12, min(len(webp), 8 + int.from_bytes(webp[4:8], "little"))

@@ -588,7 +588,7 @@ def prepare_command(name: str, data_dir: Path | None = None) -> str:
     return f"python -m flax_alexnet prepare --data.name {name}{where}"
 
 
-def need_known(name: str, data_dir: Path) -> None:
+def check_known(name: str, data_dir: Path) -> None:
     """Raises UserError with the nearest name where no dataset is called `name`."""
     if os.path.isdir(name):
         raise UserError(f"unknown dataset {name!r}: did you mean folder:{name}?")
@@ -614,7 +614,7 @@ def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
             raise damaged(folder, reason)
         if _base(prepared) == _base(name):
             others.append(prepared)
-    need_known(name, data_dir)
+    check_known(name, data_dir)
     instead = f", which has {', '.join(others)}" if others else ""
     raise UserError(
         f"dataset {name!r} is not prepared in {data_dir}{instead}; run: "

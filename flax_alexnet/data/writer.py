@@ -92,14 +92,14 @@ def write_dataset(
       UserError: the dataset is there already, another process prepares it, a split has no picture
         that can be read, or the folder cannot be written to, such as on a full disk.
     """
-    need_new(folder)
+    check_new(folder)
     label_names = next(iter(splits.values())).label_names
     features, serialize = _format(label_names, size, name_feature)
     shards = [shard for split in splits for shard in _shards(name, split, len(splits[split]))]
     work = _unfinished(folder)
     try:
-        with _alone(work) as need_own:
-            need_new(folder)  # another process may just have made it
+        with _alone(work) as check_own:
+            check_new(folder)  # another process may just have made it
             _begin(work, _plan(splits, shards, size))
             results = {s.file: result for s in shards if (result := _result(work, s))}
             done = sum(len(result.outcomes) for result in results.values())
@@ -108,7 +108,7 @@ def write_dataset(
             with tqdm(total=total, initial=done, unit=" images", disable=None) as bar:
                 for shard in shards:
                     if shard.file not in results:
-                        need_own()
+                        check_own()
                         example = _example(splits[shard.split], size, serialize)
                         results[shard.file] = _write(work, shard, _examples(example, shard), bar)
                         if bar.disable:
@@ -130,8 +130,8 @@ def write_dataset(
                 supervised_keys=("image", "label"),
                 description=f"Pictures brought to {size} × {size} by the rule of the 2012 paper.",
             )
-            need_own()
-            need_new(folder)
+            check_own()
+            check_new(folder)
             _publish(work, folder)
     except OSError as error:
         reason = cause(error)
@@ -143,7 +143,7 @@ def write_dataset(
     return Prepared(folder, counts, problems, sum(r.size for r in results.values()), rate)
 
 
-def need_new(folder: Path, instead: str = "--data.data-dir") -> None:
+def check_new(folder: Path, instead: str = "--data.data-dir") -> None:
     """Raises UserError if there is a dataset in `folder`; the flags of `instead` take another."""
     if os.path.lexists(folder):
         work = _unfinished(folder)
@@ -224,11 +224,11 @@ def _alone(work: Path) -> Iterator[Callable[[], None]]:
         except BlockingIOError:
             raise UserError(f"another process is at work in {work}; wait until it ends") from None
 
-        def need_own() -> None:
+        def check_own() -> None:
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(work / LOCK)):
                 raise OSError(errno.ESTALE, "it was moved or removed, and made once more")
 
-        yield need_own
+        yield check_own
 
 
 def _begin(work: Path, plan: str) -> None:

@@ -68,7 +68,7 @@ def _rows(results: Any, count: int) -> list[Any]:
     return [jax.tree.map(lambda values, row=row: values[row], results) for row in range(count)]
 
 
-def need_numbers(values: Any, what: str) -> None:
+def check_numbers(values: Any, what: str) -> None:
     """Raises UserError where a net gives NaN or ∞, as one of huge or damaged weights does.
 
     Args:

@@ -57,7 +57,7 @@ def lpips(
     """
     if a.shape != b.shape:
         raise ValueError(f"images of the same shape are compared, not {a.shape} and {b.shape}")
-    _need_signed(a, b)
+    _check_signed(a, b)
     model = AlexNet(variant="torchvision")
     images = (jnp.concatenate([a, b]).astype(jnp.float32) - _row(SHIFT)) / _row(SCALE)
     activations = features(model, params, images, LAYERS)
@@ -78,7 +78,7 @@ def signed(pixels: np.ndarray) -> jax.Array:
     return jnp.asarray(pixels.astype(np.float32) / 127.5 - 1)
 
 
-def _need_signed(*images: jax.Array) -> None:
+def _check_signed(*images: jax.Array) -> None:
     """Raises ValueError for images that are not in [-1, 1], as far as can be seen."""
     remedy = "take images / 127.5 - 1 of grey levels 0 … 255, or 2 * images - 1 of [0, 1]"
     for x in images:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flax_alexnet.config.cli import need
+from flax_alexnet.config.cli import check_flag
 from flax_alexnet.parallel.meeting import meet, place
 from flax_alexnet.parallel.program import program
 from flax_alexnet.utils.errors import END_SIGNALS, LOST, UserError, exit_code, first_line
@@ -68,10 +68,10 @@ def join(
     if coordinator is not None:
         place(coordinator)
     if num_processes is not None:
-        need("parallel.num-processes", num_processes, num_processes >= 1, "1 or more")
+        check_flag("parallel.num-processes", num_processes, num_processes >= 1, "1 or more")
         last = num_processes - 1
         if process_id is not None:
-            need("parallel.process-id", process_id, 0 <= process_id <= last, f"0 to {last}")
+            check_flag("parallel.process-id", process_id, 0 <= process_id <= last, f"0 to {last}")
     # It would catch SIGTERM, and only tell those who ask.
     jax.config.update("jax_enable_preemption_service", False)
     try:

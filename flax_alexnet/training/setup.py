@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from flax_alexnet.checkpoint.manager import digest, need_steps, set_aside_damaged
+from flax_alexnet.checkpoint.manager import check_steps, digest, set_aside_damaged
 from flax_alexnet.config.cli import check_device
 from flax_alexnet.config.schema import (
     CONTENT,
@@ -38,7 +38,7 @@ from flax_alexnet.training.run_directory import (
     summarized_step,
 )
 from flax_alexnet.utils.errors import UserError
-from flax_alexnet.utils.outputs import need_room
+from flax_alexnet.utils.outputs import check_room
 from flax_alexnet.weights.finetuning import Start, start_from
 from flax_alexnet.weights.load import load
 
@@ -172,7 +172,7 @@ def _set_up(config: Config, devices: int, held: contextlib.ExitStack) -> Setup:
     frozen, rates = frozen_layers(config, names), layer_rates(config, names)
     start, origin = _start(config, num_classes, dataset.label_names, frozen)
     check_batch_size(config.batch_size, devices)
-    check_room(config, layers)
+    check_sizes(config, layers)
     identity = _identity(config, dataset) | origin
     before, changes = _claim(config, identity, known, held)
     return Setup(
@@ -245,7 +245,7 @@ def check_batch_size(batch_size: int, devices: int) -> None:
         )
 
 
-def check_room(config: Config, layers: tuple[Layer, ...]) -> None:
+def check_sizes(config: Config, layers: tuple[Layer, ...]) -> None:
     """Raises UserError where the crop does not fit the model, or its checkpoints the disk."""
     size = config.augment.crop_size
     try:
@@ -254,7 +254,7 @@ def check_room(config: Config, layers: tuple[Layer, ...]) -> None:
         raise UserError(f"--augment.crop-size {size}: {error}") from None
     # Parameters and velocity in float32; two latest, a best and one that is being written.
     checkpoints = 1 if (config.workdir / "checkpoints").exists() else 4
-    need_room(config.workdir, checkpoints * 2 * 4 * parameters)
+    check_room(config.workdir, checkpoints * 2 * 4 * parameters)
 
 
 def _identity(config: Config, dataset: Dataset) -> dict[str, Any]:
@@ -295,7 +295,7 @@ def _claim(
         held.enter_context(locked(config.workdir))
         for line in set_aside_damaged(config.workdir / "checkpoints", config.workdir / "damaged"):
             print(line, flush=True)
-        need_steps(config.workdir / "checkpoints", config.workdir / SAVED)
+        check_steps(config.workdir / "checkpoints", config.workdir / SAVED)
     return before, changes
 
 

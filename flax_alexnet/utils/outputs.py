@@ -268,7 +268,7 @@ def _holds(place: Path, path: Path) -> bool:
     return path.resolve().is_relative_to(place.resolve())
 
 
-def need_room(path: Path, needed: int) -> None:
+def check_room(path: Path, needed: int) -> None:
     """Raises UserError unless the disk of `path`, which may not exist, has `needed` bytes free."""
     try:
         ancestors = (path.absolute(), *path.absolute().parents)

@@ -12,7 +12,7 @@ from flax_alexnet.config.schema import Config
 from flax_alexnet.utils.errors import UserError
 from flax_alexnet.weights.labels import match_labels
 from flax_alexnet.weights.load import read
-from flax_alexnet.weights.pretrained import Params, Pretrained, expected_shapes, need_tensors
+from flax_alexnet.weights.pretrained import Params, Pretrained, check_tensors, expected_shapes
 
 OF_THE_NET = ("variant", "width", "activation", "relu_logits")
 
@@ -74,7 +74,7 @@ def start_from(
     params = {k: v for k, v in net.params.items() if same_classes or k != last}
     found = {path: value.shape for path, value in flatten_dict(params, sep="/").items()}
     wanted = {path: shape for path, shape in shapes.items() if path.partition("/")[0] in params}
-    need_tensors(found, wanted, f"--init-from {config.init_from}")
+    check_tensors(found, wanted, f"--init-from {config.init_from}")
     anew = {path.partition("/")[0] for path in shapes.keys() - wanted.keys()}
     said = f"starting from {net.source.get('file', config.init_from)}"
     if not same_classes and last in net.params:

@@ -25,9 +25,9 @@ from flax_alexnet.weights.numpy_files import read_npy, read_npz
 from flax_alexnet.weights.pretrained import (
     LPIPS_HEADS,
     Pretrained,
+    check_sane,
+    check_tensors,
     expected_shapes,
-    need_sane,
-    need_tensors,
 )
 from flax_alexnet.weights.stored import LARGEST, Tensor
 from flax_alexnet.weights.torch_files import read_pth, read_safetensors
@@ -262,11 +262,11 @@ def _read_run(workdir: Path) -> tuple[Pretrained, list[str]]:
             mean=np.zeros((size, size, 3), np.float32),
             scale=tuple(scale) if isinstance(scale, list) else scale,
         )
-        need_sane(Pretrained(model, {}, rule, ()))  # before memory is taken as it says
+        check_sane(Pretrained(model, {}, rule, ()))  # before memory is taken as it says
         # A run may have more outputs than its data has classes.
         names += tuple(f"class {label}" for label in range(len(names), num_classes))
         net = Pretrained(model, {}, rule, names)
-        need_sane(net)
+        check_sane(net)
     except (
         OSError,
         ValueError,
@@ -293,5 +293,5 @@ def _read_run(workdir: Path) -> tuple[Pretrained, list[str]]:
     rule = dataclasses.replace(rule, mean=mean)
     net = dataclasses.replace(net, params=params, preprocessing=rule, source=source)
     found = {path: np.shape(value) for path, value in flatten_dict(params, sep="/").items()}
-    need_tensors(found, expected_shapes(net), f"checkpoint {step} of {workdir}")
+    check_tensors(found, expected_shapes(net), f"checkpoint {step} of {workdir}")
     return net, notes

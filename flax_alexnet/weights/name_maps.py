@@ -25,8 +25,8 @@ from flax_alexnet.weights.pretrained import (
     LPIPS_HEADS,
     MOST_CLASSES,
     Params,
+    check_tensors,
     last_layers,
-    need_tensors,
 )
 from flax_alexnet.weights.stored import Stored, Tensor, listed, numbers
 
@@ -239,7 +239,7 @@ def _read(
     optional: Collection[frozenset[str]] = (),
     flattened: Sequence[int] = (),
 ) -> dict[str, np.ndarray]:
-    need_tensors(
+    check_tensors(
         {name: value.shape for name, value in tensors.items()},
         {layout.names[path]: layout.their_shape(shape) for path, shape in shapes.items()},
         file,

@@ -170,7 +170,7 @@ def _run(file: Any, admitted: Mapping[str, Any], persistent: Any) -> Any:
                 stack.append(Skipped(f"an object by {opcode.name}"))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 size = int(opcode.name[-1])
-                _need(len(stack) >= size)
+                _check(len(stack) >= size)
                 stack[-size:] = [tuple(stack[-size:])]
             case "TUPLE" | "LIST" | "DICT" as name:
                 items, stack = stack, below.pop()
@@ -204,23 +204,23 @@ def _run(file: Any, admitted: Mapping[str, Any], persistent: Any) -> Any:
                 stack.append(_find(argument.replace(" ", "."), admitted))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
-                _need(isinstance(name, str) and isinstance(module, str))
-                _need(len(name) + len(module) <= LONGEST_KEY)
+                _check(isinstance(name, str) and isinstance(module, str))
+                _check(len(name) + len(module) <= LONGEST_KEY)
                 stack.append(_find(f"{module}.{name}", admitted))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
-                _need(isinstance(arguments, tuple) and isinstance(function, Global | Skipped))
+                _check(isinstance(arguments, tuple) and isinstance(function, Global | Skipped))
                 if isinstance(function, Skipped):
                     stack.append(Skipped(function.name))
                 elif function.call is None:
                     raise PickleError(f"it calls {_short(function.name)}")
                 else:
-                    _need(len(arguments) <= MOST_ARGUMENTS)
+                    _check(len(arguments) <= MOST_ARGUMENTS)
                     file.count(sum(map(_size, arguments)))
                     stack.append(function.call(*arguments))
             case "NEWOBJ" | "NEWOBJ_EX":
                 del stack[-1 if opcode.name == "NEWOBJ" else -2 :]  # its arguments
-                _need(isinstance(stack[-1], Global | Skipped))
+                _check(isinstance(stack[-1], Global | Skipped))
                 stack[-1] = Skipped(stack[-1].name)
             case "BUILD":
                 state = stack.pop()
@@ -231,7 +231,7 @@ def _run(file: Any, admitted: Mapping[str, Any], persistent: Any) -> Any:
                 elif isinstance(stack[-1], _DType):
                     stack[-1].order = state[1]
                 else:  # attributes of a dictionary, such as PyTorch's _metadata, are passed over
-                    _need(isinstance(stack[-1], dict))
+                    _check(isinstance(stack[-1], dict))
             case "BINPERSID" if persistent:
                 stack.append(persistent(stack.pop()))
             case other:
@@ -253,13 +253,13 @@ def _find(name: str, admitted: Mapping[str, Any]) -> Global | Skipped:
 
 
 def _extend(items: Any, more: list[Any]) -> None:
-    _need(isinstance(items, list | Skipped))
+    _check(isinstance(items, list | Skipped))
     if isinstance(items, list):
         items.extend(more)
 
 
 def _set_items(items: Any, more: list[Any]) -> None:
-    _need(isinstance(items, dict | Skipped))
+    _check(isinstance(items, dict | Skipped))
     if isinstance(items, dict):
         items.update(dictionary(zip(more[::2], more[1::2], strict=True)))
 
@@ -299,7 +299,7 @@ class _DType:
 def _new_array(kind: Any, shape: Any, code: Any) -> np.ndarray:
     """NumPy makes an array empty; its state follows."""
     del shape, code
-    _need(isinstance(kind, Global) and kind.name == "numpy.ndarray")
+    _check(isinstance(kind, Global) and kind.name == "numpy.ndarray")
     return np.empty(0, np.float32)
 
 
@@ -315,7 +315,7 @@ def _fill(array: np.ndarray, state: Any) -> int:
     else:
         copied = len(data) * (isinstance(data, str) or dtype.byteorder not in "=|")
         data = data.encode("latin-1") if isinstance(data, str) else data
-        _need(isinstance(data, bytes) and is_shape(shape))
+        _check(isinstance(data, bytes) and is_shape(shape))
         if math.prod(shape) * dtype.itemsize != len(data):
             size = "×".join(map(str, shape))
             raise PickleError(f"it has an array of {_short(size)}, but {len(data):,} bytes for it")
@@ -325,14 +325,14 @@ def _fill(array: np.ndarray, state: Any) -> int:
 
 def _scalar(kind: Any, data: Any) -> Any:
     dtype = kind.numpy()
-    _need(not dtype.hasobject)
+    _check(not dtype.hasobject)
     (value,) = np.frombuffer(data, dtype)
     return value
 
 
 def _encode(text: Any, codec: Any) -> bytes:
     """How Python 3 writes bytes for Python 2 to read."""
-    _need(isinstance(text, str) and codec in ("latin1", "latin-1"))
+    _check(isinstance(text, str) and codec in ("latin1", "latin-1"))
     return text.encode("latin-1")
 
 
@@ -357,7 +357,7 @@ def _size(value: Any) -> int:
     return len(value) if isinstance(value, str | bytes) else 0
 
 
-def _need(sane: bool) -> None:
+def _check(sane: bool) -> None:
     if not sane:
         raise ValueError("its instructions make no sense")
 

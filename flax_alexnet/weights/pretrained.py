@@ -93,20 +93,20 @@ class Pretrained:
           UserError: images of another shape or type, or floats from 0 to 1, which can be seen only
             where they are not traced.
         """
-        self._need_images(images)
+        self._check_images(images)
         rule = self.preprocessing
         mean = jnp.asarray(rule.mean)
         return preprocess(images, mean, crop_size=rule.crop_size, scale=rule.scale)
 
     def ten_crops(self, images: jax.Array | np.ndarray) -> jax.Array:
         """As `preprocess`, but the paper's ten crops of each: float32[b, 10, crop, crop, 3]."""
-        self._need_images(images)
+        self._check_images(images)
         rule = self.preprocessing
         centred = subtract_mean(images, jnp.asarray(rule.mean))
         crops = ten_crops(centred, rule.crop_size)
         return rescale(crops.reshape(-1, *crops.shape[2:]), rule.scale).reshape(crops.shape)
 
-    def _need_images(self, images: Any) -> None:
+    def _check_images(self, images: Any) -> None:
         size = self.preprocessing.image_size
         expected = f"expected uint8[b, {size}, {size}, 3]"
         if not hasattr(images, "shape") or not hasattr(images, "dtype"):
@@ -159,7 +159,7 @@ def missing_layers(net: Pretrained) -> list[str]:
     return sorted({path.partition("/")[0] for path in expected_shapes(net)} - net.params.keys())
 
 
-def need_classifier(net: Pretrained) -> None:
+def check_classifier(net: Pretrained) -> None:
     """Raises UserError for a trunk, which has no logits."""
     if not net.is_classifier:
         missing = ", ".join(missing_layers(net))
@@ -169,7 +169,7 @@ def need_classifier(net: Pretrained) -> None:
         )
 
 
-def need_layers(net: Pretrained, layers: Iterable[str]) -> None:
+def check_layers(net: Pretrained, layers: Iterable[str]) -> None:
     """Raises UserError for an activation that the net has not, or has no parameters for."""
     table = architecture(net.config.variant).layers
     for name in layers:
@@ -180,7 +180,7 @@ def need_layers(net: Pretrained, layers: Iterable[str]) -> None:
                 )
 
 
-def need_sane(net: Pretrained) -> None:
+def check_sane(net: Pretrained) -> None:
     """Raises ValueError for a configuration or preprocessing that no net has."""
     config, rule = net.config, net.preprocessing
     if config.variant not in ARCHITECTURES:
@@ -205,7 +205,7 @@ def need_sane(net: Pretrained) -> None:
             raise ValueError(f"no net has such a value of {name}")
 
 
-def need_tensors(
+def check_tensors(
     found: Mapping[str, Sequence[int]],
     expected: Mapping[str, Sequence[int]],
     file: object,

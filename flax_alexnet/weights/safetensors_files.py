@@ -21,17 +21,17 @@ from flax_alexnet.config.schema import ModelConfig
 from flax_alexnet.data.preprocessing import Preprocessing
 from flax_alexnet.utils.errors import UserError, first_line
 from flax_alexnet.utils.inputs import parse_json
-from flax_alexnet.utils.outputs import need_room, writing
+from flax_alexnet.utils.outputs import check_room, writing
 from flax_alexnet.utils.text import printable
 from flax_alexnet.weights.headers import LARGEST_HEADER, read_header
 from flax_alexnet.weights.pickles import NONSENSE
 from flax_alexnet.weights.pretrained import (
     LPIPS_HEADS,
     Pretrained,
+    check_sane,
+    check_tensors,
     expected_shapes,
     last_layers,
-    need_sane,
-    need_tensors,
 )
 
 KEY, FORMAT = "flax_alexnet", 1
@@ -80,7 +80,7 @@ def write(net: Pretrained, path: Path) -> None:
     if len(said) > LARGEST_HEADER // 2:  # it is written as a text within JSON, with quotes escaped
         raise UserError(f"{path} would not be read again: its label names have too many letters")
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    need_room(path, sum(value.nbytes for value in contiguous.values()))
+    check_room(path, sum(value.nbytes for value in contiguous.values()))
     save_file(contiguous, path, {KEY: said})
 
 
@@ -105,8 +105,8 @@ def read(path: Path) -> Pretrained:
         if rule.pop("channel_order") != "RGB":
             raise UserError(f"{path} is not for RGB images; convert its source once more")
         scale, labels, source = rule.pop("scale"), said["label_names"], said["source"]
-        _need_texts("label_names", labels if isinstance(labels, list) else [None])
-        _need_texts("source", source.values() if isinstance(source, dict) else [None])
+        _check_texts("label_names", labels if isinstance(labels, list) else [None])
+        _check_texts("source", source.values() if isinstance(source, dict) else [None])
         mean: Any = stored["preprocessing/mean"]  # of which the shape is enough here
         net = Pretrained(
             ModelConfig(**said["model"]),
@@ -115,7 +115,7 @@ def read(path: Path) -> Pretrained:
             tuple(printable(name) for name in labels),
             {printable(key): printable(value) for key, value in source.items()},
         )
-        need_sane(net)
+        check_sane(net)
         shapes = expected_shapes(net)
     except NONSENSE as error:
         if isinstance(error, UserError):
@@ -130,7 +130,7 @@ def read(path: Path) -> Pretrained:
         features = [shape[-1] for name, shape in expected.items() if name.endswith("kernel")]
         heads = zip(LPIPS_HEADS, features, strict=False)
         expected |= {f"lpips/{name}": (1, 1, count, 1) for name, count in heads}
-    need_tensors({name: value.shape for name, value in stored.items()}, expected, path, optional)
+    check_tensors({name: value.shape for name, value in stored.items()}, expected, path, optional)
     whole = [name for name, v in stored.items() if not np.issubdtype(v.dtype, np.floating)]
     if whole:
         raise UserError(f"{path} does not fit: not floating-point numbers are {', '.join(whole)}")
@@ -143,7 +143,7 @@ def read(path: Path) -> Pretrained:
     )
 
 
-def _need_texts(name: str, values: Iterable[object]) -> None:
+def _check_texts(name: str, values: Iterable[object]) -> None:
     if not all(isinstance(value, str) for value in values):
         raise ValueError(f"no net has such a value of {name}")
 

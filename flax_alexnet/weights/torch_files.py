@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 
 from flax_alexnet.utils.errors import UserError, first_line
 from flax_alexnet.utils.inputs import open_regular
-from flax_alexnet.utils.outputs import need_room
+from flax_alexnet.utils.outputs import check_room
 from flax_alexnet.utils.text import printable
 from flax_alexnet.weights.archives import open_zip, read_member
 from flax_alexnet.weights.headers import read_header
@@ -364,7 +364,7 @@ def write(tensors: Mapping[str, np.ndarray], path: Path) -> None:
       UserError: PyTorch is not there, or the disk has no room.
       OSError, SafetensorError, RuntimeError: it cannot be written.
     """
-    need_room(path, sum(value.nbytes for value in tensors.values()))
+    check_room(path, sum(value.nbytes for value in tensors.values()))
     try:
         if path.suffix == ".safetensors":
             save_file(dict(tensors), path, {"format": "pt"})
