@@ -33,15 +33,15 @@ import tyro
 from flax_alexnet.config.recipes import RECIPES
 from flax_alexnet.data.dataset import Examples, Found
 from flax_alexnet.data.loader import training_batches
-from flax_alexnet.data.prefetch import ahead
+from flax_alexnet.data.prefetch import prefetch
 from flax_alexnet.models.alexnet import make_model
 from flax_alexnet.models.architectures import architecture
 from flax_alexnet.parallel.layouts import make_layout
 from flax_alexnet.training.build import (
     compile_steps,
+    empty_totals,
     initialize,
     make_optimizer,
-    no_totals,
     state_template,
 )
 from flax_alexnet.training.logger import Clock, RunLog, Throughput
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     step_fn, _ = compile_steps(config, model, optimizer, layout, template)
     key = jax.random.key(1)
     batches = training_batches(Pictures(512, size), batch_size, seed=0)
-    placed = ahead(layout.put(batch, batch_size) for batch in batches)
+    placed = prefetch(layout.put(batch, batch_size) for batch in batches)
     resident = next(placed)
     state, loss = step_fn(state, resident, key)
     loss.block_until_ready()
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 means = train_means(state.totals)
                 means["learning_rate"] = float(applied_rate(state.opt_state))
                 log.write({"step": number, "epoch": 0.0, **means, **rate.lap()})
-                state = state.replace(totals=no_totals(layout))
+                state = state.replace(totals=empty_totals(layout))
         seconds = (time.perf_counter() - start) / steps
         log.close()
         return seconds, state

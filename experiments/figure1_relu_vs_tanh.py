@@ -34,9 +34,9 @@ from flax_alexnet.models.architectures import architecture
 from flax_alexnet.parallel.layouts import make_layout
 from flax_alexnet.training.build import (
     compile_steps,
+    empty_totals,
     initialize,
     make_optimizer,
-    no_totals,
     state_template,
     use_compilation_cache,
 )
@@ -143,7 +143,7 @@ def training_error(
         state, _ = step_fn(state, layout.put(batch, config.batch_size), key)
         if step % every == 0:
             error = 1 - float(state.totals["top1"] / state.totals["images"])
-            state = state.replace(totals=no_totals(layout))
+            state = state.replace(totals=empty_totals(layout))
             yield step * config.batch_size / len(examples), error
 
 

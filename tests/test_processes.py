@@ -18,7 +18,7 @@ from test_data import make_folder
 
 import flax_alexnet
 from flax_alexnet.commands.prepare import prepare
-from flax_alexnet.parallel.distributed import detected, join, nobody_waits, total
+from flax_alexnet.parallel.distributed import detected, exit_on_error, join, total
 from flax_alexnet.utils.errors import UserError
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "local.sh"
@@ -433,7 +433,7 @@ def test_who_waits_for_long_says_for_what_and_where(monkeypatch, capsys):
 def test_how_a_process_ends_says_whether_another_was_lost(monkeypatch, capsys, error, code):
     monkeypatch.setattr("jax.process_count", lambda: 2)
     monkeypatch.setattr("os._exit", sys.exit)
-    with pytest.raises(SystemExit) as ended, nobody_waits():
+    with pytest.raises(SystemExit) as ended, exit_on_error():
         raise error
     assert ended.value.code == code
     assert ("another process was lost" in capsys.readouterr().err) == (code == 3)

@@ -10,7 +10,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-def ahead(items: Iterable[T], count: int = 2) -> Iterator[T]:
+def prefetch(items: Iterable[T], count: int = 2) -> Iterator[T]:
     """The items, each asked for `count` items early: so batches are on their way to the devices."""
     waiting: collections.deque[T] = collections.deque()
     for item in items:
@@ -30,5 +30,5 @@ def map_threads(
     threads = threads or os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
         futures = (pool.submit(function, item) for item in items)
-        for future in ahead(futures, 2 * threads):
+        for future in prefetch(futures, 2 * threads):
             yield future.result()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_alexnet.data.pictures import Picture
-from flax_alexnet.data.prefetch import ahead
+from flax_alexnet.data.prefetch import prefetch
 from flax_alexnet.models.alexnet import AlexNet
 from flax_alexnet.parallel.layouts import make_layout
 from flax_alexnet.utils.errors import UserError
@@ -41,7 +41,7 @@ def infer(
             filled = np.stack(images + images[:1] * (batch_size - len(images)))
             yield group, function(layout.put({"image": filled}, batch_size)["image"])
 
-    for group, results in ahead(batches(), 1):  # the device works while the host goes on
+    for group, results in prefetch(batches(), 1):  # the device works while the host goes on
         rows = collections.deque(_rows(results, batch_size))
         for picture in group:
             yield picture, rows.popleft() if picture.image is not None else None

@@ -33,7 +33,7 @@ Operator = Callable[..., jax.Array]
 Initializer = Callable[..., Any]
 
 
-def whole(layer: Layer, operator: Operator) -> Operator:
+def unpartitioned(layer: Layer, operator: Operator) -> Operator:
     """The operator of a layer as it is: where its arrays lie is left to `jit`."""
     del layer
     return operator
@@ -91,7 +91,7 @@ class AlexNet(nn.Module):
     relu_logits: bool = False
     initialization: Literal["published", "he"] = "published"
     activation: Callable[[jax.Array], jax.Array] = nn.relu
-    partition: Callable[[Layer, Operator], Operator] = whole
+    partition: Callable[[Layer, Operator], Operator] = unpartitioned
 
     @nn.compact
     def __call__(

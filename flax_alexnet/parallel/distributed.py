@@ -80,7 +80,7 @@ def join(
             where, number, own = _by_launcher(coordinator, num_processes, process_id, join_timeout)
         if where is None or number is None or own is None:
             raise RuntimeError("the launcher does not say enough")
-        with said_if_long(f"process {own} of {number} waits for the others at {where}"):
+        with say_if_slow(f"process {own} of {number} waits for the others at {where}"):
             meet(where, number, own, join_timeout, heartbeat_timeout, program())
             jax.distributed.initialize(
                 coordinator,
@@ -138,7 +138,7 @@ def detected(environment: Mapping[str, str]) -> str | None:
 
 
 @contextlib.contextmanager
-def nobody_waits() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """Ends this process at once after an error, if there are others.
 
     An orderly exit would wait for them, and they wait for this one. Exit codes: 2 for a mistake of
@@ -179,7 +179,7 @@ def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
     The next one ends the process. Of several processes any may get the signal, and each is at
     another step, so these ask each other, but only where they wait for the devices anyway. Outside
     the main thread, where Python lets nobody handle signals, these stay as they are: see
-    `signals_reach`.
+    `handles_signals`.
 
     Args:
       alone: whether this process asks for itself, whatever the others do.
@@ -211,7 +211,7 @@ def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
             with contextlib.suppress(OSError):  # nobody reads it
                 os.write(2, b"\nstopping after the steps under way; once more to stop at once\n")
 
-    if not signals_reach():
+    if not handles_signals():
         yield requested
         return
     heard = [number for number in END_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
@@ -234,7 +234,7 @@ def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
         os.close(reader)
 
 
-def signals_reach() -> bool:
+def handles_signals() -> bool:
     """Whether this thread may handle signals, which is the main one alone."""
     return threading.current_thread() is threading.main_thread()
 
@@ -245,7 +245,7 @@ def is_main() -> bool:
 
 
 @contextlib.contextmanager
-def said_if_long(what: str) -> Iterator[None]:
+def say_if_slow(what: str) -> Iterator[None]:
     """Says `what` on standard error if its block is not over after `PATIENCE` seconds."""
     timer = threading.Timer(PATIENCE, print, [what], {"file": sys.stderr, "flush": True})
     timer.daemon = True
@@ -284,5 +284,5 @@ def total(values: np.ndarray, purpose: str = "add up their sums") -> np.ndarray:
 def _all(values: Any, purpose: str) -> np.ndarray:
     """An array of each process, stacked."""
     who = f"process {jax.process_index()} of {jax.process_count()}"
-    with said_if_long(f"{who} waits for the others to {purpose}"):
+    with say_if_slow(f"{who} waits for the others to {purpose}"):
         return multihost_utils.process_allgather(values)

@@ -62,7 +62,7 @@ def compile_steps(
     The state lies as the layout says and is given up to the step (its buffers are used again);
     batches come split over the devices, and XLA adds the sum of gradients over them.
     """
-    whole, batch, state = layout.replicated, layout.batch, shardings(template)
+    replicated, batch, state = layout.replicated, layout.batch, shardings(template)
     model = model.clone(partition=layout.partition)
     settings = config.augment
     augment_fn = functools.partial(
@@ -77,8 +77,8 @@ def compile_steps(
         functools.partial(
             train_step, model=model, optimizer=optimizer, augment=augment_fn, frozen=frozen
         ),
-        in_shardings=(state, batch, whole),
-        out_shardings=(state, whole),
+        in_shardings=(state, batch, replicated),
+        out_shardings=(state, replicated),
         donate_argnums=0,
     )
     preprocess_fn = functools.partial(
@@ -86,8 +86,8 @@ def compile_steps(
     )
     eval_fn = jax.jit(
         functools.partial(eval_step, model=model, preprocess=preprocess_fn),
-        in_shardings=(whole, state.params, whole, batch),
-        out_shardings=whole,
+        in_shardings=(replicated, state.params, replicated, batch),
+        out_shardings=replicated,
     )
     return step_fn, eval_fn
 
@@ -125,12 +125,12 @@ def initialize(
     return init(key, mean, given)
 
 
-def no_totals(layout: Layout) -> Totals:
+def empty_totals(layout: Layout) -> Totals:
     """Totals over no images, on all devices."""
     return jax.jit(zero_totals, out_shardings=layout.replicated)()
 
 
-def collected(params: Any, layout: Layout) -> Any:
+def gather_params(params: Any, layout: Layout) -> Any:
     """All parameters on this host, from all devices; all processes must call it."""
     collect = jax.jit(lambda tree: tree, out_shardings=layout.replicated)
     return jax.tree.map(np.asarray, collect(params))

@@ -9,8 +9,8 @@ import jax
 
 from flax_alexnet.checkpoint.manager import Checkpoints
 from flax_alexnet.config.schema import Config, OptimizerConfig
-from flax_alexnet.parallel.distributed import is_main, nobody_waits, stop_requests
-from flax_alexnet.training.build import no_totals, use_compilation_cache
+from flax_alexnet.parallel.distributed import exit_on_error, is_main, stop_requests
+from flax_alexnet.training.build import empty_totals, use_compilation_cache
 from flax_alexnet.training.divergence import DivergenceMonitor, PlateauMonitor, plateau_remedies
 from flax_alexnet.training.logger import Clock, RunLog, SilentLog, Throughput, say_line
 from flax_alexnet.training.optimizer import (
@@ -48,7 +48,7 @@ def train(config: Config) -> int:
         # Who looks for transfers in a program of their own (JAX_TRANSFER_GUARD) need not see ours.
         held.enter_context(jax.transfer_guard("allow"))
         setup = set_up(config, held)
-        with nobody_waits():
+        with exit_on_error():
             return run(config, setup, started)
 
 
@@ -139,7 +139,7 @@ def fit(
                 means = train_means(state.totals)
                 means["learning_rate"] = float(applied_rate(state.opt_state))
                 log.write({"step": step, "epoch": epoch, **means, **throughput.lap()})
-                state = state.replace(totals=no_totals(trainer.setup.layout))
+                state = state.replace(totals=empty_totals(trainer.setup.layout))
                 checkpoints.look()
             if due.evaluation or due.last:
                 log.write({"step": step, "epoch": epoch, **evaluated})

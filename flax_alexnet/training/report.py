@@ -19,8 +19,8 @@ from flax_alexnet.data.augment import preprocess
 from flax_alexnet.data.dataset import Examples
 from flax_alexnet.models.alexnet import AlexNet, implementations
 from flax_alexnet.models.architectures import architecture
-from flax_alexnet.parallel.distributed import is_main, signals_reach, stop_requests
-from flax_alexnet.training.build import collected
+from flax_alexnet.parallel.distributed import handles_signals, is_main, stop_requests
+from flax_alexnet.training.build import gather_params
 from flax_alexnet.training.epochs import Schedule
 from flax_alexnet.training.logger import Clock, average_rate, read_metrics
 from flax_alexnet.training.run_directory import versions, write_json
@@ -62,7 +62,7 @@ def introduce(config: Config, setup: Setup, model: AlexNet, schedule: Schedule, 
     dtype = jnp.dtype(config.model.dtype)
     print(implementations(setup.layout.layers, platform, dtype, rows=rows))
     mesh = " x ".join(f"{name} {size}" for name, size in setup.layout.mesh.shape.items())
-    stops = "Ctrl-C stops" if signals_reach() else "No signal stops it outside the main thread"
+    stops = "Ctrl-C stops" if handles_signals() else "No signal stops it outside the main thread"
     print(
         f"{config.recipe}: {len(data.train):,} pictures of {data.dataset.name} in "
         f"{len(data.dataset.label_names)} classes, {len(data.eval):,} to test on; steps "
@@ -84,7 +84,7 @@ def finish(
     clock: Clock,
 ) -> int:
     """Draws the report, writes the summary, and prints the last line; returns an exit code."""
-    params = collected(state.params, setup.layout)
+    params = gather_params(state.params, setup.layout)
     if not is_main():
         return 0
     mean = jnp.asarray(np.asarray(state.mean))

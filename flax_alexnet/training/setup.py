@@ -24,7 +24,7 @@ from flax_alexnet.data.bad_records import BadRecords, limits
 from flax_alexnet.data.dataset import Examples, open_examples
 from flax_alexnet.data.sources import Dataset, Source, open_dataset, place_of
 from flax_alexnet.models.architectures import Conv, Dense, Layer, architecture, trace
-from flax_alexnet.parallel.distributed import gather, is_main, said_if_long
+from flax_alexnet.parallel.distributed import gather, is_main, say_if_slow
 from flax_alexnet.parallel.layouts import Layout, make_layout
 from flax_alexnet.parallel.meeting import difference, disagreement
 from flax_alexnet.parallel.program import program, settings
@@ -139,7 +139,7 @@ def set_up(config: Config, held: contextlib.ExitStack) -> Setup:
 def use_devices() -> int:
     """The number of devices of all processes; UserError where JAX finds none."""
     several = jax.distributed.is_initialized()
-    waiting = said_if_long("this process waits for JAX to find the devices of all processes")
+    waiting = say_if_slow("this process waits for JAX to find the devices of all processes")
     with waiting if several else contextlib.nullcontext():
         return check_device(jax.device_count)
 

@@ -15,15 +15,15 @@ from flax_alexnet.config.schema import Config
 from flax_alexnet.data.augment import preprocess
 from flax_alexnet.data.dataset import mean_image
 from flax_alexnet.data.loader import evaluation_batches, training_batches
-from flax_alexnet.data.prefetch import ahead
+from flax_alexnet.data.prefetch import prefetch
 from flax_alexnet.models.alexnet import AlexNet, make_model
 from flax_alexnet.parallel.distributed import total
 from flax_alexnet.training.build import (
-    collected,
     compile_steps,
+    empty_totals,
+    gather_params,
     initialize,
     make_optimizer,
-    no_totals,
     state_template,
 )
 from flax_alexnet.training.epochs import Schedule
@@ -92,7 +92,7 @@ class Trainer:
             threads=self.config.data.threads,
             rows=layout.rows(batch_size),
         )
-        return ahead(layout.put(batch, batch_size) for batch in batches)
+        return prefetch(layout.put(batch, batch_size) for batch in batches)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Loss, top-1 and top-5 accuracy over all images to evaluate on, each counted once."""
@@ -100,7 +100,7 @@ class Trainer:
         batches = evaluation_batches(
             self.setup.data.eval, size, threads=self.config.data.threads, rows=layout.rows(size)
         )
-        totals = no_totals(layout)
+        totals = empty_totals(layout)
         for batch in batches:
             totals = self.eval_fn(totals, state.params, state.mean, layout.put(batch, size))
         images = float(totals["images"])
@@ -116,7 +116,7 @@ class Trainer:
             crop_size=self.config.augment.crop_size,
             scale=self.config.augment.scale,
         )
-        return collected(state.params, self.setup.layout), images
+        return gather_params(state.params, self.setup.layout), images
 
 
 def make_trainer(config: Config, setup: Setup, checkpoints: Checkpoints) -> Trainer:
