@@ -7,14 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
 from flax_alexnet.config.schema import AugmentConfig
+from flax_alexnet.training import report
 from flax_alexnet.training.logger import Clock, RunLog
 from flax_alexnet.training.report import draw_report, keep_trying
 from flax_alexnet.training.run_directory import write_json
 from flax_alexnet.utils.errors import UserError
+
+METRICS = {"step": 1, "epoch": 1, "eval_loss": 2, "eval_top1": 0, "train_loss": 2, "train_top1": 0}
 
 # Trains twice: undisturbed, and in a small file system of its own that is full from step 8 to 20
 # (where the system permits none, that is made up where files are written). From step 26 to 32 its
@@ -176,15 +181,44 @@ def test_a_picture_that_cannot_be_written_is_named_and_the_one_before_stays(tmp_
     before = tmp_path / "report" / "curves.png"
     before.parent.mkdir()
     before.write_bytes(b"whole")
-    line = {"step": 1, "epoch": 1, "eval_loss": 2, "eval_top1": 0, "train_loss": 2, "train_top1": 0}
 
     def action():
-        draw_report(before.parent, [line], net.params, None, net.model, [], [], AugmentConfig())
+        draw_report(before.parent, [METRICS], net.params, None, net.model, [], [], AugmentConfig())
 
     with pytest.raises(UserError, match=f"cannot write {before}: No space left on device; make"):
         keep_trying(action, minutes=0)
     assert before.read_bytes() == b"whole"
     assert [path.name for path in before.parent.iterdir()] == ["curves.png"]
+
+
+def test_a_report_whose_folder_is_moved_away_is_drawn_again(tmp_path, net, monkeypatch):
+    usual, moves = report.plot_predictions, [1]
+
+    def moved(*arguments):
+        if moves:
+            moves.pop()
+            (tmp_path / "report").rename(tmp_path / "elsewhere")
+            (tmp_path / "report").mkdir()
+        usual(*arguments)
+
+    class Four:
+        def __len__(self):
+            return 4
+
+        def take(self, indices):
+            return np.zeros((len(indices), 64, 64, 3), np.uint8), np.zeros(len(indices), int)
+
+    def action():
+        mean, settings = jnp.zeros((64, 64, 3)), AugmentConfig(crop_size=64)
+        draw_report(
+            tmp_path / "report", [METRICS], net.params, mean, net.model, Four(), "abcd", settings
+        )
+
+    monkeypatch.setattr(report, "plot_predictions", moved)
+    monkeypatch.setattr(report, "RETRY_SECONDS", 0.01)
+    assert keep_trying(action, minutes=1)
+    names = ["conv1.png", "curves.png", "predictions.png"]
+    assert sorted(os.listdir(tmp_path / "report")) == names
 
 
 def test_files_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,3 +70,19 @@ def test_what_is_wrong_is_seen(attacked, tmp_path, code, said, files, second, pr
     found = attacked.looked_at(left, code, said, {"a": b"1"}, again=True)
     assert found.startswith(problem)
     assert bool(found) == bool(problem)
+
+
+def test_the_page_on_reliability_has_the_counts():
+    root = SCRIPT.parents[1]
+    result = json.loads((root / "experiments" / "results" / "soak_commands.json").read_text())
+    training = json.loads((root / "experiments" / "results" / "soak_training.json").read_text())
+    page = (root / "docs" / "reliability.md").read_text()
+    rows = dict(re.findall(r"^\| ([^|]+) \| (\d+ of \d+) \|", page, re.MULTILINE))
+    names = {"features .h5": "`features`, HDF5", "features .npy": "`features`, NumPy"}
+    names |= {"hub": "`hub push`", "report": "its report"}
+    expected = {names.get(name, f"`{name}`"): held for name, held in result["by_command"].items()}
+    expected["`train`"] = (
+        f"{training['kills'] - len(training['mismatches'])} of {training['kills']}"
+    )
+    assert rows == expected
+    assert f"Of the {result['attacks']} others\n{result['withstood']} held" in page

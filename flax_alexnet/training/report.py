@@ -1,6 +1,7 @@
 """What a run prints when it begins, and leaves behind: `report/` and `summary.json`."""
 
 import math
+import os
 import resource
 import sys
 import time
@@ -139,7 +140,11 @@ def draw_report(
     label_names: Sequence[str],
     settings: AugmentConfig,
 ) -> None:
-    """Draws the curves, the first layer's kernels, and eight predictions into `folder`."""
+    """Draws the curves, the first layer's kernels, and eight predictions into `folder`.
+
+    Raises:
+      OSError: one cannot be written, or is gone when the last one is there.
+    """
     with replacing(folder / "curves.png") as path:
         plot_curves(metrics, path)
     with replacing(folder / "conv1.png") as path:
@@ -151,6 +156,8 @@ def draw_report(
     probabilities = np.asarray(jax.nn.softmax(logits.astype(jnp.float32)))
     with replacing(folder / "predictions.png") as path:
         plot_predictions(images, labels.tolist(), probabilities, label_names, path)
+    for name in ("curves.png", "conv1.png", "predictions.png"):
+        os.stat(folder / name)  # raises OSError where the folder was moved away meanwhile
 
 
 def peak_memory() -> int:
