@@ -291,6 +291,14 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, name):
         partial.touch()
 
 
+def test_a_working_directory_that_is_gone_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UserError, match=r"cannot write x\.csv: No such file or directory; take"):
+        new_files([Path("x.csv")]).__enter__()
+
+
 def test_room_is_asked_for_where_the_path_will_be(tmp_path):
     check_room(tmp_path / "not" / "yet", 1)
     with pytest.raises(UserError, match=r"GB free, and about 1,000,000,000\.0 GB are needed"):

@@ -151,8 +151,9 @@ def new_files(
     read = list(inputs)
     for path in chosen:
         check_not_read(path, read)
-        if {_partial(other).absolute() for other in chosen} & {*path.absolute().parents}:
-            raise UserError(f"{path} lies where what is not whole is kept; take another path")
+        with _failures_said(path):  # as where the working directory has been removed
+            if {_partial(other).absolute() for other in chosen} & {*path.absolute().parents}:
+                raise UserError(f"{path} lies where what is not whole is kept; take another path")
         _check_new(path, overwrite)
     folders: dict[Path, Path] = {}
     written: list[Path] = []
