@@ -347,7 +347,7 @@ def test_processes_that_would_compute_something_else_end_with_a_line(
         package = Path(flax_alexnet.__file__).parent
         other = tmp_path / "other" / package.name
         shutil.copytree(package, other, ignore=shutil.ignore_patterns("__pycache__"))
-        step = other / "step.py"
+        step = other / "training" / "step.py"
         step.write_text(step.read_text() + "# another\n")
         each = [{"folder": path.parent} for path in (package, other)]  # the first place for `-m`
     else:  # at the same place of two machines
