@@ -221,6 +221,17 @@ def test_what_jax_does_not_understand_is_one_line(
     assert done.stderr.startswith(f"error: {said}")
 
 
+def test_a_working_directory_that_is_gone_is_one_line(weights, photographs):
+    script = 'cd "$(mktemp -d)" && rmdir "$PWD" && exec "$@"'
+    command = [sys.executable, "-m", "flax_alexnet", "evaluate", weights, "--output", "x"]
+    command += ["--data.name", f"folder:{photographs}"]
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *command], capture_output=True, text=True, check=False
+    )
+    said = "error: this working directory has been removed: go to another one\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
 def test_too_little_memory_is_one_line():
     code = "from flax_alexnet.utils.process import leave; leave(lambda: len(bytes(2**62)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -59,7 +59,7 @@ def command(run: Callable[[Sequence[str]], int | None]) -> Main:
     @functools.wraps(run)
     def main(argv: Sequence[str] | None = None) -> int:
         try:
-            with _needed_device():
+            with _environment_explained():
                 return run(sys.argv[1:] if argv is None else argv) or 0
         except (UserError, KeyboardInterrupt) as error:
             return exit_code(error)
@@ -68,10 +68,16 @@ def command(run: Callable[[Sequence[str]], int | None]) -> Main:
 
 
 @contextlib.contextmanager
-def _needed_device() -> Iterator[None]:
-    """Raises UserError in the place of an error that is raised because JAX finds no device."""
+def _environment_explained() -> Iterator[None]:
+    """Raises UserError where JAX finds no device, or the working directory has been removed."""
     try:
         yield
+    except FileNotFoundError:
+        try:
+            os.getcwd()
+        except OSError:
+            raise UserError("this working directory has been removed: go to another one") from None
+        raise
     except (RuntimeError, AssertionError):
         if jax := sys.modules.get("jax"):
             check_device(jax.device_count)
