@@ -410,7 +410,8 @@ class FolderSource:
             status = os.stat(self.files[index][0])
         except OSError:
             return 0, 0
-        return status.st_size, min(status.st_mtime_ns, 2**63 - 1)  # which the year 2262 exceeds
+        # It is stored in 64 bits, which count the nanoseconds until the year 2262.
+        return status.st_size, min(status.st_mtime_ns, 2**63 - 1)
 
     def digest(self) -> Digest:
         """Over its files, by their places below the folder that all are in."""

@@ -254,19 +254,21 @@ def moved_away(workdir: Path) -> UserError:
 
 def check_not_read(path: Path, inputs: Iterable[Path]) -> None:
     """Raises UserError for a path that is an input, lies in one and is there, or is a folder."""
-    with contextlib.suppress(OSError):  # an input that is not there is said elsewhere
-        if path.exists() and any(_holds(other, path) for other in inputs):
-            raise UserError(f"{path} would be written over, but is read; take another path")
+    if os.path.exists(path) and any(_holds(other, path) for other in inputs):
+        raise UserError(f"{path} would be written over, but is read; take another path")
     # Python 3.12's `Path.is_dir` raises where a name is too long.
     if os.path.isdir(path):
         raise UserError(f"cannot write {path}: it is a folder; take another path")
 
 
 def _holds(place: Path, path: Path) -> bool:
-    """Whether `path` is the file, or lies in the folder, of an input."""
-    if not place.is_dir():
-        return place.exists() and path.samefile(place)
-    return path.resolve().is_relative_to(place.resolve())
+    """Whether `path` is the file, or lies in the folder, of an input; not of one that is gone."""
+    with contextlib.suppress(OSError):
+        status = place.stat()  # one look at each, since a dataset may have a million files
+        if stat.S_ISDIR(status.st_mode):
+            return path.resolve().is_relative_to(place.resolve())
+        return os.path.samestat(status, path.stat())
+    return False
 
 
 def check_room(path: Path, needed: int) -> None:
