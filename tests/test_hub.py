@@ -160,13 +160,17 @@ def refused(kind, status, text):
         (refused(RevisionNotFoundError, 404, "404\n\nRevision v1"), "404 Revision v1"),
     ],
 )
-def test_what_the_hub_refuses_is_said_in_one_line(error, message, weights, monkeypatch, capsys):
+def test_what_the_hub_refuses_is_said_in_one_line(
+    error, message, weights, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+
     def refuse(*_, **__):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
-    for command in (["pull", "me/net", "net.safetensors"], ["push", weights, "me/net"]):
+    for command in (["pull", "me/net", "pulled.safetensors"], ["push", weights, "me/net"]):
         assert hub.main(command) == 2
         said = capsys.readouterr().err
         assert message in said
