@@ -31,7 +31,7 @@ import numpy as np
 import tyro
 
 from flax_alexnet.config.recipes import RECIPES
-from flax_alexnet.data.dataset import Examples, Found
+from flax_alexnet.data.dataset import Batch, Examples
 from flax_alexnet.data.loader import training_batches
 from flax_alexnet.data.prefetch import prefetch
 from flax_alexnet.models.alexnet import make_model
@@ -61,9 +61,10 @@ class Pictures(Examples):
     def __len__(self) -> int:
         return len(self._images)
 
-    def find(self, indices: Sequence[int]) -> Found:
+    def read(self, indices: Sequence[int]) -> Batch:
         rows = np.asarray(indices)
-        return Found(self._images[rows], (rows % 1000).astype(np.int32))
+        mask = np.ones(len(rows), bool)
+        return {"image": self._images[rows], "label": (rows % 1000).astype(np.int32), "mask": mask}
 
 
 @dataclasses.dataclass(frozen=True)

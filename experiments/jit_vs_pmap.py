@@ -33,6 +33,7 @@ import tyro
 from jax import lax
 
 from flax_alexnet.data.augment import preprocess
+from flax_alexnet.data.preprocessing import Preprocessing
 from flax_alexnet.models.alexnet import AlexNet
 from flax_alexnet.models.architectures import architecture
 from flax_alexnet.parallel.layouts import make_layout
@@ -92,7 +93,7 @@ def step_of(model: AlexNet, optimizer: optax.GradientTransformation) -> Callable
 
     def centre(key: jax.Array, images: jax.Array, mean: jax.Array) -> jax.Array:
         del key
-        return preprocess(images, mean, crop_size=SIZE, scale=1 / 64)
+        return preprocess(images, Preprocessing(SIZE, "paper", SIZE, mean, 1 / 64))
 
     return functools.partial(train_step, model=model, optimizer=optimizer, augment=centre)
 

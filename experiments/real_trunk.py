@@ -33,7 +33,7 @@ from PIL import Image, ImageFilter
 from flax_alexnet import features, lpips
 from flax_alexnet.commands.lpips import check_heads
 from flax_alexnet.data.decode import DecodeError, decode_whole, read_file
-from flax_alexnet.data.pictures import find_pictures, read_pictures
+from flax_alexnet.data.examples import find_images, read_examples
 from flax_alexnet.models.lpips import signed
 from flax_alexnet.utils.errors import UserError, exit_code
 from flax_alexnet.utils.plotting import color_selectivity, plot_kernels, plot_neighbours
@@ -110,8 +110,8 @@ def open_examples(folder: Path) -> dict[str, jax.Array]:
 def open_pictures(net: Pretrained, photographs: Sequence[Path]) -> dict[str, np.ndarray]:
     """The photographs by their names, uint8[256, 256, 3] each."""
     rule = net.preprocessing
-    found = find_pictures([str(path) for path in photographs])
-    read = read_pictures(found, rule.image_size, rule.resize)
+    found = find_images([str(path) for path in photographs])
+    read = read_examples(found, rule.image_size, rule.resize)
     return {Path(p.name).stem: p.image for p in read if p.image is not None}
 
 

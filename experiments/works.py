@@ -136,6 +136,7 @@ def ours_train(variant: str, batch: int, size: int, dtype: str = "float32") -> R
     import jax.numpy as jnp
 
     from flax_alexnet.data.augment import augment
+    from flax_alexnet.data.preprocessing import Preprocessing
     from flax_alexnet.models.alexnet import AlexNet
     from flax_alexnet.models.architectures import architecture
     from flax_alexnet.parallel.layouts import make_layout
@@ -149,6 +150,7 @@ def ours_train(variant: str, batch: int, size: int, dtype: str = "float32") -> R
     create = functools.partial(create_state, model=model, optimizer=optimizer, crop_size=size)
     side = size + size // 8
     mean = np.full((side, side, 3), 120, np.float32)
+    rule = Preprocessing(side, "paper", size, mean)
     init = jax.jit(create, out_shardings=layout.replicated)
     state = init(key, mean)
     step = jax.jit(
@@ -156,7 +158,7 @@ def ours_train(variant: str, batch: int, size: int, dtype: str = "float32") -> R
             train_step,
             model=model.clone(partition=layout.partition),
             optimizer=optimizer,
-            augment=functools.partial(augment, crop_size=size),
+            augment=lambda key, images, mean: augment(key, images, rule.with_mean(mean)),
         ),
         in_shardings=(layout.replicated, layout.batch, layout.replicated),
         out_shardings=layout.replicated,

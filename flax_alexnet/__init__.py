@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "AlexNet": "flax_alexnet.models.alexnet",
+    "Preprocessing": "flax_alexnet.data.preprocessing",
     "Pretrained": "flax_alexnet.weights.pretrained",
     "TrainState": "flax_alexnet.training.step",
     "augment": "flax_alexnet.data.augment",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from flax_alexnet.commands.hub import from_hub as from_hub
     from flax_alexnet.data.augment import augment as augment
     from flax_alexnet.data.augment import preprocess as preprocess
+    from flax_alexnet.data.preprocessing import Preprocessing as Preprocessing
     from flax_alexnet.models.activations import features as features
     from flax_alexnet.models.activations import grad_cam as grad_cam
     from flax_alexnet.models.alexnet import AlexNet as AlexNet

@@ -1,5 +1,7 @@
 """Each augmentation against NumPy, with the draws taken from the same key."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from flax_alexnet.data.augment import (
     subtract_mean,
     ten_crops,
 )
+from flax_alexnet.data.preprocessing import Preprocessing
 from flax_alexnet.utils.errors import UserError
 
 KEY = jax.random.key(3)
@@ -39,14 +42,15 @@ def test_center_crop(images):
 
 def test_images_that_are_too_small_are_not_cut_short():
     """Slices of NumPy and JAX would give 12 × 224 without a word."""
-    images, mean = np.zeros((1, 200, 256, 3), np.float32), np.zeros(3, np.float32)
+    images = np.zeros((1, 200, 256, 3), np.float32)
+    rule = Preprocessing(256, "paper", 224, np.zeros(3, np.float32))
     for cut in (
         lambda: center_crop(images, 224),
         lambda: ten_crops(images, 224),
         lambda: random_crop(KEY, images, 224),
-        lambda: preprocess(images, mean, crop_size=224),
-        lambda: augment(KEY, images, mean, crop_size=224),
-        lambda: augment(KEY, images, mean, crop_size=224, crop=False),
+        lambda: preprocess(images, rule),
+        lambda: augment(KEY, images, rule),
+        lambda: augment(KEY, images, rule, crop=False),
         lambda: jax.jit(center_crop, static_argnums=1)(images, 224),
     ):
         with pytest.raises(UserError, match=r"images are \[1, 200, 256, 3\]; expected .* of 224"):
@@ -96,23 +100,24 @@ def test_the_original_code_is_stronger_by_the_known_factors():
 
 
 def test_augment_composes_the_parts_and_evaluation_takes_the_centre(images):
-    mean = jnp.full((10, 12, 3), 100.0)
-    ours = augment(KEY, jnp.asarray(images), mean, crop_size=8, noise="eigenvalues", scale=0.5)
+    half = Preprocessing(12, "paper", 8, jnp.full((10, 12, 3), 100.0), 0.5)
+    ours = augment(KEY, jnp.asarray(images), half, noise="eigenvalues")
     crop_key, flip_key, noise_key = jax.random.split(KEY, 3)
     expected = random_flip(
         flip_key, random_crop(crop_key, jnp.asarray(images, jnp.float32) - 100, 8)
     )
     np.testing.assert_array_equal(ours, color_noise(noise_key, expected, "eigenvalues") * 0.5)
 
-    plain = augment(KEY, jnp.asarray(images), mean, crop_size=8, crop=False, flip=False)
-    centre = preprocess(jnp.asarray(images), mean, crop_size=8)
+    whole = dataclasses.replace(half, scale=1.0)
+    plain = augment(KEY, jnp.asarray(images), whole, crop=False, flip=False)
+    centre = preprocess(jnp.asarray(images), whole)
     np.testing.assert_array_equal(plain, centre)
     np.testing.assert_array_equal(centre, images[:, 1:9, 2:10].astype(np.float32) - 100)
 
 
 def test_draws_do_not_depend_on_the_devices_that_images_lie_on(images):
-    mean = jnp.zeros((10, 12, 3))
-    fn = jax.jit(lambda x: augment(KEY, x, mean, crop_size=8, noise="cuda-convnet"))
+    rule = Preprocessing(12, "paper", 8, jnp.zeros((10, 12, 3)))
+    fn = jax.jit(lambda x: augment(KEY, x, rule, noise="cuda-convnet"))
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     one, eight = fn(jnp.asarray(images)), fn(jax.device_put(images, split))

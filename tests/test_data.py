@@ -15,14 +15,13 @@ from flax_alexnet.data.dataset import (
     CachedExamples,
     DecodedExamples,
     Examples,
-    Found,
     mean_image,
     open_examples,
 )
 from flax_alexnet.data.decode import DecodeError, decode
+from flax_alexnet.data.examples import open_split
 from flax_alexnet.data.folders import list_pictures, natural
 from flax_alexnet.data.loader import evaluation_batches, training_batches
-from flax_alexnet.data.pictures import open_for_use
 from flax_alexnet.data.sources import FolderSource, open_dataset
 from flax_alexnet.utils.errors import UserError
 
@@ -46,10 +45,10 @@ class Numbers(Examples):
     def __len__(self):
         return self.length
 
-    def find(self, indices):
+    def read(self, indices):
         labels = np.array(indices, np.int32)
         images = np.broadcast_to(labels[:, None, None, None] % 251, (len(labels), 2, 2, 3))
-        return Found(images.astype(np.uint8), labels)
+        return {"image": images.astype(np.uint8), "label": labels, "mask": labels >= 0}
 
 
 def labels(batches, count):
@@ -158,13 +157,12 @@ class TestExamples:
     def test_cached_and_decoded_agree(self, dataset):
         cached, decoded = CachedExamples(dataset.train, 9), DecodedExamples(dataset.train, 9)
         assert len(cached) == len(decoded) == 27
-        for index in range(27):
-            np.testing.assert_array_equal(cached[index]["image"], decoded[index]["image"])
-            assert cached[index]["label"] == decoded[index]["label"]
+        for name, values in cached.take(range(27)).items():
+            np.testing.assert_array_equal(values, decoded.take(range(27))[name])
         np.testing.assert_array_equal(mean_image(cached), mean_image(decoded))
         np.testing.assert_allclose(
             mean_image(cached),
-            np.stack([cached[i]["image"] for i in range(len(cached))]).mean(0),
+            cached.take(range(len(cached)))["image"].mean(0),
             rtol=1e-5,
         )
 
@@ -290,11 +288,11 @@ class TestFolders:
         assert dataset.label_names == ["cat", "dog"]
         for count, pair in enumerate(others.items(), start=1):
             for name in pair:  # its own, and the standard one
-                source, _ = open_for_use(f"folder:{tmp_path}", split=name)
+                source, _ = open_split(f"folder:{tmp_path}", split=name)
                 assert len(source) == count + 2
                 assert str(tmp_path / next(iter(others)) / "cat") in source.name(0) or count > 1
-        assert len(open_for_use(f"folder:{tmp_path}", split="train")[0]) == 7
-        everything, _ = open_for_use(f"folder:{tmp_path}", split="all")
+        assert len(open_split(f"folder:{tmp_path}", split="train")[0]) == 7
+        everything, _ = open_split(f"folder:{tmp_path}", split="all")
         assert len(everything) == 7 + sum(2 + count for count in range(1, len(others) + 1))
         assert {everything.read(index).label for index in range(len(everything))} == {0, 1}
         with pytest.raises(UserError, match="has no split 'train\\[:9\\]': choose train, "):
@@ -311,7 +309,7 @@ class TestFolders:
         assert (len(dataset.train), len(dataset.eval)) == (18, 2)
         assert dataset.note == f"{tmp_path}/a/test has no class folders and is not used"
         make_folder(tmp_path / "b" / "test", {"cat": 3, "dog": 4})
-        assert len(open_for_use(f"folder:{tmp_path / 'b'}")[0]) == 7
+        assert len(open_split(f"folder:{tmp_path / 'b'}")[0]) == 7
         with pytest.raises(UserError, match="has no train split, only test: add a folder for it"):
             open_dataset(f"folder:{tmp_path / 'b'}")
 
@@ -426,7 +424,7 @@ class TestCatalogue:
     @pytest.mark.parametrize("split", ["test", "validation"])
     def test_one_split_is_enough_to_evaluate_on(self, make, split):
         data_dir = make(splits=(split,), keys=("image", "label"))
-        source, note = open_for_use("catalogued", data_dir)
+        source, note = open_split("catalogued", data_dir)
         assert (len(source), note, source.label_names) == (20, "", ["a", "b"])
         parts = f"--data.train-split '{split}[:90%]' --data.eval-split '{split}[90%:]'"
         with pytest.raises(UserError, match=re.escape(f"no train split, only {split}: ")) as error:
@@ -438,14 +436,14 @@ class TestCatalogue:
     def test_train_alone_is_evaluated_on_by_name(self, make):
         data_dir = make()
         with pytest.raises(UserError, match=r"only train: choose with --data\.split"):
-            open_for_use("catalogued", data_dir)
-        assert len(open_for_use("catalogued", data_dir, "train[50%:]")[0]) == 10
+            open_split("catalogued", data_dir)
+        assert len(open_split("catalogued", data_dir, "train[50%:]")[0]) == 10
         with pytest.raises(UserError, match=r"only train: split one, such as --data\.train-split"):
             open_dataset("catalogued", data_dir)
 
     @pytest.mark.parametrize("keys", [None, ("image", "label"), ("image", "label", "coarse")])
     def test_what_is_supervised_or_called_so_is_taken(self, make, keys):
-        source, _ = open_for_use("catalogued", make(keys=keys), "train")
+        source, _ = open_split("catalogued", make(keys=keys), "train")
         records = [source.read(index) for index in range(20)]
         greys = [int(decode(record.image, 8)[0, 0, 0]) for record in records]
         assert [record.label for record in records] == [grey % 2 for grey in greys]
@@ -454,9 +452,9 @@ class TestCatalogue:
     def test_any_features_can_be_named(self, make):
         data_dir = make(image="photo", label="kind")
         with pytest.raises(UserError, match=r"has no image \(Image\) .* photo \(Image\)") as error:
-            open_for_use("catalogued", data_dir, "train")
+            open_split("catalogued", data_dir, "train")
         assert "name others with --data.image-key and --data.label-key" in str(error.value)
-        source, _ = open_for_use("catalogued", data_dir, "train", "photo", "coarse")
+        source, _ = open_split("catalogued", data_dir, "train", "photo", "coarse")
         assert source.label_names == ["x", "y", "z"]
         record = source.read(0)
         assert record.label == int(decode(record.image, 8)[0, 0, 0]) % 3

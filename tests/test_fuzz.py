@@ -298,7 +298,7 @@ def labels(data_dir):
     if len(dataset.train) > 1000:
         return None
     pictures = open_examples(dataset.train, 8)
-    return [int(pictures[index]["label"]) for index in range(len(pictures))]
+    return pictures.take(range(len(pictures)))["label"].tolist()
 
 
 @pytest.fixture(scope="module")

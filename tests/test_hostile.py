@@ -22,7 +22,7 @@ from PIL import Image
 
 from flax_alexnet.commands.prepare import prepare
 from flax_alexnet.data.dataset import CachedExamples
-from flax_alexnet.data.pictures import find_pictures
+from flax_alexnet.data.examples import find_images
 from flax_alexnet.data.sources import FolderSplits
 from flax_alexnet.utils.text import printable
 
@@ -631,16 +631,16 @@ READ = r"""
 import json, re, sys, time
 from pathlib import Path
 import numpy as np
-from flax_alexnet.data.pictures import find_pictures, read_pictures
+from flax_alexnet.data.examples import find_images, read_examples
 
 def memory(name):
     return int(re.search(name + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
-source = find_pictures([sys.argv[1]])
+source = find_images([sys.argv[1]])
 idle, images, problems, seconds = memory("VmRSS"), [], [], []
 for index in range(len(source)):
     start = time.perf_counter()
-    (picture,) = read_pictures(source, 64, indices=[index], threads=1)
+    (picture,) = read_examples(source, 64, indices=[index], threads=1)
     seconds.append(time.perf_counter() - start)
     problems.append(picture.problem)
     images.append(np.zeros((64, 64, 3), np.uint8) if picture.image is None else picture.image)
@@ -660,7 +660,7 @@ class Outcomes(NamedTuple):
 @pytest.fixture(scope="module")
 def outcomes(corpus):
     """What a process of its own, whose memory nobody else fills, makes of all pictures."""
-    whats = [what_is(path, corpus) for path in find_pictures([str(corpus)]).paths]
+    whats = [what_is(path, corpus) for path in find_images([str(corpus)]).paths]
     images = corpus.parent / "images.npy"
     command = [sys.executable, "-c", READ, str(corpus), str(images)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

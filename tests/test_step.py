@@ -10,6 +10,7 @@ import pytest
 
 from flax_alexnet.config.schema import AugmentConfig, Config
 from flax_alexnet.data.augment import augment, preprocess
+from flax_alexnet.data.preprocessing import Preprocessing
 from flax_alexnet.models.alexnet import AlexNet
 from flax_alexnet.models.architectures import architecture
 from flax_alexnet.parallel.layouts import make_layout
@@ -84,8 +85,11 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
 def evaluate(params, batch, mask=True):
     batch = {**batch, "mask": jnp.broadcast_to(mask, batch["label"].shape)}
     model = AlexNet("notebook", 10, width=0.1)
-    scaled = functools.partial(preprocess, crop_size=CROP, scale=1 / 64)
-    return eval_step(zero_totals(), params, MEAN, batch, model=model, preprocess=scaled)
+
+    def centre(images, mean):
+        return preprocess(images, Preprocessing(CROP, "paper", CROP, mean, 1 / 64))
+
+    return eval_step(zero_totals(), params, MEAN, batch, model=model, preprocess=centre)
 
 
 def assert_same_bits(one, other):
@@ -218,9 +222,12 @@ def test_any_optimizer_of_optax_trains(optimizer):
     mean = jnp.full((18, 18, 3), 127.0)
     make = jax.jit(functools.partial(create_state, crop_size=16, **settings))
     state = make(jax.random.key(0), mean)
+    rule = Preprocessing(18, "paper", 16, mean, 1 / 64)
     step = jax.jit(
         functools.partial(
-            train_step, augment=functools.partial(augment, crop_size=16, scale=1 / 64), **settings
+            train_step,
+            augment=lambda key, images, mean: augment(key, images, rule.with_mean(mean)),
+            **settings,
         )
     )
     rng = np.random.default_rng(0)

@@ -19,7 +19,7 @@ from small_nets import make_net
 from flax_alexnet.commands.prepare import prepare
 from flax_alexnet.config.recipes import QUICKSTART, RECIPES
 from flax_alexnet.config.schema import FREE_TO_CHANGE, JAX_SETTINGS, flatten, misfit
-from flax_alexnet.data.pictures import find_pictures, read_pictures
+from flax_alexnet.data.examples import find_images, read_examples
 from flax_alexnet.data.sources import open_dataset, open_splits
 from flax_alexnet.training.logger import Clock, RunLog, read_metrics
 from flax_alexnet.training.run_directory import FILES, claim, locked, record
@@ -522,12 +522,12 @@ class TestNamesOfDatasets:
         (source / "a" / "device.png").symlink_to("/dev/zero")
         with socket.socket(socket.AF_UNIX) as server:
             server.bind("socket.png")
-        named = find_pictures([str(source / "a")])
+        named = find_images([str(source / "a")])
         opened = open_splits(f"folder:{source}").open("all")
         for pictures in (named, opened):
             problems = {
                 Path(picture.name).name: picture.problem
-                for picture in read_pictures(pictures, 16)
+                for picture in read_examples(pictures, 16)
                 if picture.image is None
             }
             assert sorted(problems) == odd

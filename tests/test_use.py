@@ -21,7 +21,7 @@ from small_nets import make_net
 from flax_alexnet.checkpoint.manager import Checkpoints
 from flax_alexnet.config.recipes import QUICKSTART
 from flax_alexnet.config.schema import flatten
-from flax_alexnet.data.pictures import find_pictures
+from flax_alexnet.data.examples import find_images
 from flax_alexnet.data.sources import Record, open_splits
 from flax_alexnet.inference.feature_file import READ, FeatureFile, nearest
 from flax_alexnet.train import main as train
@@ -99,7 +99,7 @@ def test_arguments_are_files_folders_and_globs(photographs):
     files = pictures(photographs)
 
     def found(*arguments):
-        source = find_pictures(arguments)
+        source = find_images(arguments)
         return [source.name(index) for index in range(len(source))]
 
     assert found(str(photographs)) == [str(file) for file in files]
@@ -130,7 +130,7 @@ def test_links_that_lead_back_are_not_followed_for_ever(
     expected = [str(path) for path in sorted(folder.glob("*/*.png"))]
 
     def found(pattern):
-        paths = find_pictures([pattern, pattern]).paths
+        paths = find_images([pattern, pattern]).paths
         return sorted(str(path) for path in paths if path.name != "loop")
 
     assert found(f"{folder}{pattern}") == expected
@@ -147,14 +147,14 @@ def test_globs_name_what_they_always_did(photographs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for pattern in ("**/*.png", "a/**/0.png", "*/*/*/*.png", "**/class */**/1.png", "**/deeper/**"):
         named = (Path(path) for path in glob.glob(pattern, recursive=True))
-        assert set(find_pictures([pattern]).paths) == {path for path in named if path.is_file()}
+        assert set(find_images([pattern]).paths) == {path for path in named if path.is_file()}
 
 
 def test_evaluate_counts_every_picture_once(net, weights, photographs, tmp_path, capsys):
     flags = ["--data.name", f"folder:{photographs}", "--data.split", "all", "--batch-size", "8"]
     output = tmp_path / "out"
     assert EVALUATE([str(weights), *flags, "--output", str(output)]) == 0
-    source = find_pictures([str(photographs)])
+    source = find_images([str(photographs)])
     files = [Path(source.name(index)) for index in range(len(source))]
     labels = np.array([net.label_names.index(file.parent.name) for file in files])
     expected = by_hand(net, files)

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 
 from flax_alexnet.config.cli import NO_DATASET, UseDataConfig, check_batch, command, parse
-from flax_alexnet.data.pictures import Picture, open_for_use, read_pictures, summarize
+from flax_alexnet.data.examples import Example, open_split, read_examples, summarize
 from flax_alexnet.data.sources import FOLDER, Source, place_of
 from flax_alexnet.inference.batches import check_numbers, infer, log_probabilities
 from flax_alexnet.training.run_directory import recorded
@@ -110,7 +110,7 @@ def run(config: EvaluateConfig) -> None:
     data, held_out = config.data, HeldOut(None, None)
     if not data.name:
         data, held_out = _own_dataset(config.weights, data)
-    source, note = open_for_use(**vars(data))
+    source, note = open_split(**vars(data))
     if note:
         print(note, flush=True)
     changed = ""
@@ -284,7 +284,7 @@ def evaluate(
 
 def _ensemble(
     nets: Sequence[Pretrained], source: Source, crops: int, batch_size: int
-) -> Iterator[tuple[Picture, Any]]:
+) -> Iterator[tuple[Example, Any]]:
     """Each picture with its log-probabilities; it is decoded once for all nets with one rule."""
     rules: dict[Any, list[Pretrained]] = {}
     for net in nets:
@@ -293,7 +293,7 @@ def _ensemble(
     for (size, resize), group in rules.items():
         functions = [log_probabilities(net, crops) for net in group]
         stacked = functools.partial(_stack, functions)
-        streams.append(infer(stacked, read_pictures(source, size, resize), batch_size))
+        streams.append(infer(stacked, read_examples(source, size, resize), batch_size))
     for results in zip(*streams, strict=True):
         rows = [row for _, row in results if row is not None]
         with np.errstate(invalid="ignore"):  # a net that gives NaN is refused by name

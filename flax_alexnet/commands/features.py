@@ -25,11 +25,11 @@ from flax_alexnet.config.cli import (
     command,
     parse,
 )
-from flax_alexnet.data.pictures import (
-    Picture,
-    find_pictures,
-    open_for_use,
-    read_pictures,
+from flax_alexnet.data.examples import (
+    Example,
+    find_images,
+    open_split,
+    read_examples,
     summarize,
 )
 from flax_alexnet.data.sources import NO_LABEL, Source
@@ -88,11 +88,11 @@ def main(argv: Sequence[str]) -> None:
 def run(config: FeaturesConfig) -> None:
     """Writes and draws what `config` asks for."""
     if config.data.name:
-        source, note = open_for_use(**vars(config.data))
+        source, note = open_split(**vars(config.data))
         if note:
             print(note, flush=True)
     else:
-        source = find_pictures(config.pictures)
+        source = find_images(config.pictures)
     named = find_queries(source, config.queries)
     inputs = [*files_of(config.weights), *source.paths]
     check_not_read(config.output, inputs)
@@ -164,7 +164,7 @@ def extract(
         print(f"{changed:,} pictures have changed since they were read, and are read again")
     todo = np.flatnonzero(~there).tolist()
     rule = net.preprocessing
-    pictures = read_pictures(source, rule.image_size, rule.resize, todo)
+    pictures = read_examples(source, rule.image_size, rule.resize, todo)
     results = infer(function, pictures, batch_size)
     before = len(source) - len(todo)
     bar = tqdm(results, total=len(source), initial=before, unit="picture", disable=None)
@@ -227,7 +227,7 @@ def _check_same(
         )
     for row in there[:1]:
         rule = net.preprocessing
-        pictures = read_pictures(source, rule.image_size, rule.resize, [int(row)])
+        pictures = read_examples(source, rule.image_size, rule.resize, [int(row)])
         ((_, values),) = infer(function, pictures, 1)
         if values is None or not all(
             np.allclose(
@@ -290,7 +290,7 @@ def draw_nearest(
     """Draws the pictures of `queries` with their neighbours, which `nearest` has found."""
     rule = net.preprocessing
     shown = np.concatenate([np.array(queries)[:, None], rows], axis=1)
-    pictures = read_pictures(source, rule.image_size, rule.resize, shown.reshape(-1).tolist())
+    pictures = read_examples(source, rule.image_size, rule.resize, shown.reshape(-1).tolist())
     images = np.stack([_shown(picture, rule.image_size) for picture in pictures])
     images = images.reshape(*shown.shape, *images.shape[1:])
     names = [[Path(source.name(int(row))).stem for row in line] for line in shown]
@@ -304,6 +304,6 @@ def draw_nearest(
     )
 
 
-def _shown(picture: Picture, size: int) -> np.ndarray:
+def _shown(picture: Example, size: int) -> np.ndarray:
     blank = np.full((size, size, 3), 255, np.uint8)  # for a file that has gone meanwhile
     return blank if picture.image is None else picture.image

@@ -10,7 +10,7 @@ import tyro
 
 from flax_alexnet.config.cli import check_flag, check_png, command, parse
 from flax_alexnet.data.decode import DecodeError, decode_whole, read_file
-from flax_alexnet.data.pictures import find_pictures, summarize
+from flax_alexnet.data.examples import find_images, summarize
 from flax_alexnet.inference.batches import check_numbers
 from flax_alexnet.models.lpips import lpips, signed
 from flax_alexnet.utils.errors import UserError
@@ -124,7 +124,7 @@ def find_pairs(a: Path, b: Path) -> list[tuple[str, Path, Path]]:
 
 
 def _by_name(folder: Path) -> dict[str, Path]:
-    files = find_pictures([str(folder)]).paths
+    files = find_images([str(folder)]).paths
     named = {printable(str(file.relative_to(folder).with_suffix(""))): file for file in files}
     if len(named) < len(files):
         raise UserError(f"{folder} has pictures of the same name with two suffixes")

@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 from flax_alexnet.config.cli import check_batch, check_flag, check_png, command, parse
-from flax_alexnet.data.pictures import Picture, find_pictures, read_pictures, summarize
+from flax_alexnet.data.examples import Example, find_images, read_examples, summarize
 from flax_alexnet.data.sources import Source
 from flax_alexnet.inference.batches import check_numbers, infer, log_probabilities
 from flax_alexnet.utils.errors import UserError
@@ -49,7 +49,7 @@ class PredictConfig:
 class Prediction:
     """A picture and its likeliest classes."""
 
-    picture: Picture
+    picture: Example
     probabilities: np.ndarray | None  # float32[classes]; None where it could not be read
 
     def best(self, count: int) -> list[tuple[int, float]]:
@@ -79,7 +79,7 @@ def predict(config: PredictConfig) -> None:
       UserError: weights or pictures that are not there, or not one picture that could be
         read, or a net that gives what is not a number.
     """
-    source = find_pictures(config.pictures)
+    source = find_images(config.pictures)
     net = load(config.weights)
     check_classifier(net)
     inputs = [*files_of(config.weights), *source.paths]
@@ -122,7 +122,7 @@ def predictions(
       UserError: the net gives what is not a number.
     """
     rule = net.preprocessing
-    pictures = read_pictures(source, rule.image_size, rule.resize)
+    pictures = read_examples(source, rule.image_size, rule.resize)
     batch_size = min(batch_size, len(source))
     for picture, row in infer(log_probabilities(net, crops), pictures, batch_size):
         if row is not None:

@@ -16,8 +16,8 @@ from flax_alexnet.config.cli import check_flag, command, parse
 from flax_alexnet.config.schema import LARGEST_IMAGE
 from flax_alexnet.data import imagenet, synthetic
 from flax_alexnet.data.descriptions import damaged
+from flax_alexnet.data.examples import summarize
 from flax_alexnet.data.folders import list_left_out
-from flax_alexnet.data.pictures import summarize
 from flax_alexnet.data.sources import (
     FOLDER,
     PREPARED_FOLDER,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flax_alexnet.config.cli import check_batch, check_flag
-from flax_alexnet.data.preprocessing import ResizeRule, Scale
+from flax_alexnet.data.preprocessing import Preprocessing, ResizeRule, Scale
 from flax_alexnet.models.architectures import ARCHITECTURES
 from flax_alexnet.utils.errors import UserError, unknown
 from flax_alexnet.utils.text import printable
@@ -189,6 +189,21 @@ class Config:
     augment: AugmentConfig = AugmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
+
+    def preprocessing(self, mean: Any) -> Preprocessing:
+        """What is done to an image before the model sees it, with the mean of the run."""
+        data, augment = self.data, self.augment
+        return Preprocessing(data.image_size, data.resize, augment.crop_size, mean, augment.scale)
+
+    def with_preprocessing(self, preprocessing: Preprocessing) -> "Config":
+        """The same run with the preprocessing of a trained model; the mean is no part of it."""
+        size, resize = preprocessing.image_size, preprocessing.resize
+        crop_size, scale = preprocessing.crop_size, preprocessing.scale
+        return dataclasses.replace(
+            self,
+            data=dataclasses.replace(self.data, image_size=size, resize=resize),
+            augment=dataclasses.replace(self.augment, crop_size=crop_size, scale=scale),
+        )
 
 
 # What may differ between the processes of a run, and when it is resumed.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_alexnet.data.preprocessing import Scale
+from flax_alexnet.data.preprocessing import Preprocessing, Scale
 from flax_alexnet.utils.errors import UserError
 
 ColorNoise = Literal["none", "cuda-convnet", "eigenvalues"]
@@ -34,7 +34,7 @@ COLOR_SCALES = {
 }
 
 
-def subtract_mean(images: jax.Array | np.ndarray, mean: jax.Array) -> jax.Array:
+def subtract_mean(images: jax.Array | np.ndarray, mean: jax.Array | np.ndarray) -> jax.Array:
     """uint8 or float[b, h, w, 3] less float32[h, w, 3] (or a colour, float32[3]): float32."""
     return jnp.asarray(images, jnp.float32) - jnp.broadcast_to(mean, images.shape[1:])[None]
 
@@ -117,28 +117,27 @@ def color_noise(key: jax.Array, images: jax.Array, scaling: ColorNoise) -> jax.A
 def augment(
     key: jax.Array,
     images: jax.Array,
-    mean: jax.Array,
+    preprocessing: Preprocessing,
     *,
-    crop_size: int,
     crop: bool = True,
     flip: bool = True,
     noise: ColorNoise = "none",
-    scale: Scale = 1.0,
 ) -> jax.Array:
-    """What training sees: mean subtracted, random crop and flip, colour noise, all times `scale`.
+    """What training sees: mean subtracted, random crop and flip, colour noise, all scaled.
 
-    uint8[b, h, w, 3] with float32[h, w, 3] → float32[b, crop_size, crop_size, 3].
+    uint8[b, h, w, 3] → float32[b, crop_size, crop_size, 3]; `preprocessing` has mean, crop_size
+    and scale.
     """
+    size = preprocessing.crop_size
     crop_key, flip_key, noise_key = jax.random.split(key, 3)
-    images = subtract_mean(images, mean)
-    images = random_crop(crop_key, images, crop_size) if crop else center_crop(images, crop_size)
+    images = subtract_mean(images, preprocessing.mean)
+    images = random_crop(crop_key, images, size) if crop else center_crop(images, size)
     if flip:
         images = random_flip(flip_key, images)
-    return rescale(color_noise(noise_key, images, noise), scale)
+    return rescale(color_noise(noise_key, images, noise), preprocessing.scale)
 
 
-def preprocess(
-    images: jax.Array | np.ndarray, mean: jax.Array, *, crop_size: int, scale: Scale = 1.0
-) -> jax.Array:
-    """What evaluation sees: mean subtracted, central crop, times `scale`; shapes as above."""
-    return rescale(center_crop(subtract_mean(images, mean), crop_size), scale)
+def preprocess(images: jax.Array | np.ndarray, preprocessing: Preprocessing) -> jax.Array:
+    """What evaluation sees: mean subtracted, central crop, scaled; shapes as above."""
+    centred = subtract_mean(images, preprocessing.mean)
+    return rescale(center_crop(centred, preprocessing.crop_size), preprocessing.scale)

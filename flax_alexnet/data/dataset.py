@@ -3,12 +3,11 @@
 import abc
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from flax_alexnet.data.bad_records import OnBad, refuse
-from flax_alexnet.data.pictures import Picture, decode_record, read_record
+from flax_alexnet.data.examples import Example, decode_record, read_record
 from flax_alexnet.data.prefetch import map_threads
 from flax_alexnet.data.preprocessing import ResizeRule
 from flax_alexnet.data.sources import Record, Source
@@ -20,16 +19,11 @@ CHUNK = 64  # pictures that a thread is given at once
 READ_AHEAD = 16  # prepared pictures that it reads before it decodes them
 EVERYTHING = slice(None)
 
-Example = dict[str, Any]  # "image": uint8[size, size, 3], "label": int32[]
-
 UNKNOWN, BAD = -2, -1  # in the place of a label: not tried yet, cannot be read
 
-
-class Found(NamedTuple):
-    """Pictures as a batch has them; the image of one that cannot be read is nothing to look at."""
-
-    images: np.ndarray  # uint8[n, size, size, 3]
-    labels: np.ndarray  # int32[n], or BAD
+# "image": uint8[b, size, size, 3], "label": int32[b], and perhaps "mask": bool[b], false where an
+# image could not be read or only fills up the batch.
+Batch = dict[str, np.ndarray]
 
 
 class Examples(abc.ABC):
@@ -39,10 +33,10 @@ class Examples(abc.ABC):
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
-    def find(self, indices: Sequence[int]) -> Found:
-        """The pictures at `indices`."""
+    def read(self, indices: Sequence[int]) -> Batch:
+        """The pictures at `indices`, with "mask"."""
 
-    def take(self, indices: Sequence[int]) -> Found:
+    def take(self, indices: Sequence[int]) -> Batch:
         """The pictures at `indices`; for a bad one the next, in a circle, that can be read.
 
         Who takes the place of a bad picture follows from the data alone, and so is the same in any
@@ -51,22 +45,19 @@ class Examples(abc.ABC):
         Raises:
           UserError: no picture can be read.
         """
-        found = self.find(indices)
-        for row in np.flatnonzero(found.labels == BAD).tolist():
-            found.images[row], found.labels[row] = self._next(indices[row])
-        return found
+        batch = self.read(indices)
+        for row in np.flatnonzero(~batch.pop("mask")).tolist():
+            other = self._next(indices[row])
+            for name, values in batch.items():
+                values[row] = other[name][0]
+        return batch
 
-    def _next(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def _next(self, index: int) -> Batch:
         for step in range(1, len(self)):
-            images, labels = self.find([(index + step) % len(self)])
-            if labels[0] != BAD:
-                return images[0], labels[0]
+            batch = self.read([(index + step) % len(self)])
+            if batch["mask"][0]:
+                return batch
         raise UserError(f"none of the {len(self):,} pictures can be read; take another dataset")
-
-    def __getitem__(self, index: int) -> Example:
-        """The one picture that `take` gives for `index`."""
-        images, labels = self.take([index])
-        return {"image": images[0], "label": labels[0]}
 
 
 class DecodedExamples(Examples):
@@ -80,12 +71,12 @@ class DecodedExamples(Examples):
     def __len__(self) -> int:
         return len(self._source)
 
-    def find(self, indices: Sequence[int]) -> Found:
+    def read(self, indices: Sequence[int]) -> Batch:
         images = np.empty((len(indices), self._size, self._size, 3), np.uint8)
-        pictures = _read(self._source, indices, self._size, self._resize, images)
-        for picture in _bad(pictures):
-            self._on_bad(picture.name, picture.problem, picture.label)
-        return Found(images, _labels(pictures))
+        examples = _read(self._source, indices, self._size, self._resize, images)
+        for example in _bad(examples):
+            self._on_bad(example.name, example.problem, example.label)
+        return _batch(images, _labels(examples))
 
 
 class CachedExamples(Examples):
@@ -107,24 +98,24 @@ class CachedExamples(Examples):
         self._labels = np.full((len(source),), UNKNOWN, np.int32)
         _try(source, share, self._fill, on_bad)
 
-    def _fill(self, rows: Sequence[int]) -> list[Picture]:
+    def _fill(self, rows: Sequence[int]) -> list[Example]:
         """Decodes some pictures; returns the bad ones."""
-        pictures = _read(self._source, rows, self._size, self._resize)
+        examples = _read(self._source, rows, self._size, self._resize)
         # Put there when they are whole, since another thread may read them already.
-        for row, picture in zip(rows, pictures, strict=True):
-            if picture.image is not None:
-                self._images[row] = picture.image
-        self._labels[rows] = _labels(pictures)  # last: they say that the pictures are there
-        return _bad(pictures)
+        for row, example in zip(rows, examples, strict=True):
+            if example.image is not None:
+                self._images[row] = example.image
+        self._labels[rows] = _labels(examples)  # last: they say that the pictures are there
+        return _bad(examples)
 
     def __len__(self) -> int:
         return len(self._labels)
 
-    def find(self, indices: Sequence[int]) -> Found:
+    def read(self, indices: Sequence[int]) -> Batch:
         rows = np.asarray(indices, int)
-        for picture in self._fill(rows[self._labels[rows] == UNKNOWN].tolist()):
-            self._on_bad(picture.name, picture.problem, picture.label)
-        return Found(self._images[rows], self._labels[rows])
+        for example in self._fill(rows[self._labels[rows] == UNKNOWN].tolist()):
+            self._on_bad(example.name, example.problem, example.label)
+        return _batch(self._images[rows], self._labels[rows])
 
 
 def open_examples(
@@ -169,35 +160,39 @@ def mean_image(
 
     def add(rows: Sequence[int]) -> np.ndarray:
         # So few grey levels cannot overflow, and whole numbers add up the same in any order.
-        return examples.take(rows).images.sum(axis=0, dtype=np.int32)
+        return examples.take(rows)["image"].sum(axis=0, dtype=np.int32)
 
-    zero = np.zeros_like(examples[0]["image"], np.int32)
+    zero = np.zeros_like(examples.take([0])["image"][0], np.int32)
     sums = sum(map_threads(add, _chunks(indices[share])), zero)
     return (total(sums) / count).astype(np.float32)
 
 
 def _try(
-    source: Source, share: slice, function: Callable[[Sequence[int]], list[Picture]], on_bad: OnBad
+    source: Source, share: slice, function: Callable[[Sequence[int]], list[Example]], on_bad: OnBad
 ) -> None:
     """Tells `on_bad` of the bad pictures of `share`, in order, which `function` of rows finds."""
     for bad in map_threads(function, _chunks(np.arange(len(source))[share])):
-        for picture in bad:
-            on_bad(picture.name, picture.problem, picture.label)
+        for example in bad:
+            on_bad(example.name, example.problem, example.label)
 
 
 def _chunks(indices: np.ndarray) -> list[list[int]]:
     return [part.tolist() for part in np.split(indices, range(CHUNK, len(indices), CHUNK))]
 
 
-def _bad(pictures: Sequence[Picture]) -> list[Picture]:
-    return [picture for picture in pictures if picture.image is None]
+def _bad(examples: Sequence[Example]) -> list[Example]:
+    return [example for example in examples if example.image is None]
 
 
-def _labels(pictures: Sequence[Picture]) -> np.ndarray:
-    return np.array([BAD if p.image is None else p.label for p in pictures], np.int32)
+def _labels(examples: Sequence[Example]) -> np.ndarray:
+    return np.array([BAD if e.image is None else e.label for e in examples], np.int32)
 
 
-def _records(source: Source, rows: Sequence[int]) -> Iterator[Record | Picture]:
+def _batch(images: np.ndarray, labels: np.ndarray) -> Batch:
+    return {"image": images, "label": labels, "mask": labels != BAD}
+
+
+def _records(source: Source, rows: Sequence[int]) -> Iterator[Record]:
     """The pictures at `rows`, encoded.
 
     Reading is Python, in which threads wait for one another: some at once take less time. Of a
@@ -214,20 +209,20 @@ def _read(
     size: int,
     resize: ResizeRule,
     out: Iterable[np.ndarray] | None = None,
-) -> list[Picture]:
+) -> list[Example]:
     """The pictures at `rows`; UserError for a label that is out of range.
 
     With `out`, squares for them are put there.
     """
     places = itertools.repeat(None) if out is None else out
-    pictures = [
+    examples = [
         decode_record(record, size, resize, place)
         for record, place in zip(_records(source, rows), places, strict=False)
     ]
-    for picture in pictures:
-        if picture.image is not None and not 0 <= picture.label < len(source.label_names):
+    for example in examples:
+        if example.image is not None and not 0 <= example.label < len(source.label_names):
             raise UserError(
-                f"picture {picture.name} has the label {picture.label}, but there are only "
+                f"picture {example.name} has the label {example.label}, but there are only "
                 f"{len(source.label_names)} classes; take a split with labels"
             )
-    return pictures
+    return examples

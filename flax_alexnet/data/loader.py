@@ -11,9 +11,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from flax_alexnet.data.dataset import BAD, Examples
-
-Batch = dict[str, np.ndarray]  # "image": uint8[b, s, s, 3], "label": int32[b], "mask": bool[b]
+from flax_alexnet.data.dataset import Batch, Examples
 
 
 def training_batches(
@@ -32,13 +30,8 @@ def training_batches(
     next one in `examples`. Of each batch only `rows` are read, those of the process's own devices;
     None is all.
     """
-
-    def take(indices: Sequence[int]) -> Batch:
-        images, labels = examples.take(indices)
-        return {"image": images, "label": labels}
-
     order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
-    return _batches(order, take, batch_size, start, threads, rows)
+    return _batches(order, examples.take, batch_size, start, threads, rows)
 
 
 def evaluation_batches(
@@ -55,17 +48,17 @@ def evaluation_batches(
     """
     whole = -(-len(examples) // batch_size) * batch_size
 
-    def find(indices: Sequence[int]) -> Batch:
-        found = examples.find([index for index in indices if index < len(examples)])
-        more = len(indices) - len(found.labels)  # the last indices: they fill up the batch
-        images, labels, mask = (
-            np.concatenate([values, np.zeros((more, *values.shape[1:]), values.dtype)])
-            for values in (*found, found.labels != BAD)
-        )
-        images[~mask], labels[~mask] = 0, 0
-        return {"image": images, "label": labels, "mask": mask}
+    def read(indices: Sequence[int]) -> Batch:
+        batch = examples.read([index for index in indices if index < len(examples)])
+        more = len(indices) - len(batch["mask"])  # the last indices: they fill up the batch
+        batch = {
+            name: np.concatenate([values, np.zeros((more, *values.shape[1:]), values.dtype)])
+            for name, values in batch.items()
+        }
+        batch["image"][~batch["mask"]], batch["label"][~batch["mask"]] = 0, 0
+        return batch
 
-    return _batches(grain.MapDataset.range(whole), find, batch_size, 0, threads, rows)
+    return _batches(grain.MapDataset.range(whole), read, batch_size, 0, threads, rows)
 
 
 class _Batches(grain.MapDataset):

@@ -1,9 +1,12 @@
 """What is done to a picture before a net sees it: a part of the model."""
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:  # a configuration is checked before JAX is imported
+    import jax
 
 # How a picture becomes a square of `image_size` pixels:
 # - "paper": shorter side scaled (bicubic), the central square cut out, in one operation;
@@ -30,5 +33,9 @@ class Preprocessing:
     image_size: int
     resize: ResizeRule
     crop_size: int
-    mean: np.ndarray
+    mean: "np.ndarray | jax.Array"
     scale: Scale = 1.0
+
+    def with_mean(self, mean: "np.ndarray | jax.Array") -> "Preprocessing":
+        """The same with another mean, such as that of a `TrainState`."""
+        return dataclasses.replace(self, mean=mean)

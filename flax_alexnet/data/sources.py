@@ -54,11 +54,12 @@ MISREAD = (AssertionError, AttributeError, LookupError, OSError, TypeError, Valu
 
 
 class Record(NamedTuple):
-    """One encoded picture, as it lies on the disk."""
+    """One encoded image, as it lies on the disk, or why it cannot be read."""
 
-    image: bytes
+    image: bytes  # empty where there is a problem
     label: int
     name: str  # for messages: a path, or a split and an index
+    problem: str = ""
 
 
 class Pictures(Protocol):
@@ -380,7 +381,7 @@ class TfdsSource:
 
 
 class FolderSource:
-    """Picture files with the label of the folder each lies in."""
+    """Example files with the label of the folder each lies in."""
 
     prepared = False
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_alexnet.data.pictures import Picture
+from flax_alexnet.data.examples import Example
 from flax_alexnet.data.prefetch import prefetch
 from flax_alexnet.models.alexnet import AlexNet
 from flax_alexnet.parallel.layouts import make_layout
@@ -18,8 +18,8 @@ from flax_alexnet.weights.pretrained import Pretrained
 
 
 def infer(
-    function: Callable[[jax.Array], Any], pictures: Iterable[Picture], batch_size: int
-) -> Iterator[tuple[Picture, Any]]:
+    function: Callable[[jax.Array], Any], pictures: Iterable[Example], batch_size: int
+) -> Iterator[tuple[Example, Any]]:
     """Each picture with its row of what `function` gives, or with None where it could not be read.
 
     Args:
@@ -32,7 +32,7 @@ def infer(
     devices = jax.local_device_count()
     batch_size = -(-batch_size // devices) * devices
 
-    def batches() -> Iterator[tuple[list[Picture], Any]]:
+    def batches() -> Iterator[tuple[list[Example], Any]]:
         for group in _grouped(pictures, batch_size):
             images = [picture.image for picture in group if picture.image is not None]
             if not images:
@@ -47,9 +47,9 @@ def infer(
             yield picture, rows.popleft() if picture.image is not None else None
 
 
-def _grouped(pictures: Iterable[Picture], batch_size: int) -> Iterator[list[Picture]]:
+def _grouped(pictures: Iterable[Example], batch_size: int) -> Iterator[list[Example]]:
     """As many pictures as hold `batch_size` that could be read; those that could not between."""
-    group: list[Picture] = []
+    group: list[Example] = []
     readable = 0
     for picture in pictures:
         group.append(picture)

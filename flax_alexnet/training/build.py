@@ -65,14 +65,20 @@ def compile_steps(
     replicated, batch, state = layout.replicated, layout.batch, shardings(template)
     model = model.clone(partition=layout.partition)
     settings = config.augment
-    augment_fn = functools.partial(
-        augment,
-        crop_size=settings.crop_size,
-        crop=settings.random_crop,
-        flip=settings.flip,
-        noise=settings.color_noise,
-        scale=settings.scale,
-    )
+
+    def augment_fn(key: jax.Array, images: jax.Array, mean: jax.Array) -> jax.Array:
+        return augment(
+            key,
+            images,
+            config.preprocessing(mean),
+            crop=settings.random_crop,
+            flip=settings.flip,
+            noise=settings.color_noise,
+        )
+
+    def preprocess_fn(images: jax.Array, mean: jax.Array) -> jax.Array:
+        return preprocess(images, config.preprocessing(mean))
+
     step_fn = jax.jit(
         functools.partial(
             train_step, model=model, optimizer=optimizer, augment=augment_fn, frozen=frozen
@@ -80,9 +86,6 @@ def compile_steps(
         in_shardings=(state, batch, replicated),
         out_shardings=(state, replicated),
         donate_argnums=0,
-    )
-    preprocess_fn = functools.partial(
-        preprocess, crop_size=settings.crop_size, scale=settings.scale
     )
     eval_fn = jax.jit(
         functools.partial(eval_step, model=model, preprocess=preprocess_fn),

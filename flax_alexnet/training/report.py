@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_alexnet.checkpoint.manager import digest
-from flax_alexnet.config.schema import AugmentConfig, Config
+from flax_alexnet.config.schema import Config
 from flax_alexnet.data.augment import preprocess
 from flax_alexnet.data.dataset import Examples
+from flax_alexnet.data.preprocessing import Preprocessing
 from flax_alexnet.models.alexnet import AlexNet, implementations
 from flax_alexnet.models.architectures import architecture
 from flax_alexnet.parallel.distributed import handles_signals, is_main, stop_requests
@@ -88,7 +89,6 @@ def finish(
     params = gather_params(state.params, setup.layout)
     if not is_main():
         return 0
-    mean = jnp.asarray(np.asarray(state.mean))
     metrics = read_metrics(config.workdir / "metrics.jsonl")
     summary = {
         "step": int(state.step),
@@ -111,11 +111,10 @@ def finish(
             config.workdir / "report",
             metrics,
             params,
-            mean,
+            config.preprocessing(np.asarray(state.mean)),
             model,
             setup.data.eval,
             setup.data.dataset.label_names,
-            config.augment,
         )
         clock.keep()
         write_json(config.workdir / "summary.json", summary)  # last: it marks the run as complete
@@ -134,11 +133,10 @@ def draw_report(
     folder: Path,
     metrics: Sequence[dict[str, Any]],
     params: Any,
-    mean: jax.Array,
+    preprocessing: Preprocessing,
     model: AlexNet,
     examples: Examples,
     label_names: Sequence[str],
-    settings: AugmentConfig,
 ) -> None:
     """Draws the curves, the first layer's kernels, and eight predictions into `folder`.
 
@@ -150,9 +148,9 @@ def draw_report(
     with replacing(folder / "conv1.png") as path:
         plot_kernels(params["conv1"]["kernel"], path, architecture(model.variant).groups)
     order = np.random.default_rng(0).permutation(len(examples))
-    images, labels = examples.take(order[:8].tolist())
-    seen = preprocess(jnp.asarray(images), mean, crop_size=settings.crop_size, scale=settings.scale)
-    logits: Any = jax.jit(model.apply)({"params": params}, seen)
+    batch = examples.take(order[:8].tolist())
+    images, labels = batch["image"], batch["label"]
+    logits: Any = jax.jit(model.apply)({"params": params}, preprocess(images, preprocessing))
     probabilities = np.asarray(jax.nn.softmax(logits.astype(jnp.float32)))
     with replacing(folder / "predictions.png") as path:
         plot_predictions(images, labels.tolist(), probabilities, label_names, path)

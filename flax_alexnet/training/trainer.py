@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flax_alexnet.checkpoint.manager import Checkpoints
@@ -109,13 +108,8 @@ class Trainer:
     def inspect(self, state: TrainState) -> tuple[Params, jax.Array]:
         """Parameters on this host, and images as the model sees them; for all processes at once."""
         train = self.setup.data.train
-        sample = [train[index]["image"] for index in range(min(SAMPLE, len(train)))]
-        images = preprocess(
-            jnp.asarray(np.stack(sample)),
-            jnp.asarray(np.asarray(state.mean)),
-            crop_size=self.config.augment.crop_size,
-            scale=self.config.augment.scale,
-        )
+        sample = train.take(range(min(SAMPLE, len(train))))["image"]
+        images = preprocess(sample, self.config.preprocessing(np.asarray(state.mean)))
         return gather_params(state.params, self.setup.layout), images
 
 

@@ -33,14 +33,9 @@ def adapt(recipe: Config, path: Path) -> Config:
       UserError: there is none.
     """
     net, _ = read(path)  # what is worth knowing of it is said when the run begins
-    rule = net.preprocessing
     same = {name: getattr(net.config, name) for name in OF_THE_NET}
-    return dataclasses.replace(
-        recipe,
-        model=dataclasses.replace(recipe.model, **same),
-        data=dataclasses.replace(recipe.data, image_size=rule.image_size, resize=rule.resize),
-        augment=dataclasses.replace(recipe.augment, crop_size=rule.crop_size, scale=rule.scale),
-    )
+    recipe = recipe.with_preprocessing(net.preprocessing)
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **same))
 
 
 def start_from(

@@ -94,16 +94,13 @@ class Pretrained:
             where they are not traced.
         """
         self._check_images(images)
-        rule = self.preprocessing
-        mean = jnp.asarray(rule.mean)
-        return preprocess(images, mean, crop_size=rule.crop_size, scale=rule.scale)
+        return preprocess(images, self.preprocessing)
 
     def ten_crops(self, images: jax.Array | np.ndarray) -> jax.Array:
         """As `preprocess`, but the paper's ten crops of each: float32[b, 10, crop, crop, 3]."""
         self._check_images(images)
         rule = self.preprocessing
-        centred = subtract_mean(images, jnp.asarray(rule.mean))
-        crops = ten_crops(centred, rule.crop_size)
+        crops = ten_crops(subtract_mean(images, rule.mean), rule.crop_size)
         return rescale(crops.reshape(-1, *crops.shape[2:]), rule.scale).reshape(crops.shape)
 
     def _check_images(self, images: Any) -> None:

@@ -1,4 +1,4 @@
-"""Pictures that a trained net is used on: each has an outcome, and a bad one stops no other."""
+"""Decoded images, each with its outcome: one that cannot be read stops no other."""
 
 import functools
 import glob
@@ -26,16 +26,16 @@ from flax_alexnet.data.sources import (
 from flax_alexnet.utils.errors import UserError
 
 
-class Picture(NamedTuple):
-    """A picture, or why there is none."""
+class Example(NamedTuple):
+    """A decoded image with its label, or why there is none."""
 
-    name: str
+    name: str  # for messages, as that of its `Record`
     label: int
-    image: np.ndarray | None  # uint8[size, size, 3]
+    image: np.ndarray | None  # uint8[size, size, 3]; None where there is a problem
     problem: str = ""
 
 
-def find_pictures(arguments: Sequence[str]) -> FolderSource:
+def find_images(arguments: Sequence[str]) -> FolderSource:
     """The files that paths, folders (with all below them) and globs name, in that order.
 
     Hidden files are passed over; any other is taken, whatever its name says, so that each has an
@@ -64,7 +64,7 @@ def find_pictures(arguments: Sequence[str]) -> FolderSource:
     return FolderSource([(file, NO_LABEL) for file in files.values()], ())
 
 
-def open_for_use(
+def open_split(
     name: str,
     data_dir: Path | None = None,
     split: str | None = None,
@@ -115,30 +115,30 @@ def _expand(pattern: str) -> list[str]:
     return [path for folder in folders for path in _expand(os.path.join(glob.escape(folder), rest))]
 
 
-def read_pictures(
+def read_examples(
     source: Source,
     size: int,
     resize: ResizeRule = "paper",
     indices: Sequence[int] | None = None,
     threads: int | None = None,
-) -> Iterator[Picture]:
-    """The pictures of a source brought to `size` × `size`, in order; see `decode` for the rules.
+) -> Iterator[Example]:
+    """The images of a source brought to `size` × `size`, in order; see `decode` for the rules.
 
     Raises:
       UserError: a prepared dataset is damaged.
     """
 
-    def read(index: int) -> Picture:
+    def read(index: int) -> Example:
         return decode_record(read_record(source, index, strict=source.prepared), size, resize)
 
     return map_threads(read, range(len(source)) if indices is None else indices, threads)
 
 
-def read_record(source: Source, index: int, *, strict: bool = False) -> Record | Picture:
-    """One picture of a source, still encoded, or why there is none.
+def read_record(source: Source, index: int, *, strict: bool = False) -> Record:
+    """One image of a source, still encoded; one that cannot be read has a problem.
 
     Raises:
-      UserError: the dataset is damaged, if `strict`; else that is what is wrong with the picture.
+      UserError: the dataset is damaged, if `strict`; else that is the problem of the image.
     """
     try:
         return source.read(index)
@@ -148,20 +148,20 @@ def read_record(source: Source, index: int, *, strict: bool = False) -> Record |
         if strict:
             raise
         problem = str(error)
-    return Picture(source.name(index), source.label(index), None, problem)
+    return Record(b"", source.label(index), source.name(index), problem)
 
 
 def decode_record(
-    record: Record | Picture, size: int, resize: ResizeRule, out: np.ndarray | None = None
-) -> Picture:
-    """What `read_record` gave, decoded; with `out` it is put there, see `decode`."""
-    if isinstance(record, Picture):
-        return record
-    try:
-        image = decode(record.image, size, resize, out)
-    except DecodeError as error:
-        return Picture(record.name, record.label, None, str(error))
-    return Picture(record.name, record.label, image)
+    record: Record, size: int, resize: ResizeRule, out: np.ndarray | None = None
+) -> Example:
+    """A record brought to `size` × `size`; with `out` the image is put there, see `decode`."""
+    image, problem = None, record.problem
+    if not problem:
+        try:
+            image = decode(record.image, size, resize, out)
+        except DecodeError as error:
+            problem = str(error)
+    return Example(record.name, record.label, image, problem)
 
 
 def summarize(problems: Sequence[tuple[str, str]], total: int, what: str = "pictures") -> str:
