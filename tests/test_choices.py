@@ -6,7 +6,8 @@ import pytest
 from flax_alexnet.models.alexnet import implementations
 from flax_alexnet.models.architectures import ARCHITECTURES
 from flax_alexnet.ops import convolution, dense, lrn, onednn, pooling
-from flax_alexnet.ops.dispatch import CHOICES, Convolution, choose
+from flax_alexnet.ops.dispatch import CHOICES, Convolution, Operation, choose
+from flax_alexnet.ops.linear import Direction
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu", "another"])
@@ -18,11 +19,13 @@ def test_there_is_a_choice_for_every_layer(variant, platform):
 
 
 def test_each_row_names_what_exists():
-    known = {"normalization": set(lrn._IMPLEMENTATIONS), "dense": set(dense._FORMS)}
-    known["max-pooling"] = known["average-pooling"] = {"slices", "xla"}
+    forms = {Operation.CONVOLUTION: convolution._FORMS, Operation.DENSE: dense._FORMS}
+    known = {operation: {"slices", "xla"} for operation in Operation}
+    known[Operation.NORMALIZATION] = set(lrn._IMPLEMENTATIONS)
     for row in CHOICES:
-        operator = row.operator.partition(" ")[0]
-        assert row.implementation in known.get(operator, set(convolution._FORMS)), row
+        for direction in row.directions or (Direction.FORWARD,):
+            names = forms.get(row.operation, {}).get(direction) or known[row.operation]
+            assert row.implementation in names, row
         assert row.measured or row.implementation == "xla", row
     assert pooling.choose is choose
 
@@ -41,4 +44,5 @@ def test_a_line_tells_what_runs(monkeypatch):
     assert "normalization: shifted_sums (norm1 norm2)" in said
     assert "max-pooling forward: xla (pool1 pool2)" in said
     assert "max-pooling gradient: slices (pool1 pool2)" in said
-    assert choose("convolution forward", "cuda", Convolution(3, 96, 11, 4)) == "space_to_depth"
+    forward = Operation.CONVOLUTION, Direction.FORWARD
+    assert choose(*forward, "cuda", Convolution(3, 96, 11, 4)) == "space_to_depth"

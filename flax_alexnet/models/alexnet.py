@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -25,9 +25,11 @@ from flax_alexnet.models.architectures import (
 )
 from flax_alexnet.ops.convolution import convolve
 from flax_alexnet.ops.dense import multiply
-from flax_alexnet.ops.dispatch import Convolution, Facts, Pooling, Product, choose
+from flax_alexnet.ops.dispatch import Convolution, Facts, Operation, Pooling, Product, choose
+from flax_alexnet.ops.linear import Direction
 from flax_alexnet.ops.lrn import local_response_normalization
 from flax_alexnet.ops.pooling import adaptive_average_pool, average_pool, max_pool
+from flax_alexnet.ops.primitives import Pads
 
 Operator = Callable[..., jax.Array]
 Initializer = Callable[..., Any]
@@ -228,33 +230,40 @@ def implementations(
       channels: of the images.
     """
     used: dict[str, dict[str, list[str]]] = {}
+    forward, gradient = Direction.FORWARD, Direction.GRADIENT
+    of_kernels = forward, Direction.INPUT_GRADIENT, Direction.KERNEL_GRADIENT
 
-    def note(layer: Layer, operator: str, facts: Facts | None = None) -> None:
-        name = choose(operator, platform, facts)
-        used.setdefault(operator, {}).setdefault(name, []).append(layer.name)
+    def note(
+        layer: Layer, operation: Operation, directions: Sequence[Direction], facts: Facts | None
+    ) -> None:
+        for direction in directions:
+            what = f"{operation} {direction}" if len(directions) > 1 else str(operation)
+            name = choose(operation, direction, platform, facts)
+            used.setdefault(what, {}).setdefault(name, []).append(layer.name)
 
+    facts: Facts
     for layer in layers:
         match layer:
             case Conv(groups=groups):
-                for direction in ("forward", "input gradient", "kernel gradient"):
-                    if direction == "input gradient" and layer is layers[0]:
-                        continue  # nobody asks for it
-                    sizes = channels // groups, layer.features // groups
-                    facts = Convolution(*sizes, layer.window, layer.stride, dtype)
-                    note(layer, f"convolution {direction}", facts)
+                sizes = channels // groups, layer.features // groups
+                facts = Convolution(*sizes, layer.window, layer.stride, dtype)
+                # The gradient by the images is not computed.
+                directions = of_kernels[::2] if layer is layers[0] else of_kernels
+                note(layer, Operation.CONVOLUTION, directions, facts)
                 channels = layer.features
             case Norm():
-                note(layer, "normalization")
-            case Pool(kind=kind):
-                operators = ("max-pooling forward", "max-pooling gradient")
-                for operator in operators if kind == "MAX" else ("average-pooling",):
-                    note(layer, operator, Pooling(layer.window, layer.stride, dtype))
+                note(layer, Operation.NORMALIZATION, [forward], None)
+            case Pool(kind="MAX"):
+                facts = Pooling(layer.window, layer.stride, dtype)
+                note(layer, Operation.MAX_POOLING, [forward, gradient], facts)
+            case Pool():
+                facts = Pooling(layer.window, layer.stride, dtype)
+                note(layer, Operation.AVERAGE_POOLING, [forward], facts)
             case Dense():
-                for direction in ("forward", "input gradient", "kernel gradient"):
-                    note(layer, f"dense {direction}", Product(rows, dtype))
+                note(layer, Operation.DENSE, of_kernels, Product(rows, dtype))
     return "; ".join(
-        f"{operator}: " + ", ".join(f"{name} ({' '.join(at)})" for name, at in sorted(by.items()))
-        for operator, by in used.items()
+        f"{what}: " + ", ".join(f"{name} ({' '.join(at)})" for name, at in sorted(by.items()))
+        for what, by in used.items()
     )
 
 
@@ -262,7 +271,7 @@ def _flat_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return multiply(x.reshape(x.shape[0], math.prod(x.shape[1:])), kernel)
 
 
-def _padding(x: jax.Array, layer: Conv | Pool) -> tuple[tuple[int, int], tuple[int, int]]:
+def _padding(x: jax.Array, layer: Conv | Pool) -> Pads:
     top_bottom, left_right = (
         explicit_padding(size, layer.window, layer.stride, layer.padding) for size in x.shape[1:3]
     )

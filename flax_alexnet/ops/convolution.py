@@ -12,7 +12,7 @@ Forward, gradient of the kernel and gradient of the input are products of the sa
   that of the input one for each place in a stride.
 - "onednn_patches": the same, but the gradient of the kernel is oneDNN's product of patches.
 
-`choices` says which is used where.
+`dispatch` says which is used where.
 """
 
 import dataclasses
@@ -27,14 +27,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from flax_alexnet.ops import onednn
-from flax_alexnet.ops.dispatch import Convolution, choose
-from flax_alexnet.ops.linear import bilinear
+from flax_alexnet.ops.dispatch import Convolution, Operation, dispatch
+from flax_alexnet.ops.linear import Direction, bilinear
+from flax_alexnet.ops.primitives import Pads
 
-Pads = tuple[tuple[int, int], tuple[int, int]]
 Implementation = Literal["xla", "patches", "space_to_depth", "onednn", "onednn_patches"]
 Shape = tuple[int, ...]
 Form = Callable[..., jax.Array]  # of two arrays, the shape of the result, stride and padding
-PLATFORMS = ("cpu", "cuda")  # that the table tells from others
 PARTS = 4  # of a batch: see `_side_by_side`
 # Outside of a program JAX would compile a loop anew at each call.
 _compiled_once = functools.partial(jax.jit, static_argnames=("shape", "stride", "padding"))
@@ -75,7 +74,7 @@ def _convolve(
     x: jax.Array, kernel: jax.Array, stride: int, padding: Pads, implementation: str | None
 ) -> jax.Array:
     operator = _Operator(x.shape, kernel.shape, stride, padding, implementation)
-    return operator("forward", x, kernel)
+    return operator(Direction.FORWARD, x, kernel)
 
 
 @functools.partial(_convolve.defjvp, symbolic_zeros=True)
@@ -102,36 +101,27 @@ class _Operator:
     padding: Pads
     implementation: str | None
 
-    def __call__(self, direction: str, fixed: jax.Array, varied: jax.Array) -> jax.Array:
+    def __call__(self, direction: Direction, fixed: jax.Array, varied: jax.Array) -> jax.Array:
         match direction:
-            case "forward":
-                return self._compute(direction, fixed, varied, ())
-            case "forward, of x":
-                return self._compute("forward", varied, fixed, ())
-            case "input gradient":
+            case Direction.FORWARD_OF_INPUT:
+                return self._compute(Direction.FORWARD, varied, fixed, ())
+            case Direction.INPUT_GRADIENT:
                 return self._compute(direction, varied, fixed, self.images)
-            case "kernel gradient":
+            case Direction.KERNEL_GRADIENT:
                 return self._compute(direction, fixed, varied, self.kernel)
-        raise ValueError(f"a convolution has no direction {direction!r}")
+        return self._compute(direction, fixed, varied, ())
 
-    def _compute(self, direction: str, a: jax.Array, b: jax.Array, shape: Shape) -> jax.Array:
+    def _compute(self, direction: Direction, a: jax.Array, b: jax.Array, shape: Shape) -> jax.Array:
         """By what is asked for or what is best on the platform."""
-
-        def form(name: str) -> Callable[..., jax.Array]:
-            function = _FORMS[name][direction]
-            return functools.partial(
-                function, shape=shape, stride=self.stride, padding=self.padding
-            )
-
-        if self.implementation:
-            return form(self.implementation)(a, b)
+        settings = {"shape": shape, "stride": self.stride, "padding": self.padding}
+        forms = {
+            name: functools.partial(form, **settings) for name, form in _FORMS[direction].items()
+        }
         side, _, channels, features = self.kernel
         facts = Convolution(channels, features, side, self.stride, a.dtype)
-        forms = {
-            platform: form(choose(f"convolution {direction}", platform, facts))
-            for platform in (*PLATFORMS, "any")
-        }
-        return lax.platform_dependent(a, b, default=forms.pop("any"), **forms)
+        return dispatch(
+            Operation.CONVOLUTION, direction, facts, forms, a, b, implementation=self.implementation
+        )
 
 
 def _xla(x: jax.Array, kernel: jax.Array, stride: int, padding: Pads) -> jax.Array:
@@ -168,14 +158,18 @@ def _blocks(x: jax.Array, side: int, counts: Sequence[int], starts: Sequence[int
     return x.reshape(batch, *counts, side * side * channels)
 
 
-def _directions(function: Callable[..., jax.Array]) -> dict[str, Form]:
-    """What a convolution gives, and its gradients as JAX derives them."""
-
+def _forward(function: Callable[..., jax.Array]) -> Form:
     def forward(
         x: jax.Array, kernel: jax.Array, shape: Shape, stride: int, padding: Pads
     ) -> jax.Array:
         del shape
         return function(x, kernel, stride, padding)
+
+    return forward
+
+
+def _input_gradient(function: Callable[..., jax.Array]) -> Form:
+    """As JAX derives it from `function`."""
 
     def input_gradient(
         g: jax.Array, kernel: jax.Array, shape: Shape, stride: int, padding: Pads
@@ -183,19 +177,20 @@ def _directions(function: Callable[..., jax.Array]) -> dict[str, Form]:
         x = jax.ShapeDtypeStruct(shape, g.dtype)
         return jax.linear_transpose(lambda x: function(x, kernel, stride, padding), x)(g)[0]
 
+    return input_gradient
+
+
+def _kernel_gradient(function: Callable[..., jax.Array]) -> Form:
+    """As JAX derives it from `function`."""
+
     def kernel_gradient(
         x: jax.Array, g: jax.Array, shape: Shape, stride: int, padding: Pads
     ) -> jax.Array:
         kernel = jax.ShapeDtypeStruct(shape, g.dtype)
-        return jax.linear_transpose(lambda kernel: function(x, kernel, stride, padding), kernel)(g)[
-            0
-        ]
+        transpose = jax.linear_transpose(lambda k: function(x, k, stride, padding), kernel)
+        return transpose(g)[0]
 
-    return {
-        "forward": forward,
-        "input gradient": input_gradient,
-        "kernel gradient": kernel_gradient,
-    }
+    return kernel_gradient
 
 
 def _product_forward(
@@ -363,22 +358,26 @@ def _onednn_padded(
     return onednn.convolution(x, kernel, 1, (rows, columns), dilation)
 
 
-_FORMS: dict[str, dict[str, Form]] = {
-    "xla": _directions(_xla),
-    "space_to_depth": _directions(_space_to_depth),
-    "patches": {
-        "forward": _product_forward,
-        "input gradient": _product_input_gradient,
-        "kernel gradient": _product_kernel_gradient,
+_FORMS: dict[Direction, dict[str, Form]] = {
+    Direction.FORWARD: {
+        "xla": _forward(_xla),
+        "patches": _product_forward,
+        "space_to_depth": _forward(_space_to_depth),
+        "onednn": _onednn_forward,
+        "onednn_patches": _onednn_forward,
     },
-    "onednn": {
-        "forward": _onednn_forward,
-        "input gradient": _onednn_input_gradient,
-        "kernel gradient": _onednn_kernel_gradient,
+    Direction.INPUT_GRADIENT: {
+        "xla": _input_gradient(_xla),
+        "patches": _product_input_gradient,
+        "space_to_depth": _input_gradient(_space_to_depth),
+        "onednn": _onednn_input_gradient,
+        "onednn_patches": _onednn_input_gradient,
     },
-    "onednn_patches": {
-        "forward": _onednn_forward,
-        "input gradient": _onednn_input_gradient,
-        "kernel gradient": _onednn_product_kernel_gradient,
+    Direction.KERNEL_GRADIENT: {
+        "xla": _kernel_gradient(_xla),
+        "patches": _product_kernel_gradient,
+        "space_to_depth": _kernel_gradient(_space_to_depth),
+        "onednn": _onednn_kernel_gradient,
+        "onednn_patches": _onednn_product_kernel_gradient,
     },
 }

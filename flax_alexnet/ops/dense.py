@@ -6,17 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from flax_alexnet.ops import onednn
-from flax_alexnet.ops.dispatch import Product, choose
-from flax_alexnet.ops.linear import bilinear
+from flax_alexnet.ops.dispatch import Operation, Product, dispatch
+from flax_alexnet.ops.linear import Direction, bilinear
 
 
 @jax.custom_jvp
 def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The matrix product of float[n, i] and float[i, o]; `choices` says how it is computed."""
-    return _compute("forward", x, kernel)
+    """The matrix product of float[n, i] and float[i, o]; `dispatch` says how it is computed."""
+    return _compute(Direction.FORWARD, x, kernel)
 
 
 @functools.partial(multiply.defjvp, symbolic_zeros=True)
@@ -26,40 +25,30 @@ def _derivative(
     return multiply(*arrays), bilinear(_operator, arrays, tangents)
 
 
-def _operator(direction: str, fixed: jax.Array, varied: jax.Array) -> jax.Array:
+def _operator(direction: Direction, fixed: jax.Array, varied: jax.Array) -> jax.Array:
     """All directions of the product, for `linear`."""
     match direction:
-        case "forward, of x":
-            return _compute("forward", varied, fixed)
-        case "input gradient":
+        case Direction.FORWARD_OF_INPUT:
+            return _compute(Direction.FORWARD, varied, fixed)
+        case Direction.INPUT_GRADIENT:
             return _compute(direction, varied, fixed)
-        case "forward" | "kernel gradient":
-            return _compute(direction, fixed, varied)
-    raise ValueError(f"a product has no direction {direction!r}")
+    return _compute(direction, fixed, varied)
 
 
-def _compute(direction: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def _compute(direction: Direction, a: jax.Array, b: jax.Array) -> jax.Array:
     """A direction of the product; `a` has a row for each image."""
     rows = a.shape[0] if isinstance(a.shape[0], int) else 1  # symbolic in an exported program
-    facts = Product(rows, a.dtype)
-    cpu, default = (
-        _FORMS[choose(f"dense {direction}", platform, facts)][direction]
-        for platform in ("cpu", "any")
-    )
-    if cpu is default:
-        return cpu(a, b)
-    return lax.platform_dependent(a, b, cpu=cpu, default=default)
+    return dispatch(Operation.DENSE, direction, Product(rows, a.dtype), _FORMS[direction], a, b)
 
 
-_FORMS: dict[str, dict[str, Callable[[jax.Array, jax.Array], jax.Array]]] = {
-    "xla": {
-        "forward": jnp.matmul,
-        "input gradient": lambda g, kernel: g @ kernel.T,
-        "kernel gradient": lambda x, g: x.T @ g,
+_FORMS: dict[Direction, dict[str, Callable[[jax.Array, jax.Array], jax.Array]]] = {
+    Direction.FORWARD: {"xla": jnp.matmul, "onednn": onednn.product},
+    Direction.INPUT_GRADIENT: {
+        "xla": lambda g, kernel: g @ kernel.T,
+        "onednn": functools.partial(onednn.product, transpose_b=True),
     },
-    "onednn": {
-        "forward": onednn.product,
-        "input gradient": functools.partial(onednn.product, transpose_b=True),
-        "kernel gradient": functools.partial(onednn.product, transpose_a=True),
+    Direction.KERNEL_GRADIENT: {
+        "xla": lambda x, g: x.T @ g,
+        "onednn": functools.partial(onednn.product, transpose_a=True),
     },
 }

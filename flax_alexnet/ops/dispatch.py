@@ -1,18 +1,38 @@
 """Which implementation of an operator is used where, and the measurement that says so.
 
 Operators keep one signature and have several implementations; with `implementation=None` the first
-row below that fits decides. Times are in milliseconds, of the row's implementation against XLA's
-own where nothing else is said; on the CPU (two cores of an AMD EPYC with AVX-512, for dense layers
-and pooling of an Intel Xeon; jax 0.10.2) in float32 for 64 images. docs/performance.md tells
-the rest of what was tried.
+row below that fits decides. Whatever depends on the platform asks for it here.
+
+Times are in milliseconds, of the row's implementation against XLA's own where nothing else is said;
+on the CPU (two cores of an AMD EPYC with AVX-512, for dense layers and pooling of an Intel Xeon;
+jax 0.10.2) in float32 for 64 images. docs/performance.md tells the rest of what was tried.
 """
 
-from collections.abc import Callable
+import enum
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from flax_alexnet.ops import onednn
+from flax_alexnet.ops.linear import Direction
+
+PLATFORMS = ("cpu", "cuda")  # that the table tells from others
+
+FORWARD, GRADIENT = Direction.FORWARD, Direction.GRADIENT
+INPUT_GRADIENT, KERNEL_GRADIENT = Direction.INPUT_GRADIENT, Direction.KERNEL_GRADIENT
+
+
+class Operation(enum.StrEnum):
+    """What a layer computes."""
+
+    CONVOLUTION = "convolution"
+    DENSE = "dense"
+    NORMALIZATION = "normalization"
+    MAX_POOLING = "max-pooling"
+    AVERAGE_POOLING = "average-pooling"
 
 
 class Convolution(NamedTuple):
@@ -46,7 +66,8 @@ Facts = Convolution | Product | Pooling
 class Choice(NamedTuple):
     """A row of the table."""
 
-    operator: str
+    operation: Operation
+    directions: tuple[Direction, ...]  # empty: all
     platform: str  # as JAX calls it, "cpu with oneDNN", or "any"
     shapes: str  # for which
     fits: Callable[[Any], bool]
@@ -61,7 +82,8 @@ def _all(facts: Any) -> bool:
 
 CHOICES = (
     Choice(
-        "convolution forward",
+        Operation.CONVOLUTION,
+        (FORWARD,),
         "cpu with oneDNN",
         "all",
         _all,
@@ -70,7 +92,8 @@ CHOICES = (
         "against 136, conv5 54 against 82",
     ),
     Choice(
-        "convolution kernel gradient",
+        Operation.CONVOLUTION,
+        (KERNEL_GRADIENT,),
         "cpu with oneDNN",
         "up to 32 channels, 3 × 3 up to 96",
         lambda c: c.channels <= (96 if c.window == 3 else 32),
@@ -78,7 +101,8 @@ CHOICES = (
         "notebook's conv1 105 to 140 against 331, torchvision's 80 against 241",
     ),
     Choice(
-        "convolution kernel gradient",
+        Operation.CONVOLUTION,
+        (KERNEL_GRADIENT,),
         "cpu with oneDNN",
         "more",
         _all,
@@ -87,7 +111,8 @@ CHOICES = (
         "164, conv5 88 and 135",
     ),
     Choice(
-        "convolution input gradient",
+        Operation.CONVOLUTION,
+        (INPUT_GRADIENT,),
         "cpu with oneDNN",
         "all",
         _all,
@@ -96,7 +121,8 @@ CHOICES = (
         "against 109",
     ),
     Choice(
-        "convolution forward",
+        Operation.CONVOLUTION,
+        (FORWARD,),
         "cpu",
         "3 × 3, stride 2",
         lambda c: (c.window, c.stride) == (3, 2),
@@ -104,7 +130,8 @@ CHOICES = (
         "notebook's conv3 126 against 159; its conv4 181 against 164, conv2 412 against 362",
     ),
     Choice(
-        "convolution kernel gradient",
+        Operation.CONVOLUTION,
+        (KERNEL_GRADIENT,),
         "cpu",
         "all but fewer than 96 features of 3 channels at stride 4",
         lambda c: c.stride < 4 or c.features >= 96,
@@ -113,7 +140,8 @@ CHOICES = (
         "against 229; torchvision's conv1 218 against 187",
     ),
     Choice(
-        "convolution input gradient",
+        Operation.CONVOLUTION,
+        (INPUT_GRADIENT,),
         "cpu",
         "5 × 5, stride 1",
         lambda c: (c.window, c.stride) == (5, 1),
@@ -121,20 +149,19 @@ CHOICES = (
         "torchvision's conv2 219 against 317, a tower of the paper's conv2 137 against 143; "
         "notebook's conv2 493 against 349, conv4 152 against 162",
     ),
-    *(
-        Choice(
-            f"convolution {direction}",
-            "cuda",
-            "up to 4 channels at stride 4",
-            lambda c: c.channels <= 4 and c.stride == 4,
-            "space_to_depth",
-            "on one H200, bfloat16, 1024 images: notebook's conv1 forward 0.96 against 7.67, "
-            "kernel gradient 1.12 against 3.58",
-        )
-        for direction in ("forward", "kernel gradient")
+    Choice(
+        Operation.CONVOLUTION,
+        (FORWARD, KERNEL_GRADIENT),
+        "cuda",
+        "up to 4 channels at stride 4",
+        lambda c: c.channels <= 4 and c.stride == 4,
+        "space_to_depth",
+        "on one H200, bfloat16, 1024 images: notebook's conv1 forward 0.96 against 7.67, "
+        "kernel gradient 1.12 against 3.58",
     ),
     Choice(
-        "dense forward",
+        Operation.DENSE,
+        (FORWARD,),
         "cpu with oneDNN",
         "16 rows and more",
         lambda c: c.rows >= 16,
@@ -142,21 +169,28 @@ CHOICES = (
         "notebook's fc6 for 16 images 60 against 109, 64: 105 against 125; but two: 41 against 33",
     ),
     Choice(
-        "dense input gradient",
+        Operation.DENSE,
+        (INPUT_GRADIENT,),
         "cpu with oneDNN",
         "16 rows and more",
         lambda c: c.rows >= 16,
         "onednn",
         "notebook's fc6 102 against 136, fc7 11 against 17",
     ),
-    Choice("dense forward", "any", "all", _all, "xla", ""),
-    Choice("dense input gradient", "any", "all", _all, "xla", ""),
-    Choice("dense kernel gradient", "any", "all", _all, "xla", "notebook's fc6 122, by oneDNN 117"),
-    Choice("convolution forward", "any", "all", _all, "xla", ""),
-    Choice("convolution kernel gradient", "any", "all", _all, "xla", ""),
-    Choice("convolution input gradient", "any", "all", _all, "xla", ""),
     Choice(
-        "normalization",
+        Operation.DENSE,
+        (KERNEL_GRADIENT,),
+        "any",
+        "all",
+        _all,
+        "xla",
+        "notebook's fc6 122, by oneDNN 117",
+    ),
+    Choice(Operation.DENSE, (), "any", "all", _all, "xla", ""),
+    Choice(Operation.CONVOLUTION, (), "any", "all", _all, "xla", ""),
+    Choice(
+        Operation.NORMALIZATION,
+        (),
         "cuda",
         "all",
         _all,
@@ -164,7 +198,8 @@ CHOICES = (
         "on one H200 forward and backward 2.0 to 3.4 times as fast as shifted_sums",
     ),
     Choice(
-        "normalization",
+        Operation.NORMALIZATION,
+        (),
         "any",
         "all",
         _all,
@@ -172,16 +207,18 @@ CHOICES = (
         "notebook's norm1 11 forward and 43 backward; as `reduce_window` 64 and 90",
     ),
     Choice(
-        "max-pooling forward",
+        Operation.MAX_POOLING,
+        (FORWARD,),
         "cpu",
         "stride 2 and more",
         lambda c: c.stride > 1,
         "slices",
         "torchvision's pool1 1.4 against 10.8; notebook's, of stride 1, 18 against 9",
     ),
-    Choice("max-pooling forward", "any", "all", _all, "xla", ""),
+    Choice(Operation.MAX_POOLING, (FORWARD,), "any", "all", _all, "xla", ""),
     Choice(
-        "max-pooling gradient",
+        Operation.MAX_POOLING,
+        (GRADIENT,),
         "any",
         "all",
         _all,
@@ -189,7 +226,8 @@ CHOICES = (
         "2 × 2 at stride 1 on 32 × 56 × 56 × 96: 21 against 326",
     ),
     Choice(
-        "average-pooling",
+        Operation.AVERAGE_POOLING,
+        (),
         "cpu",
         "all",
         _all,
@@ -197,17 +235,64 @@ CHOICES = (
         "cuda_convnet_cifar10's pool2 0.41 against 0.72, its gradient 1.5 against 2.8; pool3 0.29 "
         "and 0.51, 0.8 and 2.0",
     ),
-    Choice("average-pooling", "any", "all", _all, "xla", ""),
+    Choice(Operation.AVERAGE_POOLING, (), "any", "all", _all, "xla", ""),
 )
 
 
-def choose(operator: str, platform: str, facts: Facts | None = None) -> str:
-    """The implementation of `operator` on a platform ("cpu", "cuda", "tpu", …) for `facts`."""
+def choose(
+    operation: Operation, direction: Direction, platform: str, facts: Facts | None = None
+) -> str:
+    """The implementation of `operation` on a platform ("cpu", "cuda", "tpu", …) for `facts`."""
     platforms = {platform, "any"}
     if platform == "cpu" and facts and onednn.usable(facts.dtype):
         platforms.add("cpu with oneDNN")
     return next(
         row.implementation
         for row in CHOICES
-        if row.operator == operator and row.platform in platforms and row.fits(facts)
+        if row.operation == operation
+        and (not row.directions or direction in row.directions)
+        and row.platform in platforms
+        and row.fits(facts)
     )
+
+
+def dispatch(
+    operation: Operation,
+    direction: Direction,
+    facts: Facts | None,
+    forms: Mapping[str, Callable[..., jax.Array]],
+    *arrays: jax.Array,
+    implementation: str | None = None,
+) -> jax.Array:
+    """One of `forms`, of `arrays`: the one asked for, or what the table says of the platform.
+
+    That is the platform for which the program is compiled, of which an exported one has several.
+
+    Args:
+      operation: for the table.
+      direction: likewise.
+      facts: likewise.
+      forms: functions of `arrays` by the names of their implementations.
+      arrays: what the operator is computed of.
+      implementation: the one to take, whatever the table says.
+    """
+    if implementation is not None:
+        return forms[implementation](*arrays)
+    default = choose(operation, direction, "any", facts)
+    chosen = {platform: choose(operation, direction, platform, facts) for platform in PLATFORMS}
+    others = {platform: forms[name] for platform, name in chosen.items() if name != default}
+    return by_platform(*arrays, default=forms[default], **others)
+
+
+def by_platform(
+    *arrays: jax.Array, default: Callable[..., Any], **functions: Callable[..., Any]
+) -> Any:
+    """Of `arrays`, the function of the platform for which the program is compiled: `cpu=`, …"""
+    if not functions:
+        return default(*arrays)
+    return lax.platform_dependent(*arrays, default=default, **functions)
+
+
+def current_platform() -> str:
+    """The platform of this process's devices, as JAX calls it when it compiles: "cpu", "cuda" …"""
+    return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())

@@ -1,8 +1,12 @@
 """Where XLA is not to fuse what it would."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from flax_alexnet.ops.dispatch import by_platform
 
 
 def written_on_cpu(x: jax.Array) -> jax.Array:
@@ -15,7 +19,16 @@ def written_on_cpu(x: jax.Array) -> jax.Array:
     """
     if 0 in x.shape or jax.device_count() > 1:  # which would have to agree on the branch
         return x
-    return lax.platform_dependent(x, cpu=_through_a_branch, default=lambda x: x)
+    return by_platform(x, cpu=_through_a_branch, default=lambda x: x)
+
+
+def apart_on_cpu(updates: Any) -> Any:
+    """The same updates, computed before the parameters that they are added to.
+
+    On a CPU XLA then writes both to where they lie (119 ms for the notebook's fc6; else it writes
+    velocities to a new place first, 244 ms); on a GPU one pass over both is faster.
+    """
+    return by_platform(updates, cpu=lax.optimization_barrier, default=lambda updates: updates)
 
 
 def _through_a_branch(x: jax.Array) -> jax.Array:

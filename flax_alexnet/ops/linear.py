@@ -8,6 +8,7 @@ Within `jax.shard_map` that takes `check_vma=False`, as in all of `flax_alexnet.
 """
 
 import dataclasses
+import enum
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,21 +19,39 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from flax_alexnet.ops.primitives import compiled
+
+
+class Direction(enum.StrEnum):
+    """What is computed of an operator."""
+
+    FORWARD = "forward"  # of x and a kernel, of which the kernel varies
+    FORWARD_OF_INPUT = "forward, of the input"  # of a kernel and x, which varies
+    INPUT_GRADIENT = "input gradient"
+    KERNEL_GRADIENT = "kernel gradient"
+    DERIVATIVE = "derivative"  # of an operator of one array, in forward mode
+    GRADIENT = "gradient"  # of such an operator: the transpose of the derivative
+
+
 # (direction, *fixed, x) to an array; hashable and equal to others of the same settings, so that
 # what was compiled for one is found again.
 Operator = Callable[..., jax.Array]
 
 
 def linear(
-    operator: Operator, direction: str, transpose: str, fixed: Sequence[jax.Array], x: jax.Array
+    operator: Operator,
+    direction: Direction,
+    transpose: Direction,
+    fixed: Sequence[jax.Array],
+    x: jax.Array,
 ) -> jax.Array:
     """`operator(direction, *fixed, x)`, which is linear in x, with a transpose of its own.
 
     Args:
       operator: has a function for each direction.
-      direction: names the one to compute.
-      transpose: names the one that maps (*fixed, g), with g of the shape of the result, to an array
-        of the shape of x.
+      direction: the one to compute.
+      transpose: the one that maps (*fixed, g), with g of the shape of the result, to an array of
+        the shape of x.
       fixed: arrays that both functions read; JAX derives the derivatives by these itself.
       x: what the function is linear in.
     """
@@ -45,19 +64,21 @@ def bilinear(
     """The derivative of a product of `arrays`, x and a kernel; for `defjvp` with `symbolic_zeros`.
 
     Args:
-      operator: has the directions "forward" of (x, kernel), "forward, of x" of (kernel, x), "input
-        gradient" of (kernel, g) and "kernel gradient" of (x, g).
+      operator: has the directions FORWARD of (x, kernel), FORWARD_OF_INPUT of (kernel, x),
+        INPUT_GRADIENT of (kernel, g) and KERNEL_GRADIENT of (x, g).
       arrays: x and the kernel.
-      tangents: theirs. Where one is a symbolic zero, such as that of a first layer's images, which
-        nobody changes, nothing is computed for it.
+      tangents: theirs. Where one is a symbolic zero, such as that of the images that the first
+        layer reads, nothing is computed for it.
     """
     x, kernel = arrays
     of_x, of_kernel = tangents
     parts = []
     if not isinstance(of_x, SymbolicZero):
-        parts.append(linear(operator, "forward, of x", "input gradient", [kernel], of_x))
+        directions = Direction.FORWARD_OF_INPUT, Direction.INPUT_GRADIENT
+        parts.append(linear(operator, *directions, [kernel], of_x))
     if not isinstance(of_kernel, SymbolicZero):
-        parts.append(linear(operator, "forward", "kernel gradient", [x], of_kernel))
+        directions = Direction.FORWARD, Direction.KERNEL_GRADIENT
+        parts.append(linear(operator, *directions, [x], of_kernel))
     return functools.reduce(jnp.add, parts)
 
 
@@ -68,21 +89,15 @@ class _Mapped:
     operator: Operator
     axes: tuple[int | None, ...]
 
-    def __call__(self, direction: str, *arrays: jax.Array) -> jax.Array:
+    def __call__(self, direction: Direction, *arrays: jax.Array) -> jax.Array:
         return jax.vmap(functools.partial(self.operator, direction), self.axes)(*arrays)
 
 
-def _compute(*arrays: jax.Array, operator: Operator, direction: str, transpose: str) -> jax.Array:
+def _compute(
+    *arrays: jax.Array, operator: Operator, direction: Direction, transpose: Direction
+) -> jax.Array:
     del transpose
     return operator(direction, *arrays)
-
-
-_compiled = jax.jit(_compute, static_argnames=("operator", "direction", "transpose"))
-
-
-def _outside_of_programs(*arrays: jax.Array, **parameters: Any) -> jax.Array:
-    with jax.disable_jit(False):  # one operation, as JAX's own are under `disable_jit`
-        return _compiled(*arrays, **parameters)
 
 
 def _abstract(*arrays: Any, **parameters: Any) -> Any:
@@ -104,7 +119,9 @@ def _derivative(
     return _linear.bind(*arrays, **parameters), functools.reduce(jnp.add, parts)
 
 
-def _transposed(g: Any, *arrays: Any, operator: Operator, direction: str, transpose: str) -> Any:
+def _transposed(
+    g: Any, *arrays: Any, operator: Operator, direction: Direction, transpose: Direction
+) -> Any:
     *fixed, x = arrays
     del direction
     # What the function is made of, and no operation that hides it: JAX looks in a program for what
@@ -118,8 +135,8 @@ def _batched(
     axes: Sequence[int | None],
     *,
     operator: Operator,
-    direction: str,
-    transpose: str,
+    direction: Direction,
+    transpose: Direction,
 ) -> tuple[jax.Array, int]:
     pairs = list(zip(arrays, axes, strict=True))
     size = next(array.shape[axis] for array, axis in pairs if axis is not None)
@@ -129,7 +146,7 @@ def _batched(
 
 
 _linear = Primitive("linear")
-_linear.def_impl(_outside_of_programs)
+_linear.def_impl(compiled(_compute, "operator", "direction", "transpose"))
 _linear.def_abstract_eval(_abstract)
 ad.primitive_jvps[_linear] = _derivative
 ad.primitive_transposes[_linear] = _transposed

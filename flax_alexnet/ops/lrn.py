@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_alexnet.ops.dispatch import choose
+from flax_alexnet.ops.dispatch import Operation, current_platform, dispatch
 from flax_alexnet.ops.fusion import written_on_cpu
-from flax_alexnet.ops.linear import linear
+from flax_alexnet.ops.linear import Direction, linear
 
 Implementation = Literal["shifted_sums", "pallas", "reference"]
+DERIVATIVE, GRADIENT = Direction.DERIVATIVE, Direction.GRADIENT
 Window = tuple[int, float, float, float]  # radius, bias, alpha, beta
 
 
@@ -120,7 +121,7 @@ def _derivative_of_closed_form(
     arrays: tuple[jax.Array],
     tangents: tuple[jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-    derivative = linear(_Operator(compute, window), "derivative", "gradient", arrays, *tangents)
+    derivative = linear(_Operator(compute, window), DERIVATIVE, GRADIENT, arrays, *tangents)
     return _closed_form(compute, window, *arrays), derivative
 
 
@@ -131,8 +132,8 @@ class _Operator:
     compute: Callable[..., jax.Array]
     window: Window
 
-    def __call__(self, direction: str, x: jax.Array, varied: jax.Array) -> jax.Array:
-        if direction == "gradient":
+    def __call__(self, direction: Direction, x: jax.Array, varied: jax.Array) -> jax.Array:
+        if direction is GRADIENT:
             return self.compute(self.window, x, varied)
         return _derivative(self.window, x, varied)
 
@@ -183,17 +184,22 @@ def _pallas(window: Window, *arrays: jax.Array) -> jax.Array:
 
 
 def _fastest(window: Window, *arrays: jax.Array) -> jax.Array:
-    def form(platform: str) -> Callable[..., jax.Array]:
-        return functools.partial(_IMPLEMENTATIONS[choose("normalization", platform)], window)
+    forms = {name: functools.partial(form, window) for name, form in _IMPLEMENTATIONS.items()}
+    direction = Direction.FORWARD if len(arrays) == 1 else GRADIENT
+    # Where there is no GPU, the kernel for it need not be traced.
+    usable = current_platform() == "cuda" and _has_pallas()
+    implementation = None if usable else "shifted_sums"
+    return dispatch(
+        Operation.NORMALIZATION, direction, None, forms, *arrays, implementation=implementation
+    )
 
-    if jax.default_backend() != "gpu":  # or both would be traced
-        return form("any")(*arrays)
+
+def _has_pallas() -> bool:
     try:
         import flax_alexnet.ops.lrn_pallas  # noqa: F401
     except ImportError:
-        return form("any")(*arrays)
-    # A program may be for the CPU where there is a GPU.
-    return lax.platform_dependent(*arrays, cuda=form("cuda"), default=form("any"))
+        return False
+    return True
 
 
 def _window_sum(x: jax.Array, radius: int) -> jax.Array:

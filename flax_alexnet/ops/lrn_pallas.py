@@ -34,6 +34,8 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import triton
 from jax.sharding import NamedSharding, PartitionSpec
 
+from flax_alexnet.ops.dispatch import by_platform
+
 MAX_RADIUS = 8  # a thread keeps its window in registers
 
 VECTOR_BYTES = 16  # the widest load of a thread
@@ -101,7 +103,7 @@ def _call(*arrays: jax.Array, radius: int, bias: float, alpha: float, beta: floa
         compiler_params=triton.CompilerParams(num_warps=THREADS // 32, num_stages=1),
         name="local_response_normalization",
     )
-    y = lax.platform_dependent(*sources, cuda=call(), default=call(interpret=True))
+    y = by_platform(*sources, cuda=call(), default=call(interpret=True))
     return y.reshape(padded[0].shape)[..., :channels]
 
 

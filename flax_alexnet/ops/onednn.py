@@ -2,7 +2,7 @@
 
 On an x86-64 CPU a convolution takes half the time of XLA's own, or less. XLA has operations for
 them, of which nobody promises that they stay as they are, and which end the process where they are
-called wrongly: so another process tries them first (`probe`), and where that fails `choices` takes
+called wrongly: so another process tries them first (`probe`), and where that fails `dispatch` takes
 other forms. What they are called with stands in XLA's `xla/service/cpu/onednn_config.proto` and
 `onednn_contraction_rewriter.cc`.
 """
@@ -29,6 +29,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from flax_alexnet.ops.primitives import Pads, compiled
 from flax_alexnet.utils.errors import UserError
 from flax_alexnet.utils.inputs import read_json
 from flax_alexnet.utils.outputs import replacing
@@ -38,7 +39,6 @@ TARGETS = "__onednn$"  # with which the names of the operations begin
 CHECK = "from flax_alexnet.ops import onednn; print(onednn.check())"  # what a probe runs
 CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
 PROBE_SECONDS = 300  # after which a probe has failed; it takes three on two cores
-Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 def usable(dtype: Any) -> bool:
@@ -126,13 +126,13 @@ def check() -> bool:
             (_Product(False, True), (a, b.T)),
         ):
             expected = jax.jit(operation.by_xla)(*arrays)
-            found = _compiled(*arrays, operation=operation)
+            found = _primitive.bind(*arrays, operation=operation)
             if not jnp.abs(found - expected).max() <= 1e-5 * jnp.abs(expected).max():
                 return False
     except (jax.errors.JaxRuntimeError, Warning):  # no such operation, or the cache wrote it
         return False
     written = os.listdir(os.environ["JAX_COMPILATION_CACHE_DIR"])
-    return bool(written) and not any(name.startswith("jit__compiled") for name in written)
+    return bool(written) and not any(name.startswith("jit__onednn") for name in written)
 
 
 def _keep_out_of_the_cache() -> bool:
@@ -262,14 +262,8 @@ def _batched(arrays: Sequence[Any], axes: Sequence[Any], *, operation: Any) -> t
     return jax.vmap(operation.by_xla, axes)(*arrays), 0
 
 
-@functools.partial(jax.jit, static_argnames="operation")
-def _compiled(*arrays: jax.Array, operation: Any) -> jax.Array:
+def _onednn(*arrays: jax.Array, operation: Any) -> jax.Array:
     return _primitive.bind(*arrays, operation=operation)
-
-
-def _outside_of_programs(*arrays: jax.Array, operation: Any) -> jax.Array:
-    with jax.disable_jit(False):  # it is one operation, as JAX's own are under `disable_jit`
-        return _compiled(*arrays, operation=operation)
 
 
 def _lowered_by_xla(context: Any, *arrays: Any, operation: Any) -> Any:
@@ -289,7 +283,7 @@ def _lowered(context: Any, *arrays: Any, operation: Any) -> Any:
 
 
 _primitive.def_abstract_eval(_abstract)
-_primitive.def_impl(_outside_of_programs)
+_primitive.def_impl(compiled(_onednn, "operation"))
 batching.primitive_batchers[_primitive] = _batched
 mlir.register_lowering(_primitive, _lowered_by_xla)
 mlir.register_lowering(_primitive, _lowered, platform="cpu")

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_alexnet.ops.dispatch import Pooling, choose
+from flax_alexnet.ops.dispatch import Operation, Pooling, choose, current_platform, dispatch
 from flax_alexnet.ops.fusion import written_on_cpu
-from flax_alexnet.ops.linear import linear
+from flax_alexnet.ops.linear import Direction, linear
+from flax_alexnet.ops.primitives import Pads
 
-Pads = tuple[tuple[int, int], tuple[int, int]]
 Implementation = Literal["xla", "slices"]
 # Of two values one, and the value that changes nothing, which padding has.
-Operation = tuple[Callable[[Any, Any], jax.Array], float]
-LARGEST: Operation = (lax.max, -jnp.inf)
-SUM: Operation = (lax.add, 0.0)
+Reduction = tuple[Callable[[Any, Any], jax.Array], float]
+LARGEST: Reduction = (lax.max, -jnp.inf)
+SUM: Reduction = (lax.add, 0.0)
 
 
 def max_pool(
@@ -43,7 +43,8 @@ def max_pool(
         takes for each what `flax_alexnet.ops.dispatch` says of the platform.
     """
     facts = Pooling(window, stride, x.dtype)
-    if (implementation or choose("max-pooling gradient", jax.default_backend(), facts)) == "xla":
+    chosen = choose(Operation.MAX_POOLING, Direction.GRADIENT, current_platform(), facts)
+    if (implementation or chosen) == "xla":
         return _reduce(x, window, stride, padding, LARGEST, "xla")
     return _max_pool(x, window, stride, padding, implementation)
 
@@ -52,7 +53,7 @@ def max_pool(
 def _max_pool(
     x: jax.Array, window: int, stride: int, padding: Pads, implementation: str | None
 ) -> jax.Array:
-    return _chosen(x, window, stride, padding, LARGEST, "max-pooling forward", implementation)
+    return _chosen(x, window, stride, padding, LARGEST, Operation.MAX_POOLING, implementation)
 
 
 def _chosen(
@@ -60,24 +61,26 @@ def _chosen(
     window: int,
     stride: int,
     padding: Pads,
+    reduction: Reduction,
     operation: Operation,
-    operator: str,
     implementation: str | None,
 ) -> jax.Array:
-    """`_reduce` by what is asked for, or by what the table says of `operator` on the platform."""
-
-    def form(platform: str) -> Callable[[jax.Array], jax.Array]:
-        chosen = implementation or choose(operator, platform, Pooling(window, stride, x.dtype))
-        return lambda x: _reduce(x, window, stride, padding, operation, chosen)
-
-    return lax.platform_dependent(x, cpu=form("cpu"), default=form("any"))
+    """`_reduce` by what is asked for, or by what the table says of `operation` on the platform."""
+    settings = window, stride, padding, reduction
+    forms = {
+        "xla": lambda x: _reduce(x, *settings, "xla"),
+        "slices": lambda x: _reduce(x, *settings, "slices"),
+    }
+    facts = Pooling(window, stride, x.dtype)
+    forward = Direction.FORWARD
+    return dispatch(operation, forward, facts, forms, x, implementation=implementation)
 
 
 def _reduce(
-    x: jax.Array, window: int, stride: int, padding: Pads, operation: Operation, chosen: str
+    x: jax.Array, window: int, stride: int, padding: Pads, reduction: Reduction, chosen: str
 ) -> jax.Array:
-    """What `operation` makes of each window's values: float[b, h', w', c]."""
-    combine, neutral = operation
+    """What `reduction` makes of each window's values: float[b, h', w', c]."""
+    combine, neutral = reduction
     if chosen == "slices":
         return functools.reduce(combine, _places(x, window, stride, padding, neutral).values())
     return lax.reduce_window(x, neutral, combine, *_window(window, stride, padding))
@@ -108,7 +111,8 @@ def _derivative_of_max_pool(
 ) -> tuple[jax.Array, jax.Array]:
     y = _max_pool(*arrays, window, stride, padding, implementation)
     operator = _MaxPool(window, stride, padding)
-    return y, linear(operator, "derivative", "gradient", (*arrays, y), *tangents)
+    directions = Direction.DERIVATIVE, Direction.GRADIENT
+    return y, linear(operator, *directions, (*arrays, y), *tangents)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +123,12 @@ class _MaxPool:
     stride: int
     padding: Pads
 
-    def __call__(self, direction: str, x: jax.Array, y: jax.Array, varied: jax.Array) -> jax.Array:
-        return {"derivative": self.derivative, "gradient": self.gradient}[direction](x, y, varied)
+    def __call__(
+        self, direction: Direction, x: jax.Array, y: jax.Array, varied: jax.Array
+    ) -> jax.Array:
+        if direction is Direction.GRADIENT:
+            return self.gradient(x, y, varied)
+        return self.derivative(x, y, varied)
 
     def winners(self, x: jax.Array, y: jax.Array) -> dict[tuple[int, int], jax.Array]:
         """By place in the window, whether the first of the largest values lies there: bool."""
@@ -168,7 +176,7 @@ def average_pool(
 
     Arguments and shapes as for `max_pool`; padding is left out of the sum and of the count.
     """
-    total = _chosen(x, window, stride, padding, SUM, "average-pooling", implementation)
+    total = _chosen(x, window, stride, padding, SUM, Operation.AVERAGE_POOLING, implementation)
     ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
     return total / _reduce(ones, window, stride, padding, SUM, "xla")
 

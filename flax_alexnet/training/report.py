@@ -21,6 +21,7 @@ from flax_alexnet.data.dataset import Examples
 from flax_alexnet.data.preprocessing import Preprocessing
 from flax_alexnet.models.alexnet import AlexNet, implementations
 from flax_alexnet.models.architectures import architecture
+from flax_alexnet.ops.dispatch import current_platform
 from flax_alexnet.parallel.distributed import handles_signals, is_main, stop_requests
 from flax_alexnet.training.build import gather_params
 from flax_alexnet.training.epochs import Schedule
@@ -59,10 +60,9 @@ def introduce(config: Config, setup: Setup, model: AlexNet, schedule: Schedule, 
         print(f"frozen: {', '.join(sorted(setup.frozen))}")
     if config.model.initialization == "he":
         print("initial values are He et al.'s, not the variant's own, which may stall (see README)")
-    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     rows = config.batch_size // jax.device_count()
     dtype = jnp.dtype(config.model.dtype)
-    print(implementations(setup.layout.layers, platform, dtype, rows=rows))
+    print(implementations(setup.layout.layers, current_platform(), dtype, rows=rows))
     mesh = " x ".join(f"{name} {size}" for name, size in setup.layout.mesh.shape.items())
     stops = "Ctrl-C stops" if handles_signals() else "No signal stops it outside the main thread"
     print(
