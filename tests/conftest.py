@@ -3,6 +3,8 @@
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,16 +21,19 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 from PIL import Image
-from small_nets import make_net
 
 from flax_alexnet.data import synthetic
+from flax_alexnet.utils import plotting
 from flax_alexnet.weights import safetensors_files
-from flax_alexnet.weights.pretrained import Pretrained
+from flax_alexnet.weights.pretrained import LPIPS_HEADS, Pretrained
+from tests.foreign_files import CONVOLUTIONS
+from tests.runs import arguments
+from tests.small_models import make_net
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -120,3 +125,68 @@ def photographs(tmp_path_factory) -> Path:
             path = folder / f"class {letter}" / f"{number}.png"
             Image.fromarray(pixels.astype(np.uint8)).save(path)
     return folder
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """A complete run, as a user makes it, and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    code = (
+        "import sys; from flax_alexnet.train import main; code = main(sys.argv[1:]); "
+        "print('foreign:', sorted({'tensorflow', 'torch'} & set(sys.modules))); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, *arguments(workdir, data_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout
+
+
+@pytest.fixture(scope="module")
+def trunk():
+    """Torchvision's convolution layers by its names, with random values."""
+    rng = np.random.default_rng(0)
+    return {
+        f"{layer}.{name}": rng.standard_normal(sides, np.float32)
+        for layer, shape in CONVOLUTIONS.items()
+        for name, sides in (("weight", shape), ("bias", shape[:1]))
+    }
+
+
+@pytest.fixture
+def no_torch(monkeypatch):
+    """A machine without PyTorch."""
+
+    class Finder:
+        @staticmethod
+        def find_spec(name, *_):
+            if name == "torch":
+                raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+
+
+@pytest.fixture(scope="session")
+def lpips_trunk(shared_data):
+    """Torchvision's layers, the heads, and the three example pictures of the reference code."""
+    with np.load(shared_data / "alexnet_owt" / "features_and_lpips.npz") as file:
+        arrays = dict(file)
+    params = unflatten_dict(
+        {name: v for name, v in arrays.items() if name.startswith("conv")}, sep="/"
+    )
+    heads = {name: arrays[name] for name in LPIPS_HEADS}
+    pictures = {
+        name: shared_data / "alexnet_owt" / f"ex_{name}.png" for name in ("ref", "p0", "p1")
+    }
+    return params, heads, pictures
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, in their order."""
+    saved = []
+    save = plotting._save
+    monkeypatch.setattr(
+        plotting, "_save", lambda figure, path: (saved.append(figure), save(figure, path))
+    )
+    return saved

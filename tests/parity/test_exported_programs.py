@@ -5,12 +5,12 @@ import sys
 
 import jax
 import pytest
-from comparison import TOLERANCE, relative_error
-from small_nets import random_pictures, small_net
 
 from flax_alexnet.commands import export
 from flax_alexnet.models.architectures import ARCHITECTURES, activation_names, architecture
 from flax_alexnet.utils.errors import UserError
+from tests.parity.comparison import TOLERANCE, relative_error
+from tests.small_models import random_pictures, small_net
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -10,10 +10,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from comparison import TOLERANCE, relative_error
 
 from flax_alexnet import AlexNet, features
 from flax_alexnet.weights.load import load
+from tests.parity.comparison import TOLERANCE, relative_error
 
 NOTICEABLE = 1000 * TOLERANCE  # what a turned kernel or another resizing moves the features by
 

@@ -16,16 +16,17 @@ from typing import ClassVar
 import jax
 import numpy as np
 import pytest
-from comparison import TOLERANCE, relative_error
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from flax_alexnet.commands.convert import main
 from flax_alexnet.weights.labels import imagenet_labels
 from flax_alexnet.weights.load import load
+from tests.parity.comparison import TOLERANCE, relative_error
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402
-from test_torch import caffe, caffenet  # noqa: E402
+
+from tests.parity.torch_models import caffe, caffenet  # noqa: E402
 
 nn = torch.nn
 NOTICEABLE = 1000 * TOLERANCE  # what a wrong order must move the logits by, at least

@@ -7,9 +7,9 @@ and an accuracy taken over the batch. Its ReLU on the logits is here, behind `re
 import jax
 import numpy as np
 import pytest
-from comparison import TOLERANCE, assert_parity, relative_error
 
 from flax_alexnet import AlexNet, local_response_normalization
+from tests.parity.comparison import TOLERANCE, assert_parity, relative_error
 
 tf = pytest.importorskip("tensorflow")
 

@@ -3,15 +3,16 @@
 import jax
 import numpy as np
 import pytest
-from comparison import TOLERANCE, random_parameters, relative_error
 from PIL import Image
-from test_torch import to_torch
 
 from flax_alexnet import AlexNet, lpips
 from flax_alexnet.models.lpips import signed
 from flax_alexnet.weights.load import load
+from tests.parity.comparison import TOLERANCE, random_parameters, relative_error
 
 torch = pytest.importorskip("torch")
+from tests.parity.torch_models import to_torch  # noqa: E402
+
 nn = torch.nn
 
 WINDOWS = {"conv1": (4, 2), "conv2": (1, 2), "conv3": (1, 1), "conv4": (1, 1), "conv5": (1, 1)}

@@ -1,0 +1,1 @@
+"""Tests; each folder has those of the package of its name."""

@@ -1,0 +1,47 @@
+"""What the tests of several commands start from."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from flax_alexnet.checkpoint.manager import Checkpoints
+from flax_alexnet.config.recipes import QUICKSTART
+from flax_alexnet.config.schema import flatten
+from flax_alexnet.training.run_directory import claim, record
+from flax_alexnet.weights import safetensors_files
+from tests.small_models import make_net
+
+
+@pytest.fixture
+def run(net, photographs, tmp_path):
+    """A run of the net on photographs, started in another version of the program."""
+    size = net.preprocessing.image_size
+    config = dataclasses.replace(
+        QUICKSTART,
+        model=net.config,
+        data=dataclasses.replace(
+            QUICKSTART.data, name=f"folder:{photographs}", image_size=size, eval_split="test"
+        ),
+    )
+    identity = flatten(config) | {"dataset.label_names": list(net.label_names), "dataset.eval": 1}
+    for name in ("data.image_key", "data.label_key"):
+        del identity[name]
+    claim(tmp_path / "run", identity)
+    record(tmp_path / "run", identity)
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    state = {"params": net.params, "mean": np.zeros((size, size, 3), np.float32)}
+    checkpoints.save(3, state, {"eval_top1": 0.5})
+    checkpoints.close()
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def huge(tmp_path_factory):
+    """A net whose weights are finite, and too large for what is computed from them."""
+    net = make_net()
+    for layer in ("conv1", "conv2"):
+        net.params[layer]["kernel"] *= np.float32(1e30)
+    path = tmp_path_factory.mktemp("huge") / "huge.safetensors"
+    safetensors_files.save(net, path)
+    return path
