@@ -1,15 +1,20 @@
-"""One module opens what is read, one writes what is made, one makes text fit to be shown.
+"""Each module has its tests; one opens what is read, one writes, one makes text fit to be shown.
 
 Every place of the package that opens, writes or parses a file, or prints a table, is found in its
 source; those outside the three modules are listed here, each with why it may.
 """
 
 import ast
+import re
 from pathlib import Path
+
+import pytest
 
 import flax_alexnet
 
 PACKAGE = Path(flax_alexnet.__file__).parent
+ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 HOMES = ("utils/inputs.py", "utils/outputs.py", "utils/text.py")
 MODULES = {f"flax_alexnet.{home[:-3].replace('/', '.')}" for home in HOMES}
 
@@ -106,3 +111,20 @@ def test_files_are_opened_written_and_shown_in_one_place_each():
     found = calls()
     assert sorted(found - MAY.keys()) == [], "go through inputs, outputs or text, or say why not"
     assert sorted(MAY.keys() - found) == [], "these are no longer there"
+
+
+def test_every_module_has_the_test_file_of_its_name():
+    for module in PACKAGE.rglob("*.py"):
+        folder = module.relative_to(PACKAGE).parent
+        if folder.name and module.stem != "__init__":
+            assert (ROOT / "tests" / folder / f"test_{module.name}").is_file(), module
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "CONTRIBUTING.md", *ROOT.glob("docs/*.md")],
+    ids=lambda page: Path(page).name,
+)
+def test_tests_that_pages_name_exist(page):
+    for name in re.findall(r"[\w/]*\btest_\w+\.py", (ROOT / page).read_text()):
+        assert (ROOT / "tests" / name.removeprefix("tests/")).is_file(), name
