@@ -9,7 +9,9 @@ import pytest
 
 from flax_alexnet.models.architectures import ARCHITECTURES
 
-SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "communication.py"))
+SCRIPT = runpy.run_path(
+    str(Path(__file__).parents[2] / "experiments" / "benchmarks" / "communication.py")
+)
 BATCH, WIDTH = 16, 1 / 8
 TOWERS = [name for name, table in ARCHITECTURES.items() if table.groups == 2]
 CASES = [

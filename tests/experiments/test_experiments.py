@@ -11,18 +11,19 @@ import pytest
 from PIL import Image
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
-SCRIPTS = sorted(p.stem for p in EXPERIMENTS.glob("*.py") if "\nclass Arguments:" in p.read_text())
+SCRIPTS = {path.stem: path for path in EXPERIMENTS.glob("*/*.py")}
+WITH_FLAGS = sorted(n for n, p in SCRIPTS.items() if "\nclass Arguments:" in p.read_text())
 
 
 @pytest.fixture
 def load(monkeypatch, tmp_path):
     """Gives what a script defines; the working directory is empty, as a user's may be."""
-    monkeypatch.syspath_prepend(EXPERIMENTS)  # where scripts find one another
+    monkeypatch.syspath_prepend(EXPERIMENTS / "benchmarks")  # where scripts find one another
     monkeypatch.chdir(tmp_path)
-    return lambda name: runpy.run_path(str(EXPERIMENTS / f"{name}.py"))
+    return lambda name: runpy.run_path(str(SCRIPTS[name]))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", WITH_FLAGS)
 def test_results_go_to_the_working_directory(load, name):
     """What is tracked is written over by `--output experiments/results` alone."""
     assert load(name)["Arguments"]().output == Path("results")
@@ -137,7 +138,7 @@ def test_stops_and_checks_are_timed(load, tmp_path):
 
 @pytest.mark.slow
 def test_ours_is_timed_beside_others(tmp_path):
-    command = [sys.executable, str(EXPERIMENTS / "bench.py"), "--quick", "--output", str(tmp_path)]
+    command = [sys.executable, str(SCRIPTS["bench"]), "--quick", "--output", str(tmp_path)]
     subprocess.run(command, check=True)
     (row,) = json.loads((tmp_path / "bench_quick.json").read_text())["rows"]
     assert row["rates"]["ours"] > 0
@@ -147,7 +148,7 @@ def test_ours_is_timed_beside_others(tmp_path):
 
 @pytest.mark.slow
 def test_growth_is_drawn(tmp_path):
-    command = [sys.executable, str(EXPERIMENTS / "bench_growth.py"), "--quick"]
+    command = [sys.executable, str(SCRIPTS["bench_growth"]), "--quick"]
     subprocess.run([*command, "--output", str(tmp_path)], check=True)
     with (tmp_path / "bench_growth_quick.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -157,7 +158,7 @@ def test_growth_is_drawn(tmp_path):
 
 @pytest.mark.slow
 def test_layers_are_set_against_the_roof(tmp_path):
-    command = [sys.executable, str(EXPERIMENTS / "roofline.py"), "--quick"]
+    command = [sys.executable, str(SCRIPTS["roofline"]), "--quick"]
     subprocess.run(
         [*command, "--variant", "cuda_convnet_cifar10", "--output", str(tmp_path)], check=True
     )

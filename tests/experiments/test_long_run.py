@@ -1,4 +1,4 @@
-"""A long run in full, and that its measures can fail: see `experiments/long_run.py`."""
+"""A long run in full, and that its measures can fail: see `experiments/benchmarks/long_run.py`."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "long_run.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "benchmarks" / "long_run.py"
 
 
 @pytest.fixture(scope="module")

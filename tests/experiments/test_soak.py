@@ -1,4 +1,4 @@
-"""Attacks on the commands, in their short form: see `experiments/soak_commands.py`."""
+"""Attacks on the commands, in their short form: see `experiments/benchmarks/soak_commands.py`."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "soak.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "benchmarks" / "soak.py"
 
 
 @pytest.mark.slow
@@ -73,7 +73,7 @@ def test_what_is_wrong_is_seen(attacked, tmp_path, code, said, files, second, pr
 
 
 def test_the_page_on_reliability_has_the_counts():
-    root = SCRIPT.parents[1]
+    root = SCRIPT.parents[2]
     result = json.loads((root / "experiments" / "results" / "soak_commands.json").read_text())
     training = json.loads((root / "experiments" / "results" / "soak_training.json").read_text())
     page = (root / "docs" / "reliability.md").read_text()

@@ -1,4 +1,4 @@
-"""Exact resume, in its short form: see `experiments/soak_training.py` for what is claimed."""
+"""Exact resume, in its short form: see `benchmarks/soak_training.py` for what is claimed."""
 
 import copy
 import csv
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "soak_training.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "benchmarks" / "soak_training.py"
 
 
 @pytest.fixture(scope="module")

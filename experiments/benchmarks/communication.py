@@ -16,7 +16,7 @@ computation and communication, and the number of devices at which a layout stops
 
 Run (a quarter of an hour on two cores, `--quick` a minute; no data is needed):
 
-    python experiments/communication.py
+    python experiments/benchmarks/communication.py
 """
 
 import csv

@@ -4,7 +4,7 @@ One command measures every row of the README's table on the device that is there
 that are installed:
 
     git clone https://github.com/EliSchwartz/imagenet-sample-images
-    python experiments/bench.py --photographs imagenet-sample-images
+    python experiments/benchmarks/bench.py --photographs imagenet-sample-images
 
 Without photographs the row about input is left out; the others need no data.
 

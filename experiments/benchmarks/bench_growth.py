@@ -6,7 +6,7 @@ devices that share their cores took nothing of them, and threads did not wait fo
 point is a process of its own.
 
     git clone https://github.com/EliSchwartz/imagenet-sample-images
-    python experiments/bench_growth.py --photographs imagenet-sample-images
+    python experiments/benchmarks/bench_growth.py --photographs imagenet-sample-images
 
 With nothing else running it takes ten minutes on two cores. Without photographs the threads are
 left out; the others need no data.

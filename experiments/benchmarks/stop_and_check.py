@@ -9,7 +9,7 @@ compression makes smaller) is saved, its manifest is made once more, checked, an
 
 Run, with nothing else running (two minutes on two cores; no data is needed):
 
-    python experiments/stop_and_check.py
+    python experiments/benchmarks/stop_and_check.py
 """
 
 import csv

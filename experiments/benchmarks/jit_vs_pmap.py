@@ -8,7 +8,7 @@ would draw for its own share, and the draws would depend on the number of device
 
 Run (a minute on two cores; no data is needed):
 
-    python experiments/jit_vs_pmap.py
+    python experiments/benchmarks/jit_vs_pmap.py
 """
 
 import csv

@@ -13,7 +13,7 @@ them and run (a minute on two cores):
     curl -O https://download.pytorch.org/models/alexnet-owt-7be5be79.pth
     python -m flax_alexnet convert alexnet-owt-7be5be79.pth alexnet_lpips.safetensors \
         --heads PerceptualSimilarity/lpips/weights/v0.1/alex.pth
-    python experiments/real_trunk.py
+    python experiments/paper/real_trunk.py
 """
 
 import csv
@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from photographs import FOLDER, find_photographs
 from PIL import Image, ImageFilter
 
 from flax_alexnet import features, lpips
@@ -39,6 +38,9 @@ from flax_alexnet.utils.errors import UserError, exit_code
 from flax_alexnet.utils.plotting import color_selectivity, plot_kernels, plot_neighbours
 from flax_alexnet.weights.load import load
 from flax_alexnet.weights.pretrained import Pretrained
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from photographs import FOLDER, find_photographs
 
 REPOSITORY = "https://github.com/richzhang/PerceptualSimilarity"
 FIRST_DOG, AFTER_DOGS = "n02085620", "n02114"  # the 118 breeds, by their numbers in WordNet

@@ -11,7 +11,7 @@ beside their goals, and neither is judged: the script ends with 0 whatever they 
 Run, with nothing else running (three minutes on two cores):
 
     git clone https://github.com/EliSchwartz/imagenet-sample-images
-    python experiments/bench_prepare.py
+    python experiments/benchmarks/bench_prepare.py
 
 It reads every fifth of these 1,000 photographs of ImageNet.
 """

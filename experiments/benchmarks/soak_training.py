@@ -17,7 +17,7 @@ cropped, mirrored and coloured: other pictures, or another order, would show the
 
 Run (16 to 31 minutes on two cores, `--quick` one; no data is needed):
 
-    python experiments/soak.py --phases training
+    python experiments/benchmarks/soak.py --phases training
 """
 
 import collections

@@ -9,7 +9,7 @@ the step alone would need steps that vary by less than what is sought; here they
 
 Run, with nothing else running (three minutes on two cores; no data is needed):
 
-    python experiments/bench_loop.py
+    python experiments/benchmarks/bench_loop.py
 """
 
 import contextlib

@@ -4,7 +4,7 @@
 
 Run (three quarters of an hour on two cores, `--quick` three minutes; no data is needed):
 
-    python experiments/soak.py
+    python experiments/benchmarks/soak.py
 """
 
 import dataclasses

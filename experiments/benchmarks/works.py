@@ -48,7 +48,7 @@ class Worker:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         command = [work.python, __file__, json.dumps([work.name, work.arguments])]
         # Another Python has packages of its own, and of ours only what is in this repository.
-        here = sys.path if work.python == sys.executable else [str(Path(__file__).parents[1])]
+        here = sys.path if work.python == sys.executable else [str(Path(__file__).parents[2])]
         env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": os.pathsep.join(here)}
         self._process = subprocess.Popen(
             command,

@@ -9,7 +9,7 @@ activation function first tries every learning rate for a short while and goes o
 It reads CIFAR-10 as TFDS prepares it. Run (an hour on two cores, `--quick` a minute):
 
     python -m flax_alexnet prepare --data.name cifar10
-    python experiments/figure1_relu_vs_tanh.py
+    python experiments/paper/figure1_relu_vs_tanh.py
 """
 
 import csv

@@ -15,7 +15,7 @@ change by a few, but by less than one an evaluation, as it would where each left
 
 Run (a minute on two cores; no data is needed):
 
-    python experiments/long_run.py
+    python experiments/benchmarks/long_run.py
 """
 
 import contextlib

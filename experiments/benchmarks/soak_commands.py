@@ -12,7 +12,7 @@ byte for byte. Disks are file systems in memory of their own, which takes the ri
 
 Run (half an hour on two cores, `--quick` two minutes; no data is needed):
 
-    python experiments/soak.py --phases commands
+    python experiments/benchmarks/soak.py --phases commands
 """
 
 import collections

@@ -6,7 +6,7 @@ norm or a pool, one for each value of a window); its bytes are those of its inpu
 output, each read or written once. The roof is what a large matrix product and a large copy reach in
 the same process. A layer far under the roof leaves room; one at it does not (Williams et al. 2009).
 
-    python experiments/roofline.py
+    python experiments/benchmarks/roofline.py
 
 With nothing else running it takes a minute on two cores; no data is needed.
 """

@@ -4,7 +4,7 @@ Steps are run as `bench.py` runs them, under JAX's profiler, and the times of al
 compiled program are added up by the layer and the direction that they were written for. The sum is
 more than the step takes where operators run side by side, and less by what passes between them.
 
-    python experiments/profile_step.py
+    python experiments/benchmarks/profile_step.py
 
 With nothing else running it takes three minutes on two cores; no data is needed.
 """
