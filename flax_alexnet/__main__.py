@@ -9,16 +9,16 @@ from flax_alexnet.utils.errors import UserError, exit_code, starting, unknown
 from flax_alexnet.utils.process import begin, leave
 
 COMMANDS = {
-    "train": "train a net, or go on with a training",
+    "train": "train a model, or go on with a training",
     "prepare": "bring a dataset into the form that training reads",
     "convert": "read and write the weight files of PyTorch, Caffe and TensorFlow",
-    "evaluate": "measure how often a trained net, or several, are right",
-    "predict": "say what pictures show",
-    "features": "write activations of many pictures into one file",
-    "lpips": "measure how different two pictures look",
-    "plot": "draw what a net has learned",
-    "export": "write a net as StableHLO, ONNX or a TensorFlow SavedModel",
-    "hub": "send a net to the Hugging Face Hub, or fetch one",
+    "evaluate": "measure how often a trained model, or several, are right",
+    "predict": "say what images show",
+    "features": "write activations of many images into one file",
+    "lpips": "measure how different two images look",
+    "plot": "draw what a model has learned",
+    "export": "write a model as StableHLO, ONNX or a TensorFlow SavedModel",
+    "hub": "send a model to the Hugging Face Hub, or fetch one",
 }
 
 

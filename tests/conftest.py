@@ -30,7 +30,7 @@ from flax_alexnet.weights import safetensors_files
 from flax_alexnet.weights.pretrained import LPIPS_HEADS, Pretrained
 from tests.foreign_files import CONVOLUTIONS
 from tests.runs import arguments
-from tests.small_models import make_net
+from tests.small_models import make_pretrained
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -90,7 +90,7 @@ def examples(monkeypatch):
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
-    """The embedded dataset, but smaller: 64 pictures to train on, 20 to test."""
+    """The embedded dataset, but smaller: 64 images to train on, 20 to test."""
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(synthetic.EXAMPLES, "train", 64)
@@ -100,16 +100,16 @@ def data_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def net() -> Pretrained:
-    """A torchvision net, a twentieth as wide, for 64 pixels and four classes."""
-    return make_net()
+def pretrained() -> Pretrained:
+    """A torchvision model, a twentieth as wide, for 64 pixels and four classes."""
+    return make_pretrained()
 
 
 @pytest.fixture(scope="session")
-def weights(net, tmp_path_factory) -> Path:
+def weights(pretrained, tmp_path_factory) -> Path:
     """Its file."""
-    path = tmp_path_factory.mktemp("weights") / "net.safetensors"
-    safetensors_files.save(net, path)
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    safetensors_files.save(pretrained, path)
     return path
 
 
@@ -168,17 +168,15 @@ def no_torch(monkeypatch):
 
 @pytest.fixture(scope="session")
 def lpips_trunk(shared_data):
-    """Torchvision's layers, the heads, and the three example pictures of the reference code."""
+    """Torchvision's layers, the heads, and the three example images of the reference code."""
     with np.load(shared_data / "alexnet_owt" / "features_and_lpips.npz") as file:
         arrays = dict(file)
     params = unflatten_dict(
         {name: v for name, v in arrays.items() if name.startswith("conv")}, sep="/"
     )
     heads = {name: arrays[name] for name in LPIPS_HEADS}
-    pictures = {
-        name: shared_data / "alexnet_owt" / f"ex_{name}.png" for name in ("ref", "p0", "p1")
-    }
-    return params, heads, pictures
+    images = {name: shared_data / "alexnet_owt" / f"ex_{name}.png" for name in ("ref", "p0", "p1")}
+    return params, heads, images
 
 
 @pytest.fixture

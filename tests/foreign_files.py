@@ -19,12 +19,15 @@ CONVOLUTIONS = {  # torchvision's, in its own order
 }
 
 
-def assert_is_trunk(net, trunk):
+def assert_is_trunk(pretrained, trunk):
     for index, layer in enumerate(CONVOLUTIONS, 1):
-        kernel, bias = net.params[f"conv{index}"]["kernel"], net.params[f"conv{index}"]["bias"]
+        kernel, bias = (
+            pretrained.params[f"conv{index}"]["kernel"],
+            pretrained.params[f"conv{index}"]["bias"],
+        )
         np.testing.assert_array_equal(kernel, np.moveaxis(trunk[f"{layer}.weight"], (0, 1), (3, 2)))
         np.testing.assert_array_equal(bias, trunk[f"{layer}.bias"])
-    assert not net.is_classifier
+    assert not pretrained.is_classifier
 
 
 def refused(capsys, *argv):
@@ -102,11 +105,11 @@ def torch_tensor(key, value, *view):
 def zip_pth(path, arrays, order="little", value=None, compression=zipfile.ZIP_STORED):
     tensors = {n: torch_tensor(str(key), v) for key, (n, v) in enumerate(arrays.items())}
     with zipfile.ZipFile(path, "w", compression) as file:
-        file.writestr("net/data.pkl", torch_pickle(value or tensors))
-        file.writestr("net/byteorder", order)
+        file.writestr("model/data.pkl", torch_pickle(value or tensors))
+        file.writestr("model/byteorder", order)
         for key, array in enumerate(arrays.values()):
             data = array.astype(array.dtype.newbyteorder(order)).tobytes()
-            file.writestr(f"net/data/{key}", data)
+            file.writestr(f"model/data/{key}", data)
     return path
 
 
@@ -166,7 +169,7 @@ KINDS = {
 }
 
 
-def caffemodel(path, generation="v1", order=("norm1", "pool1"), values=None, name=b"net"):
+def caffemodel(path, generation="v1", order=("norm1", "pool1"), values=None, name=b"model"):
     """A trunk of Caffe's, in one of its three generations."""
     rng = np.random.default_rng(0)
     values = values or {}

@@ -36,12 +36,12 @@ from matplotlib.figure import Figure
 from photographs import find_photographs
 from works import Work, Worker
 
-from flax_alexnet.models.architectures import architecture, trace
+from flax_alexnet.models.architectures import architecture, infer_shapes
 from flax_alexnet.utils.errors import UserError, exit_code
 
 VARIANTS = ("notebook", "paper", "torchvision", "caffe", "caffenet", "cuda_convnet_cifar10")
 NORMS = ((64, 56, 56, 96), (64, 28, 28, 256))  # of the notebook, batch 64
-SIZE, PICTURES, BATCH = 256, 4096, 64  # of the rows about input
+SIZE, IMAGES, BATCH = 256, 4096, 64  # of the rows about input
 SIDE = 4096  # of the matrices whose product is the limit of a CPU
 LIMITS = ("limit", "copy")
 OTHER = "the other Python"
@@ -155,7 +155,7 @@ def peers(
 def macs_of_training(variant: str, size: int) -> float:
     """Multiply-accumulates of a step for one image: three passes, but no first input gradient."""
     table = architecture(variant)
-    infos = trace(table.scaled(table.num_classes), size, size)
+    infos = infer_shapes(table.scaled(table.num_classes), size, size)
     return 3 * sum(info.macs for info in infos) - infos[0].macs
 
 
@@ -203,43 +203,43 @@ def cpu_rows(
             print("input: left out, since no --photographs are given", flush=True)
 
 
-def prepared_pictures(photographs: Sequence[Path], folder: Path) -> tuple[Path, dict[str, Any]]:
+def prepared_images(photographs: Sequence[Path], folder: Path) -> tuple[Path, dict[str, Any]]:
     """A folder with each photograph eight times, and what `ours_batches` needs to read them."""
     from flax_alexnet.commands.prepare import prepare
 
-    pictures = folder / "pictures"
+    images = folder / "images"
     for number, path in enumerate(photographs):
         for copy in range(8):
-            place = pictures / f"class{number % 10}" / f"{number}_{copy}.JPEG"
+            place = images / f"class{number % 10}" / f"{number}_{copy}.JPEG"
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(path.resolve())
-    prepare(f"folder:{pictures}", folder, SIZE)
-    where = {"data_dir": str(folder), "name": "prepared_folder/pictures", "size": SIZE}
-    return pictures, where | {"batch": BATCH, "images": PICTURES}
+    prepare(f"folder:{images}", folder, SIZE)
+    where = {"data_dir": str(folder), "name": "prepared_folder/images", "size": SIZE}
+    return images, where | {"batch": BATCH, "images": IMAGES}
 
 
 def input_row(photographs: Sequence[Path], folder: Path) -> Row:
-    """From prepared pictures to batches."""
+    """From prepared images to batches."""
     from flax_alexnet.data.sources import open_dataset
 
-    pictures, a = prepared_pictures(photographs, folder)
+    images, a = prepared_images(photographs, folder)
     jpegs = folder / "jpegs"
     train = open_dataset(a["name"], folder, "train", None).train
     jpegs.mkdir()
     for number in range(len(train)):
         (jpegs / f"{number:05}.jpg").write_bytes(train.read(number).image)
     ours = Work("ours_batches", a)
-    alone = Work("decoder", {"data_dir": str(jpegs), "images": PICTURES})
+    alone = Work("decoder", {"data_dir": str(jpegs), "images": IMAGES})
     goals, others = {"decoder alone": 0.85}, {"decoder alone": alone}
     if importlib.util.find_spec("tensorflow"):
         for name, goal, source in (
             ("tf.data, prepared", 1.1, jpegs),
-            ("tf.data, photographs", 4.0, pictures),
+            ("tf.data, photographs", 4.0, images),
         ):
-            theirs = {"pattern": str(source), "size": SIZE, "resize": source is pictures}
-            theirs |= {"batch": BATCH, "images": PICTURES}
+            theirs = {"pattern": str(source), "size": SIZE, "resize": source is images}
+            theirs |= {"batch": BATCH, "images": IMAGES}
             goals[name], others[name] = goal, Work("tensorflow_batches", theirs)
-    return Row("input", goals, ours, others, PICTURES, settle=True, rounds=3)
+    return Row("input", goals, ours, others, IMAGES, settle=True, rounds=3)
 
 
 def gpu_rows() -> Iterator[Row]:

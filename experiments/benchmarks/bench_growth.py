@@ -1,7 +1,7 @@
 """How cost grows: a training step's images/s and peak of memory over what it depends on.
 
 Batch (1 … 512), image size (64 … 448), CPU devices in one process (1 … 8), and threads that decode
-prepared pictures (1 … all cores). Beside each stands what it were if a pixel always cost the same,
+prepared images (1 … all cores). Beside each stands what it were if a pixel always cost the same,
 devices that share their cores took nothing of them, and threads did not wait for one another. Each
 point is a process of its own.
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tyro
-from bench import prepared_pictures
+from bench import prepared_images
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, ScalarFormatter
 from photographs import find_photographs
@@ -48,11 +48,11 @@ class Arguments:
     photographs: Path | None = None
     """A folder of JPEGs, of which 200 are taken, for the threads; none: these are left out."""
     variant: str = "torchvision"
-    """The net."""
+    """The model."""
     rounds: int = 3
     """How often each step is timed."""
     quick: bool = False
-    """A tiny net and two points each: shows that it works."""
+    """A tiny model and two points each: shows that it works."""
 
 
 class Point(NamedTuple):
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not photographs:
             print(f"{THREADS}: left out, since no --photographs are given", flush=True)
         elif not arguments.quick:
-            _, reading = prepared_pictures(photographs, Path(folder))
+            _, reading = prepared_images(photographs, Path(folder))
             for count in range(1, (os.cpu_count() or 1) + 1):
                 work = Work("ours_batches", reading | {"threads": count})
                 cases.append((THREADS, count, work, reading["images"]))

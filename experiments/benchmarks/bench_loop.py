@@ -2,7 +2,7 @@
 
 The loop of `flax_alexnet.train` (read, batch, put on devices, dispatch, log) is timed with a step
 that does nothing in the place of the compiled one: that is the host's work. Beside it the compiled
-step alone is timed, on a batch that lies on the devices already: the notebook's net at 224 pixels
+step alone is timed, on a batch that lies on the devices already: the notebook's model at 224 pixels
 and batch 64. Most of the host's work is done while the device computes; as if none were, the share
 of a step that is not device time is at most host / (host + device). (Timing the whole loop against
 the step alone would need steps that vary by less than what is sought; here they vary by a tenth.)
@@ -52,7 +52,7 @@ from flax_alexnet.training.step import create_state
 LOG_EVERY = 10  # steps between lines of metrics; recipes have 50 or more
 
 
-class Pictures(Examples):
+class Images(Examples):
     """Random squares in memory, as a small dataset is once it is decoded."""
 
     def __init__(self, count: int, size: int):
@@ -74,13 +74,13 @@ class Arguments:
     output: Path = Path("results")
     """Where bench_loop.csv goes."""
     batch_size: int = 64
-    """Pictures in a step."""
+    """Images in a step."""
     rounds: int = 3
     """How often each is timed, in turn."""
     steps: int = 2
     """Steps of the compiled program in a round."""
     quick: bool = False
-    """A small net: shows that it works, and nothing about the share."""
+    """A small model: shows that it works, and nothing about the share."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     state = initialize(init, jax.random.key(0), np.zeros((size, size, 3), np.float32), template)
     step_fn, _ = compile_steps(config, model, optimizer, layout, template)
     key = jax.random.key(1)
-    batches = training_batches(Pictures(512, size), batch_size, seed=0)
+    batches = training_batches(Images(512, size), batch_size, seed=0)
     placed = prefetch(layout.put(batch, batch_size) for batch in batches)
     resident = next(placed)
     state, loss = step_fn(state, resident, key)

@@ -80,21 +80,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = dataclasses.replace(arguments, copies=1, rounds=2)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        pictures = Path(folder) / "pictures"
-        link(photographs, arguments.copies, pictures)
+        images = Path(folder) / "images"
+        link(photographs, arguments.copies, images)
         encoded = [path.read_bytes() for path in photographs] * arguments.copies
         for number in range(-1, arguments.rounds):
             start = time.perf_counter()
             collections.deque(map_threads(lambda data: decode(data, SIZE), encoded), maxlen=0)
             between = time.perf_counter()
-            prepare(f"folder:{pictures}", Path(folder) / str(number), SIZE)
+            prepare(f"folder:{images}", Path(folder) / str(number), SIZE)
             seconds = between - start, time.perf_counter() - between
             if number >= 0:  # the first round fetches the files, and counts for nothing
                 rows.append([len(encoded) / value for value in seconds])
         memory = peak_memory(photographs, side, Path(folder))
     ratios = [both / alone for alone, both in rows]
     alone, both = (statistics.median(column) for column in zip(*rows, strict=True))
-    print(f"{len(encoded):,} pictures, {os.cpu_count()} threads; medians of {len(rows)} rounds")
+    print(f"{len(encoded):,} images, {os.cpu_count()} threads; medians of {len(rows)} rounds")
     print(f"decoder {alone:.0f} images/s, prepare {both:.0f} images/s")
     print(
         f"ratio {statistics.median(ratios):.3f}, from {min(ratios):.3f} to {max(ratios):.3f} "
@@ -123,7 +123,7 @@ def link(photographs: Sequence[Path], copies: int, folder: Path) -> None:
 
 
 def peak_memory(photographs: Sequence[Path], side: int, folder: Path) -> int:
-    """Bytes that `prepare` takes at most, above the program at rest, with a very large picture."""
+    """Bytes that `prepare` takes at most, above the program at rest, with a very large image."""
     link(photographs, 1, folder / "large")
     noise = np.random.default_rng(0).integers(0, 256, (side // 10, side // 10, 3), np.uint8)
     large = simplejpeg.encode_jpeg(np.tile(noise, (10, 10, 1)), 90, colorsubsampling="420")

@@ -3,7 +3,7 @@
 For each layout, variant, batch and number of devices the training step is compiled for simulated
 CPU devices (nothing is executed), the collectives of the compiled program are read, and the bytes
 that one device sends are added up as ring algorithms send them. Beside it stands what the layout
-should need, from the shapes of the net alone:
+should need, from the shapes of the model alone:
 
 - data: the sum of all gradients;
 - zero: the dense kernels gathered and their gradients scattered, the sum of the other gradients;
@@ -41,7 +41,14 @@ from matplotlib.figure import Figure
 
 from flax_alexnet.config.recipes import RECIPES
 from flax_alexnet.models.alexnet import AlexNet, make_model
-from flax_alexnet.models.architectures import ARCHITECTURES, Conv, Dense, Norm, architecture, trace
+from flax_alexnet.models.architectures import (
+    ARCHITECTURES,
+    Conv,
+    Dense,
+    Norm,
+    architecture,
+    infer_shapes,
+)
 from flax_alexnet.parallel.layouts import Layout, LayoutName, make_layout
 from flax_alexnet.training.build import compile_steps, make_optimizer, state_template
 from flax_alexnet.training.step import create_state
@@ -66,7 +73,7 @@ CHIPS = (
     Chip("H100, InfiniBand", 989e12, 50e9),
     Chip("TPU v5e", 197e12, 100e9),
 )
-UTILIZATION = 0.4  # of the peak; a common share for convolutional nets
+UTILIZATION = 0.4  # of the peak; a common share for convolutional models
 
 
 class Collective(NamedTuple):
@@ -222,12 +229,12 @@ def _group(line: str) -> int:
 
 
 def theory(layout: Layout, variant: str, batch_size: int) -> float:
-    """Bytes that a device sends in a step, from the shapes of the net alone.
+    """Bytes that a device sends in a step, from the shapes of the model alone.
 
     Left out are the sums of losses and hits: some hundred bytes.
     """
     image_size = architecture(variant).image_size
-    infos = trace(layout.layers, image_size, image_size)
+    infos = infer_shapes(layout.layers, image_size, image_size)
     parameters = {info.layer.name: FLOAT * info.parameters for info in infos}
     inputs = dict(
         zip(
@@ -247,9 +254,9 @@ def theory(layout: Layout, variant: str, batch_size: int) -> float:
         return 2 * (devices - 1) / devices * size
 
     def gathered_and_scattered(names: Sequence[str]) -> float:
-        pictures = batch_size / data
+        images = batch_size / data
         features = sum(math.prod(inputs[name]) for name in names)
-        return summed(FLOAT * pictures * features, along)
+        return summed(FLOAT * images * features, along)
 
     everything = sum(parameters.values())
     if layout.name in ("data", "zero"):  # a sum is a scatter and a gather
@@ -287,7 +294,7 @@ def step_seconds(
     """(computation, communication) of a step on `count` chips, in seconds."""
     layout = layout_for(name, variant, count)
     size = architecture(variant).image_size
-    macs = sum(info.macs for info in trace(layout.layers, size, size))
+    macs = sum(info.macs for info in infer_shapes(layout.layers, size, size))
     # Two operations a multiply-accumulate; backward costs twice forward.
     compute = 2 * 3 * macs * batch_size / count / (UTILIZATION * chip.flops)
     return compute, theory(layout, variant, batch_size) / chip.link

@@ -51,7 +51,7 @@ class Arguments:
     output: Path = Path("results")
     """Where jit_vs_pmap.csv goes."""
     batch_size: int = 64
-    """Pictures in a step, over all devices."""
+    """Images in a step, over all devices."""
     rounds: int = 40
     """How often each is timed, in turn, for five steps."""
 

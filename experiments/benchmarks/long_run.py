@@ -6,8 +6,8 @@ memory is left behind; and the process ends in less than 10 s after its last lin
 
 Here a process trains twice: a few steps, which leave behind what JAX and others keep for as long as
 a process lives, and then the 10,000. What it holds is counted after each; its memory is looked at
-from outside, at each line of metrics. The net is as small as nets can be: what leaks at a step, a
-line of metrics, an evaluation or a save leaks all the same.
+from outside, at each line of metrics. The model is as small as models can be: what leaks at a step,
+a line of metrics, an evaluation or a save leaks all the same.
 
 None of Python's threads may be left. Pools of libraries in C++ (XLA's, TensorStore's) start a
 thread when all that they have are busy, and may end it when it has long been idle: their number may
@@ -46,11 +46,11 @@ from flax_alexnet.training.run_directory import PACKAGES
 FIRST = 600  # steps of the short run, with an evaluation and two saves
 EVERY = 500  # steps between evaluations, each followed by a checkpoint
 BATCH = 2
-PICTURES = {"train": 10 * BATCH, "test": 2 * BATCH}
+IMAGES = {"train": 10 * BATCH, "test": 2 * BATCH}
 FLAGS = (
     *("--model.variant", "cuda_convnet_cifar10", "--model.width", "0.1"),
     *("--data.image-size", "12", "--augment.crop-size", "8", "--batch-size", str(BATCH)),
-    *("--log-every", "50", "--eval-epochs", str(EVERY * BATCH // PICTURES["train"])),
+    *("--log-every", "50", "--eval-epochs", str(EVERY * BATCH // IMAGES["train"])),
     *("--epochs", "1000000"),
 )
 SHARED = "/dev/shm"  # where segments of shared memory have names
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train_twice(arguments.train_in, arguments.steps)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        synthetic.EXAMPLES.update(PICTURES)
+        synthetic.EXAMPLES.update(IMAGES)
         synthetic.builder(Path(folder) / "data").download_and_prepare()
         watched = watch(Path(folder), arguments.steps)
     first, last = first_and_last(arguments.steps / 10, watched.memory)

@@ -22,8 +22,8 @@ from flax_alexnet.models.architectures import (
     Pool,
     architecture,
     explicit_padding,
+    infer_shapes,
     parameter_shapes,
-    trace,
 )
 
 RATE, MOMENTUM, DECAY, DROPOUT = 0.01, 0.9, 0.0005, 0.5
@@ -69,7 +69,7 @@ def torch_runs(variant: str, batch: int, size: int) -> tuple[Run, Run]:
                     nn.Conv2d(
                         shape[-1],
                         layer.features,
-                        layer.window,
+                        layer.kernel_size,
                         layer.stride,
                         (top, left) if even else 0,
                         groups=layer.groups,
@@ -81,8 +81,8 @@ def torch_runs(variant: str, batch: int, size: int) -> tuple[Run, Run]:
             case Pool():
                 ceil = layer.padding == "CEIL"
                 if layer.kind == "MAX":
-                    return [nn.MaxPool2d(layer.window, layer.stride, ceil_mode=ceil)]
-                return [nn.AvgPool2d(layer.window, layer.stride, 0, ceil, False)]
+                    return [nn.MaxPool2d(layer.kernel_size, layer.stride, ceil_mode=ceil)]
+                return [nn.AvgPool2d(layer.kernel_size, layer.stride, 0, ceil, False)]
             case AdaptivePool():
                 return [nn.AdaptiveAvgPool2d(layer.size)]
             case Dense():
@@ -163,9 +163,9 @@ def tensorflow_runs(variant: str, batch: int, size: int) -> tuple[Run, Run]:
         if layer.kind == "MAX":
             if bottom or right:
                 x = tf.pad(x, [(0, 0), (top, bottom), (left, right), (0, 0)], constant_values=-1e30)
-            return tf.nn.max_pool2d(x, layer.window, layer.stride, "VALID")
+            return tf.nn.max_pool2d(x, layer.kernel_size, layer.stride, "VALID")
         # With SAME TensorFlow, too, counts only what lies inside.
-        return tf.nn.avg_pool2d(x, layer.window, layer.stride, "SAME")
+        return tf.nn.avg_pool2d(x, layer.kernel_size, layer.stride, "SAME")
 
     def net(x: tf.Tensor, train: bool) -> tf.Tensor:
         for layer in layers:
@@ -208,9 +208,9 @@ def tensorflow_runs(variant: str, batch: int, size: int) -> tuple[Run, Run]:
 
 def shapes(layers: tuple[Layer, ...], size: int) -> list[tuple[int, ...]]:
     """What each layer gives for one image."""
-    return [info.shape for info in trace(layers, size, size)]
+    return [info.shape for info in infer_shapes(layers, size, size)]
 
 
 def pads(layer: Conv | Pool, shape: tuple[int, ...]) -> list[tuple[int, int]]:
     """Pixels ((top, bottom), (left, right)) that a layer adds to (h, w, c)."""
-    return [explicit_padding(s, layer.window, layer.stride, layer.padding) for s in shape[:2]]
+    return [explicit_padding(s, layer.kernel_size, layer.stride, layer.padding) for s in shape[:2]]

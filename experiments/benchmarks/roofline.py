@@ -1,7 +1,7 @@
 """Each layer on the machine's roofline: operations a second over operations a byte.
 
 Each operator of a variant is timed alone, forward, and forward with both gradients, on random
-arrays of the shapes that it has in the net. Its operations are two a multiply-accumulate (for a
+arrays of the shapes that it has in the model. Its operations are two a multiply-accumulate (for a
 norm or a pool, one for each value of a window); its bytes are those of its input, parameters and
 output, each read or written once. The roof is what a large matrix product and a large copy reach in
 the same process. A layer far under the roof leaves room; one at it does not (Williams et al. 2009).
@@ -35,7 +35,7 @@ from flax_alexnet.models.architectures import (
     Pool,
     architecture,
     explicit_padding,
-    trace,
+    infer_shapes,
 )
 from flax_alexnet.ops.convolution import convolve
 from flax_alexnet.ops.dense import multiply
@@ -51,7 +51,7 @@ class Arguments:
     output: Path = Path("results")
     """Where roofline_DEVICE.csv and .png go."""
     variant: str = "notebook"
-    """The net."""
+    """The model."""
     batch: int = 64
     """Images at once."""
     dtype: str = "float32"
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = architecture(arguments.variant)
     points = []
     shape: tuple[int, ...] = (table.image_size, table.image_size, 3)
-    for info in trace(table.scaled(table.num_classes), *shape[:2]):
+    for info in infer_shapes(table.scaled(table.num_classes), *shape[:2]):
         layer, before, shape = info.layer, shape, info.shape
         found = operator(layer, before)
         if not found:
@@ -158,13 +158,18 @@ def operator(
             convolution = functools.partial(
                 convolve, stride=layer.stride, padding=pads(layer, before), groups=layer.groups
             )
-            kernel = (layer.window, layer.window, before[-1] // layer.groups, layer.features)
+            kernel = (
+                layer.kernel_size,
+                layer.kernel_size,
+                before[-1] // layer.groups,
+                layer.features,
+            )
             return convolution, [kernel]
         case Norm():
             settings = layer.depth_radius, layer.bias, layer.alpha, layer.beta
             return lambda x: local_response_normalization(x, *settings, groups=layer.groups), []
         case Pool(kind="MAX"):
-            return lambda x: max_pool(x, layer.window, layer.stride, pads(layer, before)), []
+            return lambda x: max_pool(x, layer.kernel_size, layer.stride, pads(layer, before)), []
         case Dense():
             size = int(np.prod(before))
             shape = (size, layer.features or 0)
@@ -175,7 +180,7 @@ def operator(
 def pads(layer: Conv | Pool, shape: tuple[int, ...]) -> Any:
     """Pixels ((top, bottom), (left, right)) that a layer adds."""
     return tuple(
-        explicit_padding(size, layer.window, layer.stride, layer.padding) for size in shape[:2]
+        explicit_padding(size, layer.kernel_size, layer.stride, layer.padding) for size in shape[:2]
     )
 
 

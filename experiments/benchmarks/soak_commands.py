@@ -6,7 +6,7 @@ that is full or read-only, twice at once, with few open files, with little memor
 output that is lost, or when its folder is moved away meanwhile, it ends in time with the right
 bytes, or with exit code 2 and one line.
 
-A small net and small photographs are made. Each command is run once undisturbed. Then each is
+A small model and small photographs are made. Each command is run once undisturbed. Then each is
 attacked, and after each attack run once more where that is allowed to, and what is there compared
 byte for byte. Disks are file systems in memory of their own, which takes the right to mount them.
 
@@ -47,23 +47,24 @@ from flax_alexnet.models.alexnet import AlexNet
 from flax_alexnet.training.run_directory import PACKAGES
 from flax_alexnet.utils.errors import STOPPED
 
-CLASSES, PICTURES = ("cat", "dog", "hen"), 40  # of each
+CLASSES, IMAGES = ("cat", "dog", "hen"), 40  # of each
 TIME_LIMIT = 120  # seconds, after which a command counts as one that never ends
 
 # Each writes into the folder `out` alone, and `report` into `run/report`, the report of a run that
-# has trained to its end; "{}" is where the net, the photographs and that run are.
+# has trained to its end; "{}" is where the model, the photographs and that run are.
 COMMANDS = {
-    "features .h5": "features {}/net.safetensors {}/photos --layers conv1 logits --batch-size 16 "
-    "--output out/features.h5",
-    "features .npy": "features {}/net.safetensors {}/photos --layers conv1 logits --batch-size 16 "
-    "--output out/features.npy",
+    "features .h5": "features {}/model.safetensors {}/photos --layers conv1 logits "
+    "--batch-size 16 --output out/features.h5",
+    "features .npy": "features {}/model.safetensors {}/photos --layers conv1 logits "
+    "--batch-size 16 --output out/features.npy",
     "prepare": "prepare --data.name folder:{}/photos --data.image-size 32 --data.data-dir out",
-    "convert": "convert {}/net.safetensors out/net.safetensors --labels {}/labels.txt",
-    "evaluate": "evaluate {}/net.safetensors --data.name folder:{}/photos --output out/evaluation",
-    "predict": "predict {}/net.safetensors {}/photos --output out/p.csv --plot out/p.png",
-    "export": "export {}/net.safetensors out/net.stablehlo",
-    "hub": "hub push {}/net.safetensors somebody/net --folder out/net",
-    "plot": "plot {}/net.safetensors {}/photos/cat/0.jpg --output out/plots --layers conv1",
+    "convert": "convert {}/model.safetensors out/model.safetensors --labels {}/labels.txt",
+    "evaluate": "evaluate {}/model.safetensors --data.name folder:{}/photos "
+    "--output out/evaluation",
+    "predict": "predict {}/model.safetensors {}/photos --output out/p.csv --plot out/p.png",
+    "export": "export {}/model.safetensors out/model.stablehlo",
+    "hub": "hub push {}/model.safetensors somebody/model --folder out/model",
+    "plot": "plot {}/model.safetensors {}/photos/cat/0.jpg --output out/plots --layers conv1",
     "report": "train --workdir run --data.name folder:{}/photos --data.image-size 32 --steps 4 "
     "--model.variant cuda_convnet_cifar10 --augment.crop-size 24 --batch-size 8 "
     "--save-patience 0.05",
@@ -132,7 +133,7 @@ class Command:
         return self.finish(self.start(limit))
 
     def fresh(self) -> None:
-        """Makes its folder anew."""
+        """Makes its folder again."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if self._before.exists():
             shutil.copytree(self._before, self.folder)
@@ -177,11 +178,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_inputs(folder: Path) -> None:
-    """A net of three classes, and photographs of noise."""
+    """A model of three classes, and photographs of noise."""
     rng = np.random.default_rng(0)
     for label in CLASSES:
         (folder / "photos" / label).mkdir(parents=True)
-        for number in range(PICTURES):
+        for number in range(IMAGES):
             noise = rng.integers(0, 256, (48, 60, 3), np.uint8)
             Image.fromarray(noise).save(folder / "photos" / label / f"{number}.jpg")
     (folder / "labels.txt").write_text("\n".join(CLASSES))
@@ -189,8 +190,8 @@ def make_inputs(folder: Path) -> None:
     model = AlexNet(config.variant, len(CLASSES), width=config.width)
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 24, 24, 3), np.float32))["params"]
     rule = Preprocessing(32, "paper", 24, np.full(3, 127, np.float32), 1 / 64)
-    net = flax_alexnet.Pretrained(config, jax.tree.map(np.asarray, params), rule, CLASSES)
-    flax_alexnet.save(net, folder / "net.safetensors")
+    pretrained = flax_alexnet.Pretrained(config, jax.tree.map(np.asarray, params), rule, CLASSES)
+    flax_alexnet.save(pretrained, folder / "model.safetensors")
 
 
 def train(command: Command, folder: Path) -> None:

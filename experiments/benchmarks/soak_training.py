@@ -2,7 +2,7 @@
 
 Claimed of `python -m flax_alexnet.train`: killed with SIGKILL at any moment and started again with
 the same command, a run ends with the same parameters, optimizer state and schedule, it has seen the
-same pictures in the same order, and its metrics.jsonl has no step too few or too many.
+same images in the same order, and its metrics.jsonl has no step too few or too many.
 
 Here a small run is made once without a kill. Then the same command is started, its process group
 is killed at a chosen moment, and so on until the run ends; then a new run begins, until there have
@@ -12,8 +12,8 @@ saves or draws its report, and at random. Which phase a kill has met is read fro
 
 Of each run that has ended every array of its last checkpoint is compared, byte for byte, and every
 line of metrics.jsonl but for its images per second. A line is written at every step, and the loss
-of a step follows from its pictures and from their places in the batch, which determine how each is
-cropped, mirrored and coloured: other pictures, or another order, would show there.
+of a step follows from its images and from their places in the batch, which determine how each is
+cropped, mirrored and coloured: other images, or another order, would show there.
 
 Run (16 to 31 minutes on two cores, `--quick` one; no data is needed):
 
@@ -51,7 +51,7 @@ from flax_alexnet.training.run_directory import PACKAGES
 
 STEPS, EVERY = 72, 12  # steps of a run, and between two evaluations, each followed by a checkpoint
 BATCH = 8
-PICTURES = {
+IMAGES = {
     "train": BATCH * EVERY,
     "test": 16 * BATCH,
 }  # an epoch, and what takes longer than a step
@@ -60,7 +60,7 @@ FLAGS = (
     *("--optimizer.schedule", "plateau", "--optimizer.patience", "1"),
     *("--optimizer.drop-factor", "0.7", "--augment.color-noise", "cuda-convnet"),
 )
-NET: tuple[str, ...] = (
+MODEL: tuple[str, ...] = (
     "--model.width",
     "0.05",
     "--data.image-size",
@@ -68,7 +68,7 @@ NET: tuple[str, ...] = (
     "--augment.crop-size",
     "32",
 )
-QUICK_NET = (  # compiles sooner, and has no dropout
+QUICK_MODEL = (  # compiles sooner, and has no dropout
     *("--model.variant", "cuda_convnet_cifar10", "--model.width", "0.1"),
     *("--data.image-size", "16", "--augment.crop-size", "12"),
 )
@@ -90,7 +90,7 @@ class Arguments:
     seed: int = 0
     """Determines the order of the moments, and how long after its beginning a phase is ended."""
     quick: bool = False
-    """Three kills of a net that compiles sooner, into soak_training_quick.json and .csv."""
+    """Three kills of a model that compiles sooner, into soak_training_quick.json and .csv."""
 
 
 class Life(NamedTuple):
@@ -108,16 +108,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Kills runs; returns 0 where each has ended as the one that was left alone, else 1."""
     arguments = tyro.cli(Arguments, args=argv)
     rng = np.random.default_rng(arguments.seed)
-    net, name, aims = NET, "soak_training", in_any_order(MOMENTS, rng)
+    model, name, aims = MODEL, "soak_training", in_any_order(MOMENTS, rng)
     if arguments.quick:
         arguments = dataclasses.replace(arguments, kills=len(QUICK_MOMENTS))
-        net, name, aims = QUICK_NET, "soak_training_quick", itertools.cycle(QUICK_MOMENTS)
+        model, name, aims = QUICK_MODEL, "soak_training_quick", itertools.cycle(QUICK_MOMENTS)
     absl.logging.set_verbosity(absl.logging.ERROR)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        synthetic.EXAMPLES.update(PICTURES)
+        synthetic.EXAMPLES.update(IMAGES)
         synthetic.builder(Path(folder) / "data").download_and_prepare()
-        rows, mismatches = soak(Path(folder), net, arguments.kills, aims, rng)
+        rows, mismatches = soak(Path(folder), model, arguments.kills, aims, rng)
     kills = [row for row in rows if row["exit_code"] == -signal.SIGKILL]
     result = {
         "kills": len(kills),
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds": round(time.monotonic() - began),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
-        "command": " ".join(["python -m flax_alexnet.train", *net, *FLAGS]),
+        "command": " ".join(["python -m flax_alexnet.train", *model, *FLAGS]),
     }
     write_results(arguments.output, name, result, rows)
     return 1 if mismatches else 0
@@ -155,14 +155,14 @@ def in_any_order(moments: Sequence[str], rng: np.random.Generator) -> Iterator[s
 
 
 def soak(
-    folder: Path, net: Sequence[str], kills: int, aims: Iterator[str], rng: np.random.Generator
+    folder: Path, model: Sequence[str], kills: int, aims: Iterator[str], rng: np.random.Generator
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """A row for each life of all runs in `folder`, and in what these differ from what they should.
 
     The data must be there.
     """
     usual: dict[str, float] = {}  # seconds of each phase, as last seen
-    flags = ("--data.data-dir", str(folder / "data"), *net, *FLAGS)
+    flags = ("--data.data-dir", str(folder / "data"), *model, *FLAGS)
     reference = folder / "reference"
     life = live(folder, reference, flags, "", usual, rng)
     if life.code:

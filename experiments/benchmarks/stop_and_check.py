@@ -4,7 +4,7 @@ Claimed: after SIGTERM a run of the recipe quickstart finishes its step, saves a
 10 s; and the digests of a checkpoint cost little beside writing and reading it.
 
 Five runs of quickstart get a SIGTERM at other moments of their first hundreds of steps. Then a
-state with the parameters and velocities of the `paper` net (488 MB of random numbers, which no
+state with the parameters and velocities of the `paper` model (488 MB of random numbers, which no
 compression makes smaller) is saved, its manifest is made once more, checked, and it is restored.
 
 Run, with nothing else running (two minutes on two cores; no data is needed):
@@ -32,7 +32,7 @@ from flax_alexnet.checkpoint.manifest import damage, write_manifest
 from flax_alexnet.utils.errors import STOPPED
 
 LINES = (1, 2, 2, 3, 4)  # of metrics that each run has written when it is stopped
-PARAMETERS = 60_965_224  # of the paper's net
+PARAMETERS = 60_965_224  # of the paper's model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -167,11 +167,11 @@ def ours_train(variant: str, batch: int, size: int, dtype: str = "float32") -> R
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, side, side, 3), np.uint8)
     labels = rng.integers(0, classes, batch, np.int32)
-    pictures = layout.put({"image": images, "label": labels}, batch)
+    put = layout.put({"image": images, "label": labels}, batch)
 
     def run() -> None:
         nonlocal state
-        state, loss = step(state, pictures, key)
+        state, loss = step(state, put, key)
         jax.block_until_ready((state, loss))
 
     return run
@@ -319,7 +319,7 @@ def torch_lrn(shape: tuple[int, ...], times: int) -> Run:
 def ours_batches(
     data_dir: str, name: str, size: int, batch: int, images: int, threads: int | None = None
 ) -> Run:
-    """Pictures from the disk to uint8 batches that are ready for a device, in shuffled order."""
+    """Images from the disk to uint8 batches that are ready for a device, in shuffled order."""
     from flax_alexnet.data.dataset import DecodedExamples
     from flax_alexnet.data.loader import training_batches
     from flax_alexnet.data.sources import open_dataset

@@ -2,7 +2,7 @@
 
 The paper (section 3.1) trains a four-layer convolutional network without regularization and finds
 that with ReLU it reaches 25 % training error six times faster than with tanh, "the learning rates
-for each network chosen independently to make training as fast as possible". Here the net is that
+for each network chosen independently to make training as fast as possible". Here the model is that
 of the original code (`cuda_convnet_cifar10`), without weight decay or augmentation; each
 activation function first tries every learning rate for a short while and goes on with the best.
 
@@ -67,7 +67,7 @@ class Arguments:
     max_epochs: float = 30.0
     """Where to give up waiting for 25 % training error."""
     quick: bool = False
-    """A minute's run on few pictures: shows that it works, and nothing about ReLU."""
+    """A minute's run on few images: shows that it works, and nothing about ReLU."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ of photographs), here by the features of conv5, since the trunk has no dense lay
 LPIPS against the plain error for distortions of photographs.
 
 It reads torchvision's `alexnet` (the convolution layers will do) with the heads of LPIPS v0.1, the
-example pictures of LPIPS's reference code, and every fifth of 1,000 photographs of ImageNet. Get
+example images of LPIPS's reference code, and every fifth of 1,000 photographs of ImageNet. Get
 them and run (a minute on two cores):
 
     git clone https://github.com/richzhang/PerceptualSimilarity
@@ -50,10 +50,10 @@ EXAMPLES = (("p0", 0.72188), ("p1", 0.13757))
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Pictures and tables of the trunk of torchvision's AlexNet."""
+    """Images and tables of the trunk of torchvision's AlexNet."""
 
     weights: Path = Path("alexnet_lpips.safetensors")
-    """Torchvision's net or its trunk, with LPIPS heads."""
+    """Torchvision's model or its trunk, with LPIPS heads."""
     examples: Path = Path("PerceptualSimilarity/imgs")
     """Where ex_ref.png, ex_p0.png and ex_p1.png lie."""
     photographs: Path = FOLDER
@@ -74,17 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         photographs = find_photographs(arguments.photographs)
         examples = open_examples(arguments.examples)
-        net = load(arguments.weights)
-        check_heads(net)
+        pretrained = load(arguments.weights)
+        check_heads(pretrained)
         base, distorted = arguments.output / "trunk", arguments.distorted
         if arguments.quick:
             base, distorted = arguments.output / "trunk_quick", 4
             photographs = photographs[::10]
         arguments.output.mkdir(parents=True, exist_ok=True)
-        draw_kernels(net, Path(f"{base}_conv1.png"))
-        pictures = open_pictures(net, photographs)
-        draw_neighbours(net, pictures, arguments.neighbours, Path(f"{base}_neighbours"))
-        compare_distortions(net, examples, pictures, distorted, Path(f"{base}_lpips.csv"))
+        draw_kernels(pretrained, Path(f"{base}_conv1.png"))
+        images = open_images(pretrained, photographs)
+        draw_neighbours(pretrained, images, arguments.neighbours, Path(f"{base}_neighbours"))
+        compare_distortions(pretrained, examples, images, distorted, Path(f"{base}_lpips.csv"))
     except UserError as error:
         return exit_code(error)
     return 0
@@ -109,17 +109,17 @@ def open_examples(folder: Path) -> dict[str, jax.Array]:
     return opened
 
 
-def open_pictures(net: Pretrained, photographs: Sequence[Path]) -> dict[str, np.ndarray]:
+def open_images(pretrained: Pretrained, photographs: Sequence[Path]) -> dict[str, np.ndarray]:
     """The photographs by their names, uint8[256, 256, 3] each."""
-    rule = net.preprocessing
+    rule = pretrained.preprocessing
     found = find_images([str(path) for path in photographs])
     read = read_examples(found, rule.image_size, rule.resize)
     return {Path(p.name).stem: p.image for p in read if p.image is not None}
 
 
-def draw_kernels(net: Pretrained, path: Path) -> None:
+def draw_kernels(pretrained: Pretrained, path: Path) -> None:
     """Figure 3: the kernels of conv1, ordered by how much of them is colour."""
-    kernels = np.asarray(net.params["conv1"]["kernel"])
+    kernels = np.asarray(pretrained.params["conv1"]["kernel"])
     plot_kernels(kernels, path)
     selectivity = color_selectivity(kernels)
     print(
@@ -130,22 +130,25 @@ def draw_kernels(net: Pretrained, path: Path) -> None:
 
 
 def draw_neighbours(
-    net: Pretrained, pictures: dict[str, np.ndarray], count: int, path: Path
+    pretrained: Pretrained, images: dict[str, np.ndarray], count: int, path: Path
 ) -> None:
     """Figure 4, right: the photographs whose strongest activations of conv5 are most alike.
 
-    The picture and the table have the name `path` with .png and .csv.
+    The image and the table have the name `path` with .png and .csv.
 
-    A channel counts by its largest value, wherever in the picture that is, and vectors of channels
-    by their direction, since their lengths differ much between pictures.
+    A channel counts by its largest value, wherever in the image that is, and vectors of channels
+    by their direction, since their lengths differ much between images.
     """
-    names = list(pictures)
-    images = np.stack(list(pictures.values()))
-    strongest = jax.jit(
-        lambda images: features(net.model, net.params, images, ("conv5",))["conv5"].max((1, 2))
-    )
-    batches = [images[i : i + 50] for i in range(0, len(images), 50)]
-    vectors = np.concatenate([strongest(net.preprocess(batch)) for batch in batches])
+    names = list(images)
+    every_image = np.stack(list(images.values()))
+
+    @jax.jit
+    def strongest(seen: jax.Array) -> jax.Array:
+        maps = features(pretrained.model, pretrained.params, seen, ("conv5",))["conv5"]
+        return maps.max((1, 2))
+
+    batches = [every_image[i : i + 50] for i in range(0, len(images), 50)]
+    vectors = np.concatenate([strongest(pretrained.preprocess(batch)) for batch in batches])
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     every = np.linalg.norm(vectors[:, None] - vectors[None], axis=-1)
     np.fill_diagonal(every, np.inf)
@@ -158,8 +161,8 @@ def draw_neighbours(
             for rank, row in enumerate(line, 1):
                 writer.writerow([names[query], rank, names[row], f"{every[query, row]:.4f}"])
     plot_neighbours(
-        images[queries],
-        images[order[queries]],
+        every_image[queries],
+        every_image[order[queries]],
         np.take_along_axis(every, order, axis=1)[queries],
         [title(names[row]) for row in queries],
         [[title(names[row]) for row in line] for line in order[queries]],
@@ -178,20 +181,20 @@ def title(name: str) -> str:
 
 
 def jpeg(image: Image.Image, quality: int) -> Image.Image:
-    """The picture stored as JPEG and read again."""
+    """The image stored as JPEG and read again."""
     encoded = io.BytesIO()
     image.save(encoded, "jpeg", quality=quality)
     return Image.open(encoded)
 
 
 def noisy(image: Image.Image, sigma: float) -> Image.Image:
-    """The picture with Gaussian noise of `sigma` grey levels."""
+    """The image with Gaussian noise of `sigma` grey levels."""
     noise = np.random.default_rng(0).normal(0, sigma, (image.height, image.width, 3))
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).round().astype(np.uint8))
 
 
 def shifted(image: Image.Image, pixels: int) -> Image.Image:
-    """The picture moved to the right, its edge repeated."""
+    """The image moved to the right, its edge repeated."""
     columns = np.maximum(np.arange(image.width) - pixels, 0)
     return Image.fromarray(np.asarray(image)[:, columns])
 
@@ -212,21 +215,21 @@ DISTORTIONS: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 def compare_distortions(
-    net: Pretrained,
+    pretrained: Pretrained,
     examples: Mapping[str, jax.Array],
-    pictures: Mapping[str, np.ndarray],
+    images: Mapping[str, np.ndarray],
     count: int,
     path: Path,
 ) -> None:
     """LPIPS and the mean squared error of photographs and their distortions, on average."""
-    distance = jax.jit(lambda a, b: lpips(net.params, net.lpips_heads, a, b))
+    distance = jax.jit(lambda a, b: lpips(pretrained.params, pretrained.lpips_heads, a, b))
 
     rows = []
     for name, expected in EXAMPLES:
         value = float(distance(examples["ref"], examples[name])[0])
         error = float(jnp.square(examples["ref"] - examples[name]).mean())
         rows.append((f"example {name} (PyTorch: {expected})", value, 10 * np.log10(4 / error)))
-    chosen = list(pictures.values())[:: max(1, len(pictures) // count)][:count]
+    chosen = list(images.values())[:: max(1, len(images) // count)][:count]
     originals = signed(np.stack(chosen))
     for name, distort in DISTORTIONS.items():
         changed = signed(
@@ -241,7 +244,7 @@ def compare_distortions(
         )
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["pictures", "lpips", "psnr_db"])
+        writer.writerow(["images", "lpips", "psnr_db"])
         writer.writerows([name, f"{value:.5f}", f"{psnr:.2f}"] for name, value, psnr in rows)
     for name, value, psnr in rows:
         print(f"{name:<34} LPIPS {value:.5f}   PSNR {psnr:5.2f} dB")

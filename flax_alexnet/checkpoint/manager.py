@@ -180,11 +180,11 @@ class Checkpoints:
             self._failing_since = now
         minutes = (now - self._failing_since) / 60
         reason = next((text for text in DISK if text in str(error)), first_line(error))
-        said = f"checkpoint {self._folder / str(step)} could not be saved: {reason}"
+        message = f"checkpoint {self._folder / str(step)} could not be saved: {reason}"
         if jax.process_count() > 1 or now - self._failing_since >= self._patience:
             raise UserError(
-                f"{said} (for {minutes:.0f} minutes now); make room, and the same command goes on "
-                "from the newest that is there"
+                f"{message} (for {minutes:.0f} minutes now); make room, and the same command goes "
+                "on from the newest that is there"
             ) from None
         with contextlib.suppress(*FAILURES):
             self._manager.close()
@@ -193,7 +193,7 @@ class Checkpoints:
         self._manager = self._open()
         latest = self.latest_step()
         there = "there is none before it" if latest is None else f"step {latest:,} is intact"
-        self._say(f"{said}; {there}, and the next save is another attempt")
+        self._say(f"{message}; {there}, and the next save is another attempt")
 
     def restore(self, step: int, template: T) -> T:
         """The state of `step`, in the shapes, types and shardings of `template`.
@@ -241,9 +241,9 @@ def set_aside_damaged(folder: Path, aside: Path) -> list[str]:
     problems = {step: _damage(folder / step) for step in _steps(folder)}
     damaged = {step: problem for step, problem in problems.items() if problem}
     if damaged and len(damaged) == len(problems):
-        said = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
+        listing = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
         raise UserError(
-            f"no checkpoint in {folder} is whole ({said}): restore one from a copy, or take "
+            f"no checkpoint in {folder} is whole ({listing}): restore one from a copy, or take "
             "another --workdir"
         )
     for path in sorted(folder.glob(f"*{TEMPORARY}*")):
@@ -274,7 +274,7 @@ def check_steps(folder: Path, marker: Path) -> None:
         )
 
 
-def newest_whole(folder: Path) -> tuple[int | None, list[str]]:
+def newest_intact(folder: Path) -> tuple[int | None, list[str]]:
     """The newest step under `folder` that is whole, and a line for each newer one that is not.
 
     It changes nothing, so that it may look into a run that goes on.

@@ -47,12 +47,12 @@ def damage(folder: Path, manifest: str, unlisted: frozenset[str]) -> str:
         lines = read_text(folder / manifest).splitlines()
         matches = [LINE.fullmatch(line) for line in lines]
         digests = {match[2]: match[1] for match in matches if match}
-        found = _files(folder)
+        files = _files(folder)
         if not digests or len(digests) < len(lines):
             return f"its {manifest} is damaged"
-        for name in sorted(digests.keys() - found):
+        for name in sorted(digests.keys() - files):
             return f"{name} is missing"
-        for name in sorted(found - digests.keys() - {manifest} - unlisted):
+        for name in sorted(files - digests.keys() - {manifest} - unlisted):
             return f"{printable(name)} does not belong to it"
         for name in sorted(digests):
             if (folder / name).is_symlink() or not (folder / name).is_file():

@@ -1,4 +1,4 @@
-"""`python -m flax_alexnet convert INPUT OUTPUT`: trained nets from other systems, and back."""
+"""`python -m flax_alexnet convert INPUT OUTPUT`: trained models from other systems, and back."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ from flax_alexnet.weights.pretrained import Pretrained, missing_layers
 
 @dataclasses.dataclass(frozen=True)
 class ConvertConfig:
-    """Brings a trained net into this package's form, with its preprocessing, or into torchvision's.
+    """Brings a trained model into this package's form, with its preprocessing, or torchvision's.
 
     Reads torchvision's alexnet in a state dict or a checkpoint of PyTorch (.pth, .pt, .bin, .ckpt)
     or .safetensors, Caffe's .caffemodel, the .npy of guerzh/tf_weights, the working directory of a
@@ -39,11 +39,11 @@ class ConvertConfig:
     mean: Path | None = None
     """Caffe's mean image, a .binaryproto; none: its mean colour."""
     head: str | None = None
-    """The last layer, by its name, of a net of Caffe's that has several."""
+    """The last layer, by its name, of a model of Caffe's that has several."""
     labels: Path | None = None
     """A text file with the name of each class on a line; none: ImageNet's, for 1000 classes."""
     heads: Path | None = None
-    """LPIPS heads to put beside torchvision's net: alex.pth of the package lpips."""
+    """LPIPS heads to put beside torchvision's model: alex.pth of the package lpips."""
     format: Literal["flax", "torchvision"] = "flax"
     """What to write: flax, for this package, or torchvision, a state dict for PyTorch."""
     overwrite: bool = False
@@ -70,51 +70,56 @@ def convert(config: ConvertConfig) -> None:
     with new_files(
         [output], [*files_of(path), *filter(None, others)], overwrite=config.overwrite
     ) as write:
-        net, notes = read(path, config.variant, config.mean, config.head)
+        pretrained, notes = read(path, config.variant, config.mean, config.head)
         if config.labels:
-            names = read_labels(config.labels, net.num_classes)
-            net = dataclasses.replace(net, label_names=names)
+            names = read_labels(config.labels, pretrained.num_classes)
+            pretrained = dataclasses.replace(pretrained, label_names=names)
         if config.heads:
-            net = with_heads(net, config.heads)
+            pretrained = with_heads(pretrained, config.heads)
         for note in notes:
             print(note, file=sys.stderr)
-        print(f"read {path}\n{describe(net)}")
+        print(f"read {path}\n{describe(pretrained)}")
         if config.format == "flax":
             with write(output, SafetensorError) as partial:
-                safetensors_files.write(net, partial)
+                safetensors_files.write(pretrained, partial)
         else:
             with write(output, SafetensorError, RuntimeError) as partial:
-                torch_files.write(_state_dict(net, path), partial)
+                torch_files.write(_state_dict(pretrained, path), partial)
             print("a state dict has no room for preprocessing, label names and LPIPS heads")
     print(f"wrote {output}")
 
 
-def describe(net: Pretrained) -> str:
-    """A few lines about a net: source, variant, parameters, classes, preprocessing."""
-    rule, source = net.preprocessing, net.source
-    count = sum(math.prod(value.shape) for value in jax.tree.leaves(net.params))
-    missing = ", ".join(missing_layers(net))
-    names = f", {net.name(0)} … {net.name(net.num_classes - 1)}" if net.label_names else ""
+def describe(pretrained: Pretrained) -> str:
+    """A few lines about a model: source, variant, parameters, classes, preprocessing."""
+    rule, source = pretrained.preprocessing, pretrained.source
+    count = sum(math.prod(value.shape) for value in jax.tree.leaves(pretrained.params))
+    missing = ", ".join(missing_layers(pretrained))
+    names = (
+        f", {pretrained.name(0)} … {pretrained.name(pretrained.num_classes - 1)}"
+        if pretrained.label_names
+        else ""
+    )
     mean = "a mean image" if rule.mean.ndim == 3 else " ".join(f"{v:.3f}" for v in rule.mean)
     scales = rule.scale if isinstance(rule.scale, tuple) else (rule.scale,)
     file, kind, digits = (source.get(name, "unknown") for name in ("file", "format", "sha256"))
     lines = [
         f"source {file} ({kind}), SHA-256 {digits}",
-        f"variant {net.config.variant}, {count:,} parameters{missing and f', without {missing}'}",
-        f"{net.num_classes:,} classes{names}",
-        f"pictures of {rule.image_size} × {rule.image_size} ({rule.resize}), less {mean}, "
+        f"variant {pretrained.config.variant}, {count:,} parameters"
+        f"{missing and f', without {missing}'}",
+        f"{pretrained.num_classes:,} classes{names}",
+        f"images of {rule.image_size} × {rule.image_size} ({rule.resize}), less {mean}, "
         f"cut to {rule.crop_size}, times {' '.join(f'{v:.6g}' for v in scales)}",
     ]
-    return "\n".join(lines + ["with LPIPS heads"] * bool(net.lpips_heads))
+    return "\n".join(lines + ["with LPIPS heads"] * bool(pretrained.lpips_heads))
 
 
-def _state_dict(net: Pretrained, path: Path) -> dict[str, np.ndarray]:
-    config = net.config
-    found = (config.variant, config.width, config.activation, config.relu_logits)
-    if found != ("torchvision", 1.0, "relu", False):
+def _state_dict(pretrained: Pretrained, path: Path) -> dict[str, np.ndarray]:
+    config = pretrained.config
+    settings = (config.variant, config.width, config.activation, config.relu_logits)
+    if settings != ("torchvision", 1.0, "relu", False):
         raise UserError(
             f"{path} is of the variant {config.variant}, width {config.width:g}, "
             f"{config.activation}{', with ReLU on its logits' * config.relu_logits}; torchvision's "
             "alexnet is torchvision, width 1, relu"
         )
-    return name_maps.write_params(name_maps.TORCHVISION, net.params, config.variant)
+    return name_maps.write_params(name_maps.TORCHVISION, pretrained.params, config.variant)

@@ -1,4 +1,4 @@
-"""`python -m flax_alexnet evaluate WEIGHTS …`: how often a trained net, or several, are right."""
+"""`python -m flax_alexnet evaluate WEIGHTS …`: how often a trained model, or several, are right."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ OUTPUTS = ("evaluation.json", "classes.csv", "confusion.csv", "confusion.png")
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Measures the loss and the accuracy of a trained net; of several, with their mean.
+    """Measures the loss and the accuracy of a trained model; of several, with their mean.
 
     A run is evaluated on its own dataset, and there on what it did not train on; --data.name takes
     another.
@@ -44,8 +44,8 @@ class EvaluateConfig:
     probabilities are averaged."""
     data: UseDataConfig = NO_DATASET
     match_by_order: bool = False
-    """Take the dataset's classes for the net's in their order, where neither names nor numbers tell
-    which is which."""
+    """Take the dataset's classes for the model's in their order, where neither names nor numbers
+    tell which is which."""
     crops: Literal[1, 10] = 1
     """1 for the central crop, 10 for the mean over the paper's ten crops."""
     output: Path | None = None
@@ -53,20 +53,20 @@ class EvaluateConfig:
     in the run, or FILE-evaluation beside a weight file. A number is added where it holds another
     evaluation."""
     batch_size: int = 64
-    """Pictures that a net sees at once (ten times as many with ten crops)."""
+    """Images that a model sees at once (ten times as many with ten crops)."""
     overwrite: bool = False
     """Replace files of those names that are no evaluation."""
 
 
 @dataclasses.dataclass
 class Evaluation:
-    """What was counted, over the pictures that could be read, each once.
+    """What was counted, over the images that could be read, each once.
 
     Attributes:
       confusion: int64[classes, classes]; rows are the right classes, columns the likeliest ones.
-      top5: int64[classes]; pictures of a class that is among the five likeliest.
+      top5: int64[classes]; images of a class that is among the five likeliest.
       loss: sum of −log of the right class's probability, in nats.
-      problems: names of pictures that could not be read, and why.
+      problems: names of images that could not be read, and why.
     """
 
     confusion: np.ndarray
@@ -75,11 +75,11 @@ class Evaluation:
     problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def add(self, label: int, log_probabilities: np.ndarray) -> None:
-        """Counts a picture, float[classes]; ties are decided by the class number."""
+        """Counts an image, float[classes]; ties are decided by the class number."""
         own = log_probabilities[label]
-        ahead = (log_probabilities > own).sum() + (log_probabilities[:label] == own).sum()
+        better = (log_probabilities > own).sum() + (log_probabilities[:label] == own).sum()
         self.confusion[label, int(np.argmax(log_probabilities))] += 1
-        self.top5[label] += bool(ahead < 5)
+        self.top5[label] += bool(better < 5)
         self.loss -= float(own)
 
     def summary(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run(config: EvaluateConfig) -> None:
     """Measures, prints and writes what `config` asks for."""
-    nets = [load(path) for path in config.weights]
+    models = [load(path) for path in config.weights]
     data, held_out = config.data, HeldOut(None, None)
     if not data.name:
         data, held_out = _own_dataset(config.weights, data)
@@ -114,65 +114,68 @@ def run(config: EvaluateConfig) -> None:
     if note:
         print(note, flush=True)
     changed = ""
-    if held_out.pictures not in (None, len(source)):
-        changed = f"{held_out.pictures:,} pictures were held out in training, and {len(source):,}"
+    if held_out.images not in (None, len(source)):
+        changed = f"{held_out.images:,} images were held out in training, and {len(source):,}"
     elif held_out.digest is not None and held_out.digest != source.digest().content:
-        changed = "other pictures were held out in training than"
+        changed = "other images were held out in training than"
     if changed:
         print(
             f"warning: {data.name} has changed: {changed} are now, some of which it may have been "
             "trained on",
             file=sys.stderr,
         )
-    for net in nets:
-        check_classifier(net)
-        if (net.num_classes, net.label_names) != (nets[0].num_classes, nets[0].label_names):
-            raise UserError("the nets differ in their classes; evaluate them one by one")
-    labels = _match(source.label_names, nets[0], config.match_by_order)
-    made_of = {
+    for pretrained in models:
+        check_classifier(pretrained)
+        if (pretrained.num_classes, pretrained.label_names) != (
+            models[0].num_classes,
+            models[0].label_names,
+        ):
+            raise UserError("the models differ in their classes; evaluate them one by one")
+    labels = _match(source.label_names, models[0], config.match_by_order)
+    origin = {
         "dataset": data.name,
         **{name: value and str(value) for name, value in vars(data).items() if name != "name"},
         "crops": config.crops,
         "weights": [
-            {"path": str(path.resolve()), **net.source}
-            for path, net in zip(config.weights, nets, strict=True)
+            {"path": str(path.resolve()), **pretrained.source}
+            for path, pretrained in zip(config.weights, models, strict=True)
         ],
     }
     if data.name.startswith(FOLDER):
-        made_of["dataset"] = f"{FOLDER}{place_of(data.name)}"
-    folder = _free_folder(config.output or default_output(config.weights[0]), made_of)
+        origin["dataset"] = f"{FOLDER}{place_of(data.name)}"
+    folder = _free_folder(config.output or default_output(config.weights[0]), origin)
     # What `_free_folder` gives holds this very evaluation, or none.
     overwrite = config.overwrite or (folder / OUTPUTS[0]).is_file()
     files = [folder / name for name in OUTPUTS]
     part = data.split or "what training holds out (--data.split takes other parts)"
-    print(f"{data.name}: {len(source):,} pictures, {part}", flush=True)
+    print(f"{data.name}: {len(source):,} images, {part}", flush=True)
     with new_files(
         files,
         [*itertools.chain(*map(files_of, config.weights)), *source.paths],
         overwrite=overwrite,
     ) as write:
-        evaluation = evaluate(nets, source, labels, config.crops, config.batch_size)
+        evaluation = evaluate(models, source, labels, config.crops, config.batch_size)
         print(summarize(evaluation.problems, len(source)))
         if not evaluation.confusion.any():
-            raise UserError(f"none of the pictures of {data.name} could be read")
-        _write(write, files, evaluation, nets[0], made_of)
+            raise UserError(f"none of the images of {data.name} could be read")
+        _write(write, files, evaluation, models[0], origin)
     summary = evaluation.summary()
     print(
-        f"{data.name}, {len(nets)} net(s), {config.crops} crop(s): loss "
+        f"{data.name}, {len(models)} model(s), {config.crops} crop(s): loss "
         f"{summary['loss']:.4f}, top-1 {summary['top1']:.2%}, top-5 {summary['top5']:.2%}"
     )
     print(f"everything is in {folder}")
 
 
 class HeldOut(NamedTuple):
-    """What a run evaluated on; None where it does not say it, or other pictures are asked for."""
+    """What a run evaluated on; None where it does not say it, or other images are asked for."""
 
-    pictures: int | None
+    images: int | None
     digest: str | None
 
 
-def _own_dataset(weights: Sequence[Path], given: UseDataConfig) -> tuple[UseDataConfig, HeldOut]:
-    """What runs were trained on, but for what is `given`, and what the first of them held out.
+def _own_dataset(weights: Sequence[Path], flags: UseDataConfig) -> tuple[UseDataConfig, HeldOut]:
+    """What runs were trained on, but for what is `flags`, and what the first of them held out.
 
     Raises:
       UserError: a weight file, or runs on different datasets.
@@ -181,7 +184,7 @@ def _own_dataset(weights: Sequence[Path], given: UseDataConfig) -> tuple[UseData
     for path, run in zip(weights, runs, strict=True):
         if not run:
             raise UserError(
-                f"{path} does not say which pictures it was trained on: name a dataset with "
+                f"{path} does not say which images it was trained on: name a dataset with "
                 "--data.name"
             )
     fields = {field.name: f"data.{field.name}" for field in dataclasses.fields(UseDataConfig)}
@@ -200,26 +203,26 @@ def _own_dataset(weights: Sequence[Path], given: UseDataConfig) -> tuple[UseData
             )
     if any(other != own[0] for other in own):
         raise UserError("the runs were trained on different datasets: name one with --data.name")
-    data = own[0] | {name: value for name, value in vars(given).items() if value}
+    data = own[0] | {name: value for name, value in vars(flags).items() if value}
     data["data_dir"] = data["data_dir"] and Path(data["data_dir"])
-    first = {} if given.split else runs[0]
+    first = {} if flags.split else runs[0]
     held_out = HeldOut(first.get("dataset.eval"), first.get("dataset.eval_digest"))
     return UseDataConfig(**data), held_out
 
 
-def _match(names: Sequence[str], net: Pretrained, by_order: bool) -> np.ndarray:
-    """The net's class of each of the dataset's; by their order only where that is allowed."""
-    labels, matched = match_labels(names, net.label_names, net.num_classes)
+def _match(names: Sequence[str], pretrained: Pretrained, by_order: bool) -> np.ndarray:
+    """The model's class of each of the dataset's; by their order only where that is allowed."""
+    labels, matched = match_labels(names, pretrained.label_names, pretrained.num_classes)
     if matched:
         return labels
     pairs = ", ".join(
-        f"{name} → {net.name(label)}"
+        f"{name} → {pretrained.name(label)}"
         for name, label in zip(names[:3], labels.tolist(), strict=False)
     )
     if not by_order:
         raise UserError(
-            "neither names nor numbers tell which of the dataset's classes is which of the net's: "
-            f"take the dataset it was trained for, or --match-by-order ({pairs}, …)"
+            "neither names nor numbers tell which of the dataset's classes is which of the "
+            f"model's: take the dataset it was trained for, or --match-by-order ({pairs}, …)"
         )
     print(f"warning: the classes are matched by their order alone: {pairs}, …", file=sys.stderr)
     return labels
@@ -232,14 +235,14 @@ def default_output(weights: Path) -> Path:
     return weights.with_name(f"{weights.stem}-evaluation")
 
 
-def _free_folder(folder: Path, made_of: Mapping[str, Any]) -> Path:
+def _free_folder(folder: Path, origin: Mapping[str, Any]) -> Path:
     """`folder`, or FOLDER-2 and so on: the first that holds no evaluation of anything else."""
     whole = folder.resolve()  # since "." has no name
     for number in itertools.count(1):
         path = folder if number == 1 else whole.with_name(f"{whole.name}-{number}")
         try:
             before = read_json(path / OUTPUTS[0])
-            if {name: before.get(name) for name in made_of} == made_of:
+            if {name: before.get(name) for name in origin} == origin:
                 return path
         except FileNotFoundError:
             return path
@@ -251,53 +254,55 @@ def _free_folder(folder: Path, made_of: Mapping[str, Any]) -> Path:
 
 
 def evaluate(
-    nets: Sequence[Pretrained],
+    models: Sequence[Pretrained],
     source: Source,
     labels: np.ndarray,
     crops: int = 1,
     batch_size: int = 64,
 ) -> Evaluation:
-    """Counts over all pictures of a source; of several nets the probabilities are averaged.
+    """Counts over all images of a source; of several models the probabilities are averaged.
 
     Args:
-      nets: classifiers with the same classes.
-      source: pictures with labels.
-      labels: the nets' class of each of the source's, as `match_labels` gives.
+      models: classifiers with the same classes.
+      source: images with labels.
+      labels: the models' class of each of the source's, as `match_labels` gives.
       crops: 1 or 10.
-      batch_size: pictures at once.
+      batch_size: images at once.
 
     Raises:
-      UserError: a picture without a label, or a net that gives what is not a number.
+      UserError: an image without a label, or a model that gives what is not a number.
     """
-    classes = nets[0].num_classes
+    classes = models[0].num_classes
     evaluation = Evaluation(np.zeros((classes, classes), np.int64), np.zeros(classes, np.int64))
-    for picture, row in _ensemble(nets, source, crops, min(batch_size, len(source))):
+    for example, row in _ensemble(models, source, crops, min(batch_size, len(source))):
         if row is None:
-            evaluation.problems.append((picture.name, picture.problem))
+            evaluation.problems.append((example.name, example.problem))
             continue
-        if not 0 <= picture.label < len(labels):
-            raise UserError(f"picture {picture.name} has no label; take a split with labels")
-        check_numbers(row, picture.name)
-        evaluation.add(int(labels[picture.label]), row)
+        if not 0 <= example.label < len(labels):
+            raise UserError(f"image {example.name} has no label; take a split with labels")
+        check_numbers(row, example.name)
+        evaluation.add(int(labels[example.label]), row)
     return evaluation
 
 
 def _ensemble(
-    nets: Sequence[Pretrained], source: Source, crops: int, batch_size: int
+    models: Sequence[Pretrained], source: Source, crops: int, batch_size: int
 ) -> Iterator[tuple[Example, Any]]:
-    """Each picture with its log-probabilities; it is decoded once for all nets with one rule."""
+    """Each image with its log-probabilities; it is decoded once for all models with one rule."""
     rules: dict[Any, list[Pretrained]] = {}
-    for net in nets:
-        rules.setdefault((net.preprocessing.image_size, net.preprocessing.resize), []).append(net)
+    for pretrained in models:
+        rules.setdefault(
+            (pretrained.preprocessing.image_size, pretrained.preprocessing.resize), []
+        ).append(pretrained)
     streams = []
     for (size, resize), group in rules.items():
-        functions = [log_probabilities(net, crops) for net in group]
+        functions = [log_probabilities(pretrained, crops) for pretrained in group]
         stacked = functools.partial(_stack, functions)
         streams.append(infer(stacked, read_examples(source, size, resize), batch_size))
     for results in zip(*streams, strict=True):
         rows = [row for _, row in results if row is not None]
-        with np.errstate(invalid="ignore"):  # a net that gives NaN is refused by name
-            mean = np.logaddexp.reduce(np.concatenate(rows)) - np.log(len(nets)) if rows else None
+        with np.errstate(invalid="ignore"):  # a model that gives NaN is refused by name
+            mean = np.logaddexp.reduce(np.concatenate(rows)) - np.log(len(models)) if rows else None
         yield results[0][0], mean
 
 
@@ -309,11 +314,11 @@ def _write(
     write: Write,
     files: Sequence[Path],
     evaluation: Evaluation,
-    net: Pretrained,
-    made_of: Mapping[str, Any],
+    pretrained: Pretrained,
+    origin: Mapping[str, Any],
 ) -> None:
     """evaluation.json, classes.csv (a line a class), confusion.csv and confusion.png."""
-    names = [net.name(label) for label in range(net.num_classes)]
+    names = [pretrained.name(label) for label in range(pretrained.num_classes)]
     counts = evaluation.confusion.sum(axis=1)
     classes: list[Mapping[str, Any]] = [
         {
@@ -326,7 +331,7 @@ def _write(
     ]
     report = {
         **evaluation.summary(),
-        **made_of,
+        **origin,
         "problems": dict(evaluation.problems),
     }
     with write(files[0]) as partial:

@@ -1,4 +1,4 @@
-"""`python -m flax_alexnet export WEIGHTS OUTPUT`: a trained net as a program for other systems.
+"""`python -m flax_alexnet export WEIGHTS OUTPUT`: a trained model as a program for other systems.
 
 The program is whole: preprocessing and weights are inside. It maps a batch of any size of squares
 as `Pretrained.open` gives them, uint8[b, image_size, image_size, 3] in RGB, to logits,
@@ -36,7 +36,7 @@ Function = Callable[[Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """Writes a trained net as a program: StableHLO, ONNX or a TensorFlow SavedModel."""
+    """Writes a trained model as a program: StableHLO, ONNX or a TensorFlow SavedModel."""
 
     weights: tyro.conf.Positional[Path]
     """A weight file (see convert), or the --workdir of a run."""
@@ -56,28 +56,28 @@ def main(argv: Sequence[str]) -> None:
     config = parse(ExportConfig, argv, None, "flax_alexnet export")
     path = config.output
     with new_files([path], files_of(config.weights), overwrite=config.overwrite) as write:
-        net = load(config.weights)
+        pretrained = load(config.weights)
         with write(path) as partial:
-            said = _export(net, path, partial, config.format, config.layer)
-    print(said)
+            line = _export(pretrained, path, partial, config.format, config.layer)
+    print(line)
 
 
 def export(
-    net: Pretrained, path: str | Path, kind: str | None = None, layer: str = "logits"
+    pretrained: Pretrained, path: str | Path, kind: str | None = None, layer: str = "logits"
 ) -> str:
-    """Writes a net as a program, and returns a line that says what is there now.
+    """Writes a model as a program, and returns a line that says what is there now.
 
-    The program gets its name once it was loaded back and gave, for a few random pictures on the
-    CPU, what the net gives.
+    The program gets its name once it was loaded back and gave, for a few random images on the
+    CPU, what the model gives.
 
     Args:
-      net: the net; it is computed in float32, whatever it was trained in.
+      pretrained: the model; it is computed in float32, whatever it was trained in.
       path: the file to write, or the folder of a SavedModel.
       kind: "stablehlo", "onnx" or "savedmodel"; None: as the ending of the path says.
       layer: the activation that the program gives.
 
     Raises:
-      UserError: an unknown format, ending or layer; a trunk that does not reach that far; a net
+      UserError: an unknown format, ending or layer; a trunk that does not reach that far; a model
         that gives what is not a number; a path
         that cannot be written to; or the packages of the format are not installed.
     """
@@ -85,25 +85,27 @@ def export(
     if path.is_dir():
         raise UserError(f"{path} is a folder that is there already; take another path")
     with writing(path) as partial:
-        return _export(net, path, partial, kind, layer)
+        return _export(pretrained, path, partial, kind, layer)
 
 
-def _export(net: Pretrained, path: Path, partial: Path, kind: str | None, layer: str) -> str:
+def _export(pretrained: Pretrained, path: Path, partial: Path, kind: str | None, layer: str) -> str:
     """As `export`, into a file or folder `partial` that is not whole yet."""
     kind = kind or _kind_of(path)
     if kind not in FORMATS:
         raise UserError(unknown("format", kind, FORMATS))
-    check_layers(net, (layer,))
-    config = dataclasses.replace(net.config, dtype="float32")
-    net = dataclasses.replace(net, config=config, params=jax.tree.map(np.asarray, net.params))
-    size = net.preprocessing.image_size
+    check_layers(pretrained, (layer,))
+    config = dataclasses.replace(pretrained.config, dtype="float32")
+    pretrained = dataclasses.replace(
+        pretrained, config=config, params=jax.tree.map(np.asarray, pretrained.params)
+    )
+    size = pretrained.preprocessing.image_size
     images = np.random.default_rng(0).integers(0, 256, (CHECKED_IMAGES, size, size, 3), np.uint8)
     write, extra = FORMATS[kind]
     try:
         with jax.default_device(_cpu()):
-            program = write(net, layer, partial)
-            ours = np.asarray(jax.jit(_forward(net, layer))(net.params, images))
-            check_numbers(ours, "random pictures")
+            program = write(pretrained, layer, partial)
+            ours = np.asarray(jax.jit(_forward(pretrained, layer))(pretrained.params, images))
+            check_numbers(ours, "random images")
             if program is None:
                 check = "not checked, since onnxruntime is not installed"
             else:
@@ -142,22 +144,24 @@ def load_exported(path: str | Path) -> Function:
     return jax.jit(exported.call)
 
 
-def _stablehlo(net: Pretrained, layer: str, path: Path) -> Function:
+def _stablehlo(pretrained: Pretrained, layer: str, path: Path) -> Function:
     (batch,) = jax.export.symbolic_shape("b")
-    size = net.preprocessing.image_size
-    forward = _forward(net, layer)
-    program = jax.jit(lambda images: forward(net.params, images))
+    size = pretrained.preprocessing.image_size
+    forward = _forward(pretrained, layer)
+    program = jax.jit(lambda images: forward(pretrained.params, images))
     images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)
     path.write_bytes(jax.export.export(program, platforms=PLATFORMS)(images).serialize())
     return load_exported(path)
 
 
-def _onnx(net: Pretrained, layer: str, path: Path) -> Function | None:
+def _onnx(pretrained: Pretrained, layer: str, path: Path) -> Function | None:
     import onnx
 
     from flax_alexnet.inference.onnx import onnx_model
 
-    onnx.save(onnx_model(net.model, net.params, net.preprocessing, layer), path)
+    onnx.save(
+        onnx_model(pretrained.model, pretrained.params, pretrained.preprocessing, layer), path
+    )
     onnx.checker.check_model(path, full_check=True)
     try:
         import onnxruntime
@@ -167,21 +171,21 @@ def _onnx(net: Pretrained, layer: str, path: Path) -> Function | None:
     return lambda images: session.run(None, {"images": images})[0]
 
 
-def _savedmodel(net: Pretrained, layer: str, path: Path) -> Function:
+def _savedmodel(pretrained: Pretrained, layer: str, path: Path) -> Function:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it tells of the processor on its way in
     import tensorflow as tf
     from jax.experimental import jax2tf
 
     convert = jax2tf.convert(
-        _forward(net, layer),
+        _forward(pretrained, layer),
         polymorphic_shapes=[None, "(b, ...)"],
         with_gradient=False,
         native_serialization_platforms=PLATFORMS,
     )
-    size = net.preprocessing.image_size
+    size = pretrained.preprocessing.image_size
     images = tf.TensorSpec((None, size, size, 3), tf.uint8, "images")
     module = tf.Module()
-    module.params = jax.tree.map(tf.Variable, net.params)
+    module.params = jax.tree.map(tf.Variable, pretrained.params)
     module.call = tf.function(
         lambda images: {layer: convert(module.params, images)},
         input_signature=[images],
@@ -200,9 +204,9 @@ FORMATS: dict[str, tuple[Callable[[Pretrained, str, Path], Function | None], str
 """What writes a format and loads it back, if it can; and the extra with the packages it takes."""
 
 
-def _forward(net: Pretrained, layer: str) -> Callable[[Params, jax.Array], jax.Array]:
+def _forward(pretrained: Pretrained, layer: str) -> Callable[[Params, jax.Array], jax.Array]:
     def forward(params: Params, images: jax.Array) -> jax.Array:
-        return features(net.model, params, net.preprocess(images), (layer,))[layer]
+        return features(pretrained.model, params, pretrained.preprocess(images), (layer,))[layer]
 
     return forward
 

@@ -1,4 +1,4 @@
-"""`python -m flax_alexnet features WEIGHTS …`: activations of many pictures into one file."""
+"""`python -m flax_alexnet features WEIGHTS …`: activations of many images into one file."""
 
 import contextlib
 import dataclasses
@@ -46,11 +46,11 @@ from flax_alexnet.weights.pretrained import Pretrained, check_layers
 
 @dataclasses.dataclass(frozen=True)
 class FeaturesConfig:
-    """Writes the features of pictures into one file; started again, it goes on where it was."""
+    """Writes the features of images into one file; started again, it goes on where it was."""
 
     weights: tyro.conf.Positional[Path]
     """A weight file (see convert), or the --workdir of a run."""
-    pictures: tyro.conf.Positional[tuple[str, ...]] = ()
+    images: tyro.conf.Positional[tuple[str, ...]] = ()
     """Files, folders with all below them, or globs; or none, and a dataset by --data.name."""
     data: UseDataConfig = NO_DATASET
     layers: tuple[str, ...] = ("fc7",)
@@ -58,18 +58,18 @@ class FeaturesConfig:
     output: Path = Path("features.h5")
     """The file: .h5 (HDF5) or .npy (NumPy)."""
     nearest: Path | None = None
-    """A .png file for the nearest neighbours of some pictures by their features of the last of the
+    """A .png file for the nearest neighbours of some images by their features of the last of the
     layers, as in the paper's Figure 4 (right)."""
     queries: tuple[str, ...] = ()
-    """Of which pictures, by the end of their names; none: five, evenly spaced."""
+    """Of which images, by the end of their names; none: five, evenly spaced."""
     neighbours: int = 6
     """How many."""
     distance: Literal["euclidean", "cosine"] = "euclidean"
     """The paper's, or that of features scaled to unit length, which suits maps such as conv5."""
     batch_size: int = 64
-    """Pictures that the net sees at once."""
+    """Images that the model sees at once."""
     overwrite: bool = False
-    """Replace a picture of --nearest that is there."""
+    """Replace an image of --nearest that is there."""
 
 
 @command
@@ -80,8 +80,8 @@ def main(argv: Sequence[str]) -> None:
     check_flag("neighbours", config.neighbours, config.neighbours >= 1, "1 or more")
     check_flag("output", config.output, config.output.suffix in SUFFIXES, "a .h5 or .npy file")
     check_png("nearest", config.nearest)
-    if bool(config.pictures) == bool(config.data.name):
-        raise UserError("name either pictures or a dataset with --data.name")
+    if bool(config.images) == bool(config.data.name):
+        raise UserError("name either images or a dataset with --data.name")
     run(config)
 
 
@@ -92,48 +92,51 @@ def run(config: FeaturesConfig) -> None:
         if note:
             print(note, flush=True)
     else:
-        source = find_images(config.pictures)
+        source = find_images(config.images)
     named = find_queries(source, config.queries)
     inputs = [*files_of(config.weights), *source.paths]
     check_not_read(config.output, inputs)
     layers = tuple(dict.fromkeys(config.layers))
-    net = load(config.weights)
+    pretrained = load(config.weights)
     with (
         new_files([config.nearest], inputs, overwrite=config.overwrite) as write,
-        contextlib.closing(open_file(net, source, layers, config.output)) as file,
+        contextlib.closing(open_file(pretrained, source, layers, config.output)) as file,
     ):
-        before = extract(net, source, layers, file, min(config.batch_size, len(source)))
+        before = extract(pretrained, source, layers, file, min(config.batch_size, len(source)))
         bad = np.flatnonzero(file["status"][:] == UNREADABLE)
         problems = [
             (source.name(int(row)), file["problem"][row].decode(errors="replace")) for row in bad
         ]
         print(summarize(problems, len(source)))
-        found = f" ({before:,} were there)" if before else ""
-        print(f"{', '.join(layers)} of {len(source):,} pictures{found}: {config.output}")
+        earlier = f" ({before:,} were there)" if before else ""
+        print(f"{', '.join(layers)} of {len(source):,} images{earlier}: {config.output}")
         if len(bad) == len(source):
-            raise UserError("none of the pictures could be read")
+            raise UserError("none of the images could be read")
         if config.nearest:
             queries = choose_queries(source, file, named)
             rows, distances = nearest(file, layers[-1], queries, config.neighbours, config.distance)
-            check_numbers(distances, "the neighbours of pictures")
+            check_numbers(distances, "the neighbours of images")
             with write(config.nearest) as path:
-                draw_nearest(net, source, queries, rows, distances, path)
+                draw_nearest(pretrained, source, queries, rows, distances, path)
     if config.nearest:
         print(f"wrote {config.nearest}")
 
 
-def open_file(net: Pretrained, source: Source, layers: Sequence[str], path: Path) -> FeatureFile:
-    """The file for the features of all pictures of a source, made if it is not there.
+def open_file(
+    pretrained: Pretrained, source: Source, layers: Sequence[str], path: Path
+) -> FeatureFile:
+    """The file for the features of all images of a source, made if it is not there.
 
     Raises:
-      UserError: an unknown layer, one that the net lacks the parameters for, or a file of something
+      UserError: an unknown layer, one that the model lacks the parameters for, or a file of
+      something
         else.
     """
-    size = net.preprocessing.crop_size
+    size = pretrained.preprocessing.crop_size
     image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
-    function = functools.partial(features, net.model, layers=tuple(layers))
-    check_layers(net, layers)
-    shapes = jax.eval_shape(function, net.params, image)
+    function = functools.partial(features, pretrained.model, layers=tuple(layers))
+    check_layers(pretrained, layers)
+    shapes = jax.eval_shape(function, pretrained.params, image)
     names = [source.name(index) for index in range(len(source))]
     sizes = {layer: shapes[layer].shape[1:] for layer in layers}
     if not path.exists():
@@ -142,32 +145,36 @@ def open_file(net: Pretrained, source: Source, layers: Sequence[str], path: Path
 
 
 def extract(
-    net: Pretrained, source: Source, layers: Sequence[str], file: FeatureFile, batch_size: int = 64
+    pretrained: Pretrained,
+    source: Source,
+    layers: Sequence[str],
+    file: FeatureFile,
+    batch_size: int = 64,
 ) -> int:
-    """Writes the features of all pictures that `file` does not have yet, a batch at a time.
+    """Writes the features of all images that `file` does not have yet, a batch at a time.
 
-    Pictures that could not be read, and those whose files have changed since, are tried again. A
-    net may give what is not finite, of which a line warns.
+    Images that could not be read, and those whose files have changed since, are tried again. A
+    model may give what is not finite, of which a line warns.
 
     Returns:
       How many were there before.
 
     Raises:
-      UserError: those that it has are not this net's, or it cannot be written.
+      UserError: those that it has are not this model's, or it cannot be written.
     """
     stamps = np.array([source.stamp(row) for row in range(len(source))], np.int64).reshape(-1, 2)
     same = (file["size"] == stamps[:, 0]) & (file["changed"] == stamps[:, 1])
     there = (file["status"] == READ) & same
-    function = _function(net, layers)
-    _check_same(net, function, source, layers, file, np.flatnonzero(there))
+    function = _function(pretrained, layers)
+    _check_same(pretrained, function, source, layers, file, np.flatnonzero(there))
     if changed := np.count_nonzero((file["status"] == READ) & ~same):
-        print(f"{changed:,} pictures have changed since they were read, and are read again")
+        print(f"{changed:,} images have changed since they were read, and are read again")
     todo = np.flatnonzero(~there).tolist()
-    rule = net.preprocessing
-    pictures = read_examples(source, rule.image_size, rule.resize, todo)
-    results = infer(function, pictures, batch_size)
+    rule = pretrained.preprocessing
+    examples = read_examples(source, rule.image_size, rule.resize, todo)
+    results = infer(function, examples, batch_size)
     before = len(source) - len(todo)
-    bar = tqdm(results, total=len(source), initial=before, unit="picture", disable=None)
+    bar = tqdm(results, total=len(source), initial=before, unit="image", disable=None)
     results = iter(bar)
     odd: list[str] = []
     for start in range(0, len(todo), batch_size):
@@ -185,34 +192,34 @@ def extract(
             for layer in layers
         }
         odd += [
-            picture.name
-            for picture, row in batch
+            example.name
+            for example, row in batch
             if row is not None and not all(np.isfinite(row[layer]).all() for layer in layers)
         ]
-        columns["label"] = [picture.label for picture, _ in batch]
-        columns["problem"] = [picture.problem.encode() for picture, _ in batch]
+        columns["label"] = [example.label for example, _ in batch]
+        columns["problem"] = [example.problem.encode() for example, _ in batch]
         columns["size"], columns["changed"] = stamps[rows].T
         status = np.array([UNREADABLE if row is None else READ for _, row in batch], np.uint8)
         file.write(rows, columns, status)
     if odd:  # their rows say that they were read, and not that they could not
         print(
-            f"warning: the net gives what is not a finite number for {len(odd):,} pictures (the "
+            f"warning: the model gives what is not a finite number for {len(odd):,} images (the "
             f"first: {odd[0]}): its weights are too large or damaged",
             file=sys.stderr,
         )
     return before
 
 
-def _function(net: Pretrained, layers: Sequence[str]) -> Callable[[jax.Array], Any]:
+def _function(pretrained: Pretrained, layers: Sequence[str]) -> Callable[[jax.Array], Any]:
     def of_batch(model: AlexNet, params: Any, images: jax.Array) -> dict[str, jax.Array]:
-        values = features(model, params, net.preprocess(images), layers)
+        values = features(model, params, pretrained.preprocess(images), layers)
         return {layer: value.astype(jnp.float32) for layer, value in values.items()}
 
-    return on_devices(net, of_batch)
+    return on_devices(pretrained, of_batch)
 
 
 def _check_same(
-    net: Pretrained,
+    pretrained: Pretrained,
     function: Callable[[jax.Array], Any],
     source: Source,
     layers: Sequence[str],
@@ -226,9 +233,9 @@ def _check_same(
             f"{file.path} has the classes in another order; take another --output, or remove it"
         )
     for row in there[:1]:
-        rule = net.preprocessing
-        pictures = read_examples(source, rule.image_size, rule.resize, [int(row)])
-        ((_, values),) = infer(function, pictures, 1)
+        rule = pretrained.preprocessing
+        examples = read_examples(source, rule.image_size, rule.resize, [int(row)])
+        ((_, values),) = infer(function, examples, 1)
         if values is None or not all(
             np.allclose(
                 values[layer],
@@ -240,13 +247,13 @@ def _check_same(
             for layer in layers
         ):
             raise UserError(
-                f"{file.path} holds the features of another net, or the pictures have changed; "
+                f"{file.path} holds the features of another model, or the images have changed; "
                 "take another --output, or remove it"
             )
 
 
 def find_queries(source: Source, endings: Sequence[str]) -> list[int]:
-    """The rows of the pictures whose names end so.
+    """The rows of the images whose names end so.
 
     Raises:
       UserError: an ending that no name has, or several have.
@@ -256,7 +263,7 @@ def find_queries(source: Source, endings: Sequence[str]) -> list[int]:
     for ending in endings:
         rows = [row for row, name in enumerate(names) if name.endswith(ending)]
         if len(rows) != 1:
-            raise UserError(f"--queries {ending}: {len(rows)} pictures have names that end so")
+            raise UserError(f"--queries {ending}: {len(rows)} images have names that end so")
         result += rows
     return result
 
@@ -273,25 +280,25 @@ def choose_queries(source: Source, file: FeatureFile, named: Sequence[int]) -> l
             raise UserError(f"{source.name(row)} could not be read; choose other --queries")
     there = np.flatnonzero(status == READ)
     if len(there) < 2:
-        raise UserError("only one picture could be read, and it has no neighbour")
+        raise UserError("only one image could be read, and it has no neighbour")
     count = min(5, len(there))
     spaced = [there[(2 * place + 1) * len(there) // (2 * count)] for place in range(count)]
     return list(named) or [int(row) for row in spaced]
 
 
 def draw_nearest(
-    net: Pretrained,
+    pretrained: Pretrained,
     source: Source,
     queries: Sequence[int],
     rows: np.ndarray,
     distances: np.ndarray,
     path: Path,
 ) -> None:
-    """Draws the pictures of `queries` with their neighbours, which `nearest` has found."""
-    rule = net.preprocessing
+    """Draws the images of `queries` with their neighbours, which `nearest` has found."""
+    rule = pretrained.preprocessing
     shown = np.concatenate([np.array(queries)[:, None], rows], axis=1)
-    pictures = read_examples(source, rule.image_size, rule.resize, shown.reshape(-1).tolist())
-    images = np.stack([_shown(picture, rule.image_size) for picture in pictures])
+    examples = read_examples(source, rule.image_size, rule.resize, shown.reshape(-1).tolist())
+    images = np.stack([_shown(example, rule.image_size) for example in examples])
     images = images.reshape(*shown.shape, *images.shape[1:])
     names = [[Path(source.name(int(row))).stem for row in line] for line in shown]
     plot_neighbours(
@@ -304,6 +311,6 @@ def draw_nearest(
     )
 
 
-def _shown(picture: Example, size: int) -> np.ndarray:
+def _shown(example: Example, size: int) -> np.ndarray:
     blank = np.full((size, size, 3), 255, np.uint8)  # for a file that has gone meanwhile
-    return blank if picture.image is None else picture.image
+    return blank if example.image is None else example.image

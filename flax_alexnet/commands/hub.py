@@ -1,4 +1,4 @@
-"""`python -m flax_alexnet hub push | pull`: trained nets to and from the Hugging Face Hub.
+"""`python -m flax_alexnet hub push | pull`: trained models to and from the Hugging Face Hub.
 
 A repository holds `model.safetensors`, a weight file of our own, and `README.md`, its model card.
 Nothing else is ever fetched or read, so a repository cannot bring code along.
@@ -34,7 +34,7 @@ WEIGHTS, CARD = "model.safetensors", "README.md"
 
 @dataclasses.dataclass(frozen=True)
 class PushConfig:
-    """Uploads a trained net with a model card to the Hugging Face Hub."""
+    """Uploads a trained model with a model card to the Hugging Face Hub."""
 
     weights: tyro.conf.Positional[Path]
     """A weight file (see convert), or the --workdir of a run."""
@@ -52,7 +52,7 @@ class PushConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PullConfig:
-    """Downloads a trained net from the Hugging Face Hub."""
+    """Downloads a trained model from the Hugging Face Hub."""
 
     repository: tyro.conf.Positional[str]
     """USER/NAME on the Hub, or a folder that push --folder wrote."""
@@ -64,7 +64,7 @@ class PullConfig:
     """Replace a file that is there."""
 
 
-COMMANDS = {"push": "upload a net with a model card", "pull": "download a net"}
+COMMANDS = {"push": "upload a model with a model card", "pull": "download a model"}
 
 
 @command
@@ -86,11 +86,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _push(config: PushConfig) -> None:
-    net, card = load(config.weights), (config.repository, config.license, config.accuracy)
+    pretrained, card = load(config.weights), (config.repository, config.license, config.accuracy)
     if config.folder is None:
-        print(push(net, *card, private=config.private))
+        print(push(pretrained, *card, private=config.private))
     else:
-        save_folder(net, config.folder, *card)
+        save_folder(pretrained, config.folder, *card)
         print(f"{config.folder}: {WEIGHTS} and {CARD}")
 
 
@@ -99,26 +99,26 @@ def _pull(config: PullConfig) -> None:
         raise UserError(f"{config.output} does not end in .safetensors, which is what is written")
     inputs = [Path(config.repository) / WEIGHTS]
     with new_files([config.output], inputs, overwrite=config.overwrite) as write:
-        net = from_hub(config.repository, config.revision)
+        pretrained = from_hub(config.repository, config.revision)
         with write(config.output, SafetensorError) as partial:
-            safetensors_files.write(net, partial)
+            safetensors_files.write(pretrained, partial)
     print(config.output)
 
 
 def push(
-    net: Pretrained | str | Path,
+    pretrained: Pretrained | str | Path,
     repository: str,
     license_id: str = "unknown",
     accuracy: str = "",
     *,
     private: bool = False,
 ) -> str:
-    """Uploads a net with a model card to the Hugging Face Hub, and returns the address.
+    """Uploads a model with a model card to the Hugging Face Hub, and returns the address.
 
     What is there under the same names is replaced; the Hub keeps the older versions.
 
     Args:
-      net: the net, or a path for `flax_alexnet.load`.
+      pretrained: the model, or a path for `flax_alexnet.load`.
       repository: "USER/NAME"; it is made where there is none.
       license_id: the licence of the weights, as the Hub spells it.
       accuracy: a sentence for the card; empty: none.
@@ -128,7 +128,7 @@ def push(
       UserError: the Hub cannot be reached, nobody is logged in, or it refuses.
     """
     with tempfile.TemporaryDirectory() as folder:
-        save_folder(net, folder, repository, license_id, accuracy)
+        save_folder(pretrained, folder, repository, license_id, accuracy)
         try:
             api = huggingface_hub.HfApi(library_name="flax_alexnet")
             address = api.create_repo(repository, private=private, exist_ok=True)
@@ -139,7 +139,7 @@ def push(
 
 
 def save_folder(
-    net: Pretrained | str | Path,
+    pretrained: Pretrained | str | Path,
     folder: str | Path,
     repository: str,
     license_id: str = "unknown",
@@ -150,27 +150,30 @@ def save_folder(
     Raises:
       UserError: there is something in the folder, or it cannot be written to.
     """
-    net, folder = net if isinstance(net, Pretrained) else load(net), Path(folder).expanduser()
+    pretrained, folder = (
+        pretrained if isinstance(pretrained, Pretrained) else load(pretrained),
+        Path(folder).expanduser(),
+    )
     if not folder.name:
         raise UserError(f"cannot write {folder}: it has no name of its own; name a new folder")
     with writing(folder, SafetensorError) as partial:
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty; take another folder")
         partial.mkdir()
-        card = model_card(net, repository, license_id, accuracy)
+        card = model_card(pretrained, repository, license_id, accuracy)
         (partial / CARD).write_text(card, encoding="utf-8")
-        safetensors_files.write(net, partial / WEIGHTS)
+        safetensors_files.write(pretrained, partial / WEIGHTS)
 
 
 def from_hub(repository: str | Path, revision: str | None = None) -> Pretrained:
-    """The net in a repository of the Hugging Face Hub, which is downloaded once and then cached.
+    """The model in a repository of the Hugging Face Hub, which is downloaded once and then cached.
 
     Args:
       repository: "USER/NAME"; or a folder as `save_folder` writes it, which comes first.
       revision: a branch, tag or commit; None: main.
 
     Raises:
-      UserError: there is no such repository, revision or net in it, or it cannot be fetched.
+      UserError: there is no such repository, revision or model in it, or it cannot be fetched.
     """
     folder = Path(repository).expanduser()
     file = folder / WEIGHTS
@@ -189,29 +192,30 @@ def from_hub(repository: str | Path, revision: str | None = None) -> Pretrained:
 
 
 def model_card(
-    net: Pretrained, repository: str, license_id: str = "unknown", accuracy: str = ""
+    pretrained: Pretrained, repository: str, license_id: str = "unknown", accuracy: str = ""
 ) -> str:
-    """The README.md of a repository: metadata for the Hub, what the net is, and how to use it."""
-    config, rule, source = net.config, net.preprocessing, net.source
-    parameters = sum(np.size(value) for value in jax.tree.leaves(net.params))
-    if net.is_classifier:
+    """The README.md of a repository: metadata for the Hub, what the model is, and how to use it."""
+    config, rule, source = pretrained.config, pretrained.preprocessing, pretrained.source
+    parameters = sum(np.size(value) for value in jax.tree.leaves(pretrained.params))
+    if pretrained.is_classifier:
         task, layer = "image-classification", "logits"
-        command = "predict alexnet.safetensors picture.jpg"
-        output = f"{net.num_classes} classes, {'named' if net.label_names else 'without names'}"
+        command = "predict alexnet.safetensors image.jpg"
+        names = "named" if pretrained.label_names else "without names"
+        output = f"{pretrained.num_classes} classes, {names}"
     else:
-        task, layer = "image-feature-extraction", max(net.params)  # of conv1 … conv5
-        command = f"features alexnet.safetensors picture.jpg --layers {layer}"
+        task, layer = "image-feature-extraction", max(pretrained.params)  # of conv1 … conv5
+        command = f"features alexnet.safetensors image.jpg --layers {layer}"
         output = f"features up to `{layer}`, and no classes"
     mean = "a mean image"
     if rule.mean.ndim == 1:
         mean = f"the mean colour ({', '.join(f'{value:.6g}' for value in rule.mean)})"
     facts = {
-        "Net": f"`{config.variant}`, width {config.width:g}, activation {config.activation}"
+        "Model": f"`{config.variant}`, width {config.width:g}, activation {config.activation}"
         + (", ReLU on the logits" if config.relu_logits else ""),
         "Parameters": f"{parameters:,}, float32",
         "Output": output,
         "Accuracy": accuracy,
-        "Preprocessing": f"RGB pictures brought to {rule.image_size}×{rule.image_size} by the rule "
+        "Preprocessing": f"RGB images brought to {rule.image_size}×{rule.image_size} by the rule "
         f"`{rule.resize}`, less {mean}, the central {rule.crop_size}×{rule.crop_size}, "
         f"times {rule.scale}",
         "Source": f"{markdown(source.get('file', ''))} ({markdown(source.get('format', ''))}), "
@@ -242,9 +246,9 @@ An AlexNet for `flax_alexnet`: weights, preprocessing and names of the classes i
 from flax_alexnet.models.activations import features
 from flax_alexnet.commands.hub import from_hub
 
-net = from_hub("{repository}")
-images = net.preprocess(net.open("picture.jpg")[None])
-features(net.model, net.params, images, ["{layer}"])
+pretrained = from_hub("{repository}")
+images = pretrained.preprocess(pretrained.open("image.jpg")[None])
+features(pretrained.model, pretrained.params, images, ["{layer}"])
 ```
 
 ```sh
@@ -256,12 +260,12 @@ python -m flax_alexnet.{command}
 
 def _reason(error: BaseException) -> str:
     """Why the Hub gave nothing, in one line."""
-    said = " ".join(str(error).split())
-    if not isinstance(error, OSError | HTTPError) or not said:
-        said = f"{type(error).__name__} {said}".strip()
+    message = " ".join(str(error).split())
+    if not isinstance(error, OSError | HTTPError) or not message:
+        message = f"{type(error).__name__} {message}".strip()
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     if status in (401, 403) or isinstance(error, LocalTokenNotFoundError | RepositoryNotFoundError):
         return "there is no such repository, or not for you; log in with: hf auth login"
     if isinstance(error, HTTPError) and not status:
-        return f"the Hub cannot be reached ({said}); check the network"
-    return said
+        return f"the Hub cannot be reached ({message}); check the network"
+    return message

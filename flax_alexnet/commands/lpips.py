@@ -1,4 +1,4 @@
-"""`python -m flax_alexnet lpips WEIGHTS A B`: how different pictures look, by LPIPS."""
+"""`python -m flax_alexnet lpips WEIGHTS A B`: how different images look, by LPIPS."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,21 +23,21 @@ from flax_alexnet.weights.pretrained import LPIPS_HEADS, Pretrained
 
 @dataclasses.dataclass(frozen=True)
 class LpipsConfig:
-    """The perceptual distance (LPIPS) of two pictures, or of all pairs in two folders.
+    """The perceptual distance (LPIPS) of two images, or of all pairs in two folders.
 
-    Pictures are compared as they are, so both of a pair have the same size.
+    Images are compared as they are, so both of a pair have the same size.
     """
 
     weights: tyro.conf.Positional[Path]
-    """torchvision's net or its trunk, with LPIPS heads (convert --heads)."""
+    """torchvision's model or its trunk, with LPIPS heads (convert --heads)."""
     a: tyro.conf.Positional[Path]
-    """A picture, or a folder."""
+    """An image, or a folder."""
     b: tyro.conf.Positional[Path]
-    """A picture, or a folder with pictures of the same names, but for their suffixes."""
+    """An image, or a folder with images of the same names, but for their suffixes."""
     output: Path | None = None
     """A .csv file for the distances; none: only the terminal."""
     plot: Path | None = None
-    """Of two pictures: a .png file that shows where they differ."""
+    """Of two images: a .png file that shows where they differ."""
     overwrite: bool = False
     """Replace files that are there."""
 
@@ -56,12 +56,12 @@ def run(config: LpipsConfig) -> None:
     """Measures, prints and writes what `config` asks for."""
     pairs = find_pairs(config.a, config.b)
     if config.plot and len(pairs) > 1:
-        raise UserError("--plot is for two pictures; leave it out for folders")
+        raise UserError("--plot is for two images; leave it out for folders")
     inputs = [*files_of(config.weights), *(file for _, *files in pairs for file in files)]
     files = (config.output, config.plot)
     with new_files(files, inputs, overwrite=config.overwrite) as write:
-        net = load(config.weights)
-        check_heads(net)
+        pretrained = load(config.weights)
+        check_heads(pretrained)
         distance = jax.jit(lpips, static_argnames="spatial")
         rows: list[tuple[str, str]] = []
         values: list[float] = []
@@ -74,8 +74,8 @@ def run(config: LpipsConfig) -> None:
                         f"{_size(a)} against {_size(b)} pixels; bring them to one size"
                     )
                 images = signed(a[None]), signed(b[None])
-                value = float(distance(net.params, net.lpips_heads, *images)[0])
-                check_numbers(value, "these pictures")
+                value = float(distance(pretrained.params, pretrained.lpips_heads, *images)[0])
+                check_numbers(value, "these images")
             except (DecodeError, UserError) as error:
                 problems.append((name, str(error)))
                 rows.append((name, str(error)))
@@ -84,7 +84,9 @@ def run(config: LpipsConfig) -> None:
             rows.append((name, f"{value:.6f}"))
             print(f"{name}: {value:.5f}")
             if config.plot:
-                there = distance(net.params, net.lpips_heads, *images, spatial=True)[0]
+                there = distance(pretrained.params, pretrained.lpips_heads, *images, spatial=True)[
+                    0
+                ]
                 with write(config.plot) as path:
                     plot_distance(a, b, np.asarray(there), path)
         if len(pairs) > 1 or problems:
@@ -96,7 +98,7 @@ def run(config: LpipsConfig) -> None:
             ):
                 write_table(file, [("pair", "lpips"), *rows])
     if not values:
-        raise UserError("no pair of pictures could be compared")
+        raise UserError("no pair of images could be compared")
     if config.plot:
         print(f"wrote {config.plot}")
     if len(values) > 1:
@@ -104,22 +106,22 @@ def run(config: LpipsConfig) -> None:
 
 
 def find_pairs(a: Path, b: Path) -> list[tuple[str, Path, Path]]:
-    """(name, picture, picture) of two pictures, or of all in two folders.
+    """(name, image, image) of two images, or of all in two folders.
 
     Raises:
-      UserError: something that is not there, a picture and a folder, or names that differ.
+      UserError: something that is not there, an image and a folder, or names that differ.
     """
     for path in (a, b):
         if not path.exists():
-            raise UserError(f"no picture or folder {path}")
+            raise UserError(f"no image or folder {path}")
     if a.is_dir() != b.is_dir():
-        raise UserError(f"{a} and {b} are a folder and a picture; give two of a kind")
+        raise UserError(f"{a} and {b} are a folder and an image; give two of a kind")
     if not a.is_dir():
         return [(printable(f"{a} {b}"), a, b)]
     of_a, of_b = (_by_name(folder) for folder in (a, b))
     alone = sorted(of_a.keys() ^ of_b.keys())
     if alone:
-        raise UserError(f"pictures without a partner in {a} or {b}: {', '.join(alone)}")
+        raise UserError(f"images without a partner in {a} or {b}: {', '.join(alone)}")
     return [(name, of_a[name], of_b[name]) for name in sorted(of_a)]
 
 
@@ -127,19 +129,19 @@ def _by_name(folder: Path) -> dict[str, Path]:
     files = find_images([str(folder)]).paths
     named = {printable(str(file.relative_to(folder).with_suffix(""))): file for file in files}
     if len(named) < len(files):
-        raise UserError(f"{folder} has pictures of the same name with two suffixes")
+        raise UserError(f"{folder} has images of the same name with two suffixes")
     return named
 
 
-def check_heads(net: Pretrained) -> None:
-    """Raises UserError for a net that LPIPS cannot be computed with."""
-    name = net.source.get("file", "this net")
-    if net.config.variant != "torchvision" or net.config.width != 1:
+def check_heads(pretrained: Pretrained) -> None:
+    """Raises UserError for a model that LPIPS cannot be computed with."""
+    name = pretrained.source.get("file", "this model")
+    if pretrained.config.variant != "torchvision" or pretrained.config.width != 1:
         raise UserError(
-            f"{name} is of the variant {net.config.variant}, width {net.config.width:g}; LPIPS "
-            "takes torchvision's, width 1"
+            f"{name} is of the variant {pretrained.config.variant}, width "
+            f"{pretrained.config.width:g}; LPIPS takes torchvision's, width 1"
         )
-    if set(net.lpips_heads) != set(LPIPS_HEADS):
+    if set(pretrained.lpips_heads) != set(LPIPS_HEADS):
         raise UserError(
             f"{name} has no LPIPS heads; add them with: python -m flax_alexnet convert WEIGHTS "
             "OUTPUT --heads alex.pth"

@@ -1,4 +1,4 @@
-"""`python -m flax_alexnet plot WEIGHTS [PICTURE …]`: what a net has learned, in pictures."""
+"""`python -m flax_alexnet plot WEIGHTS [IMAGE …]`: what a model has learned, in images."""
 
 import dataclasses
 import itertools
@@ -28,18 +28,18 @@ maps_of_classes = jax.jit(grad_cam, static_argnames=("model", "layer"))
 
 @dataclasses.dataclass(frozen=True)
 class PlotConfig:
-    """Draws the first layer's kernels and, for pictures, activations and Grad-CAM."""
+    """Draws the first layer's kernels and, for images, activations and Grad-CAM."""
 
     weights: tyro.conf.Positional[Path]
     """A weight file (see convert), or the --workdir of a run."""
-    pictures: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Files with pictures."""
+    images: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Files with images."""
     output: Path = Path("plots")
     """Folder for what is drawn."""
     layers: tuple[str, ...] = ()
     """Activations to draw, such as conv1 pool5 fc7; none: all."""
     classes: tuple[str, ...] = ()
-    """Names or numbers of the classes for Grad-CAM; none: the five likeliest of each picture."""
+    """Names or numbers of the classes for Grad-CAM; none: the five likeliest of each image."""
     overwrite: bool = False
     """Replace files that are there."""
 
@@ -54,78 +54,86 @@ def plot(config: PlotConfig) -> None:
     """Draws what `config` asks for, and prints a line for each file written.
 
     Raises:
-      UserError: weights or a picture that cannot be read, two pictures of one name, a layer or a
-        class that the net does not have, or a folder that cannot be written to.
+      UserError: weights or an image that cannot be read, two images of one name, a layer or a
+        class that the model does not have, or a folder that cannot be written to.
     """
-    net = load(config.weights)
-    layers = config.layers or drawable(net)
-    check_layers(net, layers)
+    pretrained = load(config.weights)
+    layers = config.layers or drawable(pretrained)
+    check_layers(pretrained, layers)
     if config.classes:
-        check_classifier(net)
-    chosen = [find_class(net, name) for name in config.classes]
-    for stem, count in Counter(path.stem for path in config.pictures).items():
+        check_classifier(pretrained)
+    chosen = [find_class(pretrained, name) for name in config.classes]
+    for stem, count in Counter(path.stem for path in config.images).items():
         if count > 1:
-            raise UserError(f"{count} pictures are called {stem}; draw them into different folders")
-    images = [jnp.asarray(net.open(path)) for path in config.pictures]
+            raise UserError(f"{count} images are called {stem}; draw them into different folders")
+    images = [jnp.asarray(pretrained.open(path)) for path in config.images]
     folder = config.output
     kernels = folder / "conv1.png"
-    endings = ("activations", "grad_cam")[: 1 + net.is_classifier]
-    of_pictures = [
-        [folder / f"{path.stem}_{ending}.png" for ending in endings] for path in config.pictures
+    endings = ("activations", "grad_cam")[: 1 + pretrained.is_classifier]
+    files_of_images = [
+        [folder / f"{path.stem}_{ending}.png" for ending in endings] for path in config.images
     ]
-    files = [kernels, *itertools.chain(*of_pictures)]
-    inputs = [*files_of(config.weights), *config.pictures]
+    files = [kernels, *itertools.chain(*files_of_images)]
+    inputs = [*files_of(config.weights), *config.images]
     with new_files(files, inputs, overwrite=config.overwrite) as write:
         with write(kernels) as path:
-            groups = architecture(net.config.variant).groups
-            plot_kernels(net.params["conv1"]["kernel"], path, groups)
-        for image, (activations, *cams) in zip(images, of_pictures, strict=True):
+            groups = architecture(pretrained.config.variant).groups
+            plot_kernels(pretrained.params["conv1"]["kernel"], path, groups)
+        for image, (activations, *cams) in zip(images, files_of_images, strict=True):
             with write(activations) as path:
-                draw_activations(net, image, layers, path)
+                draw_activations(pretrained, image, layers, path)
             for cam in cams:
                 with write(cam) as path:
-                    draw_grad_cam(net, image, chosen, path)
+                    draw_grad_cam(pretrained, image, chosen, path)
     for file in files:
         print(f"wrote {file}", flush=True)
 
 
-def draw_activations(net: Pretrained, image: jax.Array, layers: Sequence[str], path: Path) -> None:
+def draw_activations(
+    pretrained: Pretrained, image: jax.Array, layers: Sequence[str], path: Path
+) -> None:
     """Draws what each of `layers` makes of uint8[image_size, image_size, 3]."""
-    found = of_layers(net.model, net.params, net.preprocess(image[None]), tuple(layers))
-    activations = {layer: np.asarray(found[layer][0], np.float32) for layer in layers}
+    maps = of_layers(
+        pretrained.model, pretrained.params, pretrained.preprocess(image[None]), tuple(layers)
+    )
+    activations = {layer: np.asarray(maps[layer][0], np.float32) for layer in layers}
     for layer, values in activations.items():
-        check_numbers(values, f"{layer} of a picture")
-    plot_activations(_crop(net, image), activations, path)
+        check_numbers(values, f"{layer} of an image")
+    plot_activations(_crop(pretrained, image), activations, path)
 
 
-def draw_grad_cam(net: Pretrained, image: jax.Array, labels: Sequence[int], path: Path) -> None:
+def draw_grad_cam(
+    pretrained: Pretrained, image: jax.Array, labels: Sequence[int], path: Path
+) -> None:
     """Draws where uint8[image_size, image_size, 3] looks like classes; none: the five likeliest."""
-    seen = net.preprocess(image[None])
-    logits = of_layers(net.model, net.params, seen, ("logits",))["logits"][0]
+    seen = pretrained.preprocess(image[None])
+    logits = of_layers(pretrained.model, pretrained.params, seen, ("logits",))["logits"][0]
     probabilities = np.asarray(jax.nn.softmax(logits.astype(jnp.float32)))
-    check_numbers(probabilities, "a picture")
+    check_numbers(probabilities, "an image")
     chosen = np.array(labels or np.argsort(-probabilities, kind="stable")[:5], np.int32)
     images = jnp.broadcast_to(seen, (len(chosen), *seen.shape[1:]))
-    maps = np.asarray(maps_of_classes(net.model, net.params, images, chosen))
-    names = [f"{net.name(label)} ({probabilities[label]:.1%})" for label in chosen]
-    plot_grad_cam(_crop(net, image), maps, names, path)
+    maps = np.asarray(maps_of_classes(pretrained.model, pretrained.params, images, chosen))
+    names = [f"{pretrained.name(label)} ({probabilities[label]:.1%})" for label in chosen]
+    plot_grad_cam(_crop(pretrained, image), maps, names, path)
 
 
-def _crop(net: Pretrained, image: jax.Array) -> np.ndarray:
-    return np.asarray(center_crop(image[None], net.preprocessing.crop_size)[0])
+def _crop(pretrained: Pretrained, image: jax.Array) -> np.ndarray:
+    return np.asarray(center_crop(image[None], pretrained.preprocessing.crop_size)[0])
 
 
-def drawable(net: Pretrained) -> tuple[str, ...]:
-    """The activations that a net's parameters give: all, or those of the trunk."""
-    table = architecture(net.config.variant)
-    return activation_names(table.layers) if net.is_classifier else map_names(table.name)
+def drawable(pretrained: Pretrained) -> tuple[str, ...]:
+    """The activations that a model's parameters give: all, or those of the trunk."""
+    table = architecture(pretrained.config.variant)
+    return activation_names(table.layers) if pretrained.is_classifier else map_names(table.name)
 
 
-def find_class(net: Pretrained, name: str) -> int:
+def find_class(pretrained: Pretrained, name: str) -> int:
     """The class of a name, or of a number; UserError where there is none."""
-    if name in net.label_names:
-        return net.label_names.index(name)
-    if name.isdecimal() and len(name) < 10 and int(name) < net.num_classes:
+    if name in pretrained.label_names:
+        return pretrained.label_names.index(name)
+    if name.isdecimal() and len(name) < 10 and int(name) < pretrained.num_classes:
         return int(name)
-    numbers = f"a number up to {net.num_classes - 1}"
-    raise UserError(unknown("class", name, net.label_names, [*net.label_names[:10], numbers]))
+    numbers = f"a number up to {pretrained.num_classes - 1}"
+    raise UserError(
+        unknown("class", name, pretrained.label_names, [*pretrained.label_names[:10], numbers])
+    )

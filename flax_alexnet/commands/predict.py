@@ -1,4 +1,4 @@
-"""`python -m flax_alexnet predict WEIGHTS PICTURE …`: what pictures show, by a trained net."""
+"""`python -m flax_alexnet predict WEIGHTS IMAGE …`: what images show, by a trained model."""
 
 import dataclasses
 import json
@@ -25,31 +25,31 @@ MOST_PLOTTED = 64
 
 @dataclasses.dataclass(frozen=True)
 class PredictConfig:
-    """Classifies pictures with a trained net."""
+    """Classifies images with a trained model."""
 
     weights: tyro.conf.Positional[Path]
     """A weight file (see convert), or the --workdir of a run."""
-    pictures: tyro.conf.Positional[tuple[str, ...]]
+    images: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders with all below them, or globs."""
     top: int = 5
-    """Classes shown for each picture, the likeliest first."""
+    """Classes shown for each image, the likeliest first."""
     crops: Literal[1, 10] = 1
     """1 for the central crop, 10 for the mean over the paper's ten crops."""
     output: Path | None = None
     """A .json or .csv file for the predictions; none: only the table."""
     plot: Path | None = None
-    """A .png file for the pictures with their classes as bars, as in Figure 4 (left)."""
+    """A .png file for the images with their classes as bars, as in Figure 4 (left)."""
     batch_size: int = 32
-    """Pictures that the net sees at once."""
+    """Images that the model sees at once."""
     overwrite: bool = False
     """Replace files that are there."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """A picture and its likeliest classes."""
+    """An image and its likeliest classes."""
 
-    picture: Example
+    example: Example
     probabilities: np.ndarray | None  # float32[classes]; None where it could not be read
 
     def best(self, count: int) -> list[tuple[int, float]]:
@@ -76,25 +76,25 @@ def predict(config: PredictConfig) -> None:
     """Prints, writes and draws what `config` asks for.
 
     Raises:
-      UserError: weights or pictures that are not there, or not one picture that could be
-        read, or a net that gives what is not a number.
+      UserError: weights or images that are not there, or not one image that could be
+        read, or a model that gives what is not a number.
     """
-    source = find_images(config.pictures)
-    net = load(config.weights)
-    check_classifier(net)
+    source = find_images(config.images)
+    pretrained = load(config.weights)
+    check_classifier(pretrained)
     inputs = [*files_of(config.weights), *source.paths]
     files = (config.output, config.plot)
     with new_files(files, inputs, overwrite=config.overwrite) as write:
         kept: list[Prediction] = []
         rows: list[dict[str, Any]] = []
         problems: list[tuple[str, str]] = []
-        for prediction in predictions(net, source, config.crops, config.batch_size):
-            print(_line(net, prediction, config.top), flush=True)
-            picture = prediction.picture
+        for prediction in predictions(pretrained, source, config.crops, config.batch_size):
+            print(_line(pretrained, prediction, config.top), flush=True)
+            example = prediction.example
             if config.output:
-                rows.append(_row(net, prediction, config.top))
-            if picture.image is None:
-                problems.append((picture.name, picture.problem))
+                rows.append(_row(pretrained, prediction, config.top))
+            if example.image is None:
+                problems.append((example.name, example.problem))
             elif config.plot and len(kept) < MOST_PLOTTED:
                 kept.append(prediction)
         print(summarize(problems, len(source)))
@@ -103,46 +103,47 @@ def predict(config: PredictConfig) -> None:
                 _write(path, rows)
         if config.plot and kept:
             with write(config.plot) as path:
-                _draw(net, kept, path)
+                _draw(pretrained, kept, path)
     if config.output:
         print(f"wrote {config.output}")
     if len(problems) == len(source):
-        raise UserError("none of the pictures could be read")
+        raise UserError("none of the images could be read")
     if config.plot:
         left_out = len(source) - len(problems) - len(kept)
         print(f"wrote {config.plot}" + (f" without the last {left_out}" if left_out else ""))
 
 
 def predictions(
-    net: Pretrained, source: Source, crops: int = 1, batch_size: int = 32
+    pretrained: Pretrained, source: Source, crops: int = 1, batch_size: int = 32
 ) -> Iterator[Prediction]:
-    """Every picture of a source, in order, with the probabilities of its classes.
+    """Every image of a source, in order, with the probabilities of its classes.
 
     Raises:
-      UserError: the net gives what is not a number.
+      UserError: the model gives what is not a number.
     """
-    rule = net.preprocessing
-    pictures = read_examples(source, rule.image_size, rule.resize)
+    rule = pretrained.preprocessing
+    examples = read_examples(source, rule.image_size, rule.resize)
     batch_size = min(batch_size, len(source))
-    for picture, row in infer(log_probabilities(net, crops), pictures, batch_size):
+    for example, row in infer(log_probabilities(pretrained, crops), examples, batch_size):
         if row is not None:
-            check_numbers(row, picture.name)
-        yield Prediction(picture, None if row is None else np.exp(row))
+            check_numbers(row, example.name)
+        yield Prediction(example, None if row is None else np.exp(row))
 
 
-def _line(net: Pretrained, prediction: Prediction, top: int) -> str:
-    said = prediction.picture.problem or "  ".join(
-        f"{probability:6.1%} {net.name(label)}" for label, probability in prediction.best(top)
+def _line(pretrained: Pretrained, prediction: Prediction, top: int) -> str:
+    text = prediction.example.problem or "  ".join(
+        f"{probability:6.1%} {pretrained.name(label)}"
+        for label, probability in prediction.best(top)
     )
-    return f"{prediction.picture.name}: {said}"
+    return f"{prediction.example.name}: {text}"
 
 
-def _row(net: Pretrained, prediction: Prediction, top: int) -> dict[str, Any]:
+def _row(pretrained: Pretrained, prediction: Prediction, top: int) -> dict[str, Any]:
     return {
-        "name": prediction.picture.name,
-        "problem": prediction.picture.problem,
+        "name": prediction.example.name,
+        "problem": prediction.example.problem,
         "predictions": [
-            {"label": label, "name": net.name(label), "probability": probability}
+            {"label": label, "name": pretrained.name(label), "probability": probability}
             for label, probability in prediction.best(top)
         ],
     }
@@ -166,8 +167,8 @@ def _cells(rows: list[dict[str, Any]]) -> Iterator[list[Any]]:
             yield [*start, "", "", "", ""]
 
 
-def _draw(net: Pretrained, predictions: list[Prediction], path: Path) -> None:
-    images = np.stack([p.picture.image for p in predictions if p.picture.image is not None])
+def _draw(pretrained: Pretrained, predictions: list[Prediction], path: Path) -> None:
+    images = np.stack([p.example.image for p in predictions if p.example.image is not None])
     probabilities = np.stack([p.probabilities for p in predictions if p.probabilities is not None])
-    names = [Path(p.picture.name).name for p in predictions]
-    plot_predictions(images, None, probabilities, net.label_names, path, titles=names)
+    names = [Path(p.example.name).name for p in predictions]
+    plot_predictions(images, None, probabilities, pretrained.label_names, path, titles=names)

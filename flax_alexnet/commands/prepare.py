@@ -43,7 +43,7 @@ class PrepareDataConfig:
     data_dir: Path | None = None
     """Where prepared datasets lie; none: TFDS_DATA_DIR or tensorflow_datasets in the home."""
     image_size: int = 256
-    """Side in pixels to which the pictures of a folder or of ImageNet are brought."""
+    """Side in pixels to which the images of a folder or of ImageNet are brought."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +67,16 @@ def prepare(
 ) -> str:
     """Prepares a dataset, with a progress bar, and returns lines that say what is there now.
 
-    The pictures of a folder and of "imagenet2012" are brought to `image_size` × `image_size` by
+    The images of a folder and of "imagenet2012" are brought to `image_size` × `image_size` by
     the paper's rule (shorter side scaled, centre cut out) and stored as JPEG; those that cannot be
     read are left out, and `outcomes.csv` in the dataset says why; of a folder it also lists what is
-    no picture, hidden, or in no class folder. A folder's dataset has all its splits, and is called
+    no image, hidden, or in no class folder. A folder's dataset has all its splits, and is called
     "prepared_folder/NAME" by `as_name`, or as `name_of_folder` says. What was interrupted goes on
     when it is called again. The embedded dataset is rendered. Other TFDS names are downloaded and
     stored as TFDS does, but as ArrayRecord; many of their builders need TensorFlow for that.
 
     Raises:
-      UserError: a size out of range, a folder or name that is not there, no picture that can be
+      UserError: a size out of range, a folder or name that is not there, no image that can be
         read, a place that cannot be written to, or TensorFlow is needed and not installed.
     """
     if as_name is not None:
@@ -117,7 +117,7 @@ def _prepare_folder(name: str, data_dir: Path, image_size: int, as_name: str | N
     path = place_of(name)  # so that names are the same from everywhere
     if data_dir.resolve().is_relative_to(path):
         raise UserError(
-            f"--data.data-dir is {data_dir}, in the folder of the pictures, which would then have "
+            f"--data.data-dir is {data_dir}, in the folder of the images, which would then have "
             "another class; take a folder beside it"
         )
     parts = FolderSplits(path)
@@ -127,7 +127,7 @@ def _prepare_folder(name: str, data_dir: Path, image_size: int, as_name: str | N
     if as_name != path.name:
         print(f"{printable(str(path))} is prepared as {PREPARED_FOLDER}/{as_name}", flush=True)
     splits = {split: parts.open(split) for split in parts.names}
-    left_out = list_left_out(path, parts.pictures, parts.others)
+    left_out = list_left_out(path, parts.images, parts.others)
     written = write_dataset(splits, folder, PREPARED_FOLDER, image_size, left_out=left_out)
     return _describe(f"{PREPARED_FOLDER}/{as_name}", written, left_out)
 
@@ -158,8 +158,8 @@ def _describe(name: str, written: Prepared, left_out: Sequence[tuple[str, str]] 
     counts = ", ".join(f"{count:,} {split}" for split, count in written.counts.items())
     total = sum(written.counts.values()) + len(written.problems)
     lines = [
-        f"{name}: {counts} pictures in {written.folder}, {written.size / 1e6:,.1f} MB, "
-        f"{written.rate:,.0f} images/s",
+        f"{name}: {counts} images in {written.folder}, {written.size / 1e6:,.1f} MB, "
+        f"{written.throughput:,.0f} images/s",
         summarize(written.problems, total),
     ]
     for why, count in Counter(why for _, why in left_out).items():
@@ -180,4 +180,4 @@ def _prepare_with_tfds(name: str, data_dir: Path) -> str:
         )
     config = f"/{builder.builder_config.name}" if builder.builder_config else ""
     counts = ", ".join(f"{split.num_examples:,} {s}" for s, split in builder.info.splits.items())
-    return f"{builder.name}{config}: {counts} pictures in {builder.data_path}"
+    return f"{builder.name}{config}: {counts} images in {builder.data_path}"

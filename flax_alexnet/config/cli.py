@@ -25,7 +25,7 @@ LARGEST_BATCH = 2**20  # beyond it a value is a slip of the keyboard
 
 @dataclasses.dataclass(frozen=True)
 class UseDataConfig:
-    """Pictures of a dataset that a trained net is used on."""
+    """Images of a dataset that a trained model is used on."""
 
     name: str = ""
     """The embedded "shapes_and_textures", a TFDS name that has been prepared, or folder:PATH."""
@@ -35,7 +35,7 @@ class UseDataConfig:
     """Split of TFDS, or of a folder train, validation, test or all; none: what training holds out,
     which is validation where there is one, else test."""
     image_key: str | None = None
-    """TFDS feature with the pictures; none: as the dataset says, else image."""
+    """TFDS feature with the images; none: as the dataset says, else image."""
     label_key: str | None = None
     """TFDS feature with the labels; none: as the dataset says, else label."""
 
@@ -104,7 +104,7 @@ def check_batch(size: int) -> None:
 
 
 def check_png(flag: str, path: Path | None) -> None:
-    """Raises UserError for a picture to be written under another ending."""
+    """Raises UserError for an image to be written under another ending."""
     check_flag(flag, path, path is None or path.suffix == ".png", "a .png file")
 
 
@@ -197,5 +197,5 @@ def _first_paragraph(box: str) -> str:
     text = re.sub(r"^╭.*╮$", "title\n---", box.strip(), flags=re.MULTILINE)
     lines = [line.strip(" │|") for line in text.splitlines()]
     paragraphs = "\n".join(line if re.search(r"\w", line) else "---" for line in lines).split("---")
-    said = [" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip()]
-    return said[1] if len(said) > 1 else "the command line could not be read; see --help"
+    texts = [" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip()]
+    return texts[1] if len(texts) > 1 else "the command line could not be read; see --help"

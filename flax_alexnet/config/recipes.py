@@ -24,13 +24,13 @@ QUICKSTART = Config(
     augment=AugmentConfig(crop_size=64, scale=1 / 64),
     optimizer=OptimizerConfig(schedule="steps", drop_epochs=(20,)),
 )
-"""The notebook's net, a quarter as wide, on 64 × 64 pixels of the embedded dataset.
+"""The notebook's model, a quarter as wide, on 64 × 64 pixels of the embedded dataset.
 
 Cost: 2 minutes and 1 GB on two CPU cores, rendering the dataset included. Result: 97.6 % test
 accuracy.
 
 What differs from the notebook: initial values are He et al.'s and grey levels are divided by 64,
-since with N(0, 0.01) the loss of this small net stays at ln 10 = 2.303; and dropout is 0.2, since
+since with N(0, 0.01) the loss of this small model stays at ln 10 = 2.303; and dropout is 0.2, since
 a quarter of the units is enough for ten classes but not for losing half of them.
 """
 
@@ -39,7 +39,7 @@ NOTEBOOK = Config(
     data=DataConfig(name="imagenet2012"),
     model=ModelConfig(variant="notebook"),
 )
-"""The notebook's net as it stands there, at 224 pixels with ImageNet's 1000 classes; its faults
+"""The notebook's model as it stands there, at 224 pixels with ImageNet's 1000 classes; its faults
 repaired, at the constant rate that it gives (`--optimizer.rule notebook` for its weight decay).
 
 Cost: 6.8 GB in batches of 32 on a CPU; 90 epochs of ImageNet are for an accelerator. Not run to the
@@ -75,10 +75,10 @@ CIFAR10 = Config(
         drop_epochs=(10, 12),
     ),
 )
-"""The original code's four-layer net on CIFAR-10, with flips, on a shortened schedule.
+"""The original code's four-layer model on CIFAR-10, with flips, on a shortened schedule.
 
-The original "18pct" net takes 120 epochs and normalizes within each map; its "80sec" net, with one
-more dense layer, reports 26 % test error. Here the decay of .004 holds for the dense layer too.
+The original "18pct" model takes 120 epochs and normalizes within each map; its "80sec" model, with
+one more dense layer, reports 26 % test error. Here the decay of .004 holds for the dense layer too.
 
 Cost: 33 minutes and 1.2 GB on two CPU cores that other programs shared. Result: 23.9 % test error.
 """
@@ -89,9 +89,9 @@ FINETUNE = Config(
     epochs=10,
     optimizer=OptimizerConfig(learning_rate=0.001, schedule="steps", drop_epochs=(7,)),
 )
-"""A trained net on other pictures: the recipe with `--init-from`, at a tenth of the paper's rate.
+"""A trained model on other images: the recipe with `--init-from`, at a tenth of the paper's rate.
 
-The variant and the preprocessing are those of the net that it starts from.
+The variant and the preprocessing are those of the model that it starts from.
 """
 
 RECIPES = {recipe.recipe: recipe for recipe in (QUICKSTART, NOTEBOOK, PAPER, CIFAR10, FINETUNE)}
@@ -107,7 +107,7 @@ def parse_config(
     Args:
       argv: flags.
       program: for messages.
-      adapt: (recipe, path of `--init-from`) to the defaults that suit the net in it.
+      adapt: (recipe, path of `--init-from`) to the defaults that suit the model in it.
 
     Raises:
       UserError: an unknown recipe or flag, or a value out of its range.
@@ -120,7 +120,9 @@ def parse_config(
     if init_from and adapt:
         recipe = adapt(recipe, Path(init_from))
     elif recipe is FINETUNE and not init_from:
-        raise UserError("--recipe finetune needs a trained net to start from: --init-from WEIGHTS")
+        raise UserError(
+            "--recipe finetune needs a trained model to start from: --init-from WEIGHTS"
+        )
     config = parse(Config, argv, recipe, program)
     validate(config)
     return config

@@ -27,7 +27,7 @@ LARGEST_TIMEOUT = 10**6  # seconds; with more, JAX's own would overflow
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which pictures, and at which size they enter the device."""
+    """Which images, and at which size they enter the device."""
 
     name: str = "shapes_and_textures"
     """The embedded "shapes_and_textures", a TFDS name that has been prepared, or folder:PATH."""
@@ -38,15 +38,15 @@ class DataConfig:
     eval_split: str | None = None
     """Split to evaluate on; none: validation where there is one, else test."""
     image_key: str | None = None
-    """TFDS feature with the pictures; none: as the dataset says, else image."""
+    """TFDS feature with the images; none: as the dataset says, else image."""
     label_key: str | None = None
     """TFDS feature with the labels; none: as the dataset says, else label."""
     image_size: int = 256
-    """Side in pixels to which pictures are brought before any crop."""
+    """Side in pixels to which images are brought before any crop."""
     resize: ResizeRule = "paper"
     """How: the paper's rule, torchvision's (bilinear), or Caffe's (warped to the square)."""
     threads: int = 2
-    """Threads that decode and batch pictures."""
+    """Threads that decode and batch images."""
     max_bad: float | None = None
     """Share of a class of a folder, or of a prepared split, that may be unreadable and is skipped;
     more stop the run; none: 0.1 of a class, 0.001 of what was prepared."""
@@ -54,7 +54,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Which net; the fields are those of AlexNet."""
+    """Which model; the fields are those of AlexNet."""
 
     variant: str = "notebook"
     """notebook, paper, caffe, caffenet, torchvision or cuda_convnet_cifar10."""
@@ -76,19 +76,19 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """What happens to pictures on the device; evaluation takes the central crop."""
+    """What happens to images on the device; evaluation takes the central crop."""
 
     crop_size: int = 224
-    """Side in pixels of what the net sees."""
+    """Side in pixels of what the model sees."""
     random_crop: bool = True
     """Crop at random places in training, else at the centre."""
     flip: bool = True
-    """Mirror half of the pictures left to right in training."""
+    """Mirror half of the images left to right in training."""
     color_noise: Literal["none", "cuda-convnet", "eigenvalues"] = "none"
     """PCA colour noise: as strong as in the original code, or by the eigenvalues in wide use."""
     scale: Scale = 1.0
     """What grey levels are multiplied with once the mean is subtracted, or one for each channel; 1
-    in the original nets."""
+    in the original models."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,19 +155,19 @@ class Config:
     """Where all that the run writes goes; starting again in the same place resumes."""
     allow_changes: bool = False
     """Resume even though the configuration differs from the one that the run was started with; with
-    another batch size it goes on after the pictures that it has seen."""
+    another batch size it goes on after the images that it has seen."""
     seed: int = 0
-    """Determines initial values, the order of pictures and every random draw."""
+    """Determines initial values, the order of images and every random draw."""
     init_from: Path | None = None
-    """Start from a trained net: a weight file (see convert) or a run's --workdir. Its variant and
+    """Start from a trained model: a weight file (see convert) or a run's --workdir. Its variant and
     preprocessing become the defaults; its last layer is replaced where the classes differ."""
     freeze: tuple[str, ...] = ()
     """Layers that keep their values: names or patterns (as of files, or regular expressions), such
     as conv1,conv2 or 'conv*' or 'fc[67]'."""
     batch_size: int = 128
-    """Pictures in a step, over all devices."""
+    """Images in a step, over all devices."""
     epochs: float = 90.0
-    """Passes over the training pictures; more of them lengthen a run that is there."""
+    """Passes over the training images; more of them lengthen a run that is there."""
     steps: int | None = None
     """Stop after this many steps, of whatever batch size, even if the epochs are not over; more of
     them lengthen a run that is there."""
@@ -223,8 +223,8 @@ LOCAL = frozenset(
 )
 # What differs where digests do.
 CONTENT = {
-    "dataset.train_digest": "the pictures to train on",
-    "dataset.eval_digest": "the pictures to evaluate on",
+    "dataset.train_digest": "the images to train on",
+    "dataset.eval_digest": "the images to evaluate on",
 }
 # What may also differ when a run is resumed: its steps are the same but for rounding.
 FREE_TO_CHANGE = LOCAL | {
@@ -407,13 +407,13 @@ def _matching(flag: str, pattern: str, names: Sequence[str]) -> list[str]:
     problem = ""
     try:
         regular = pattern.replace("[!", "[^")  # which means the same in patterns of file names
-        found = [name for name in names if re.fullmatch(regular, name)]
+        matches = [name for name in names if re.fullmatch(regular, name)]
     except (re.error, OverflowError, RecursionError) as error:
-        found, problem = [], f"{pattern} is no pattern: {error}"
-    found = found or fnmatch.filter(names, pattern)
-    if not found:
+        matches, problem = [], f"{pattern} is no pattern: {error}"
+    matches = matches or fnmatch.filter(names, pattern)
+    if not matches:
         raise UserError(f"--{flag}: {problem or unknown('layer', pattern, names)}")
-    return found
+    return matches
 
 
 def misfit(values: Mapping[str, Any]) -> str:

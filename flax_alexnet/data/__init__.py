@@ -1,1 +1,1 @@
-"""From pictures on a disk to batches of uint8: sources, decoding, order."""
+"""From images on a disk to batches of uint8: sources, decoding, order."""

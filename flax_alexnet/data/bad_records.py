@@ -1,4 +1,4 @@
-"""Pictures that a run cannot read: each is named once, in a file, and too many end the run."""
+"""Images that a run cannot read: each is named once, in a file, and too many end the run."""
 
 import json
 import sys
@@ -11,53 +11,53 @@ from flax_alexnet.data.sources import NO_LABEL, Dataset
 from flax_alexnet.utils.errors import UserError, cause
 from flax_alexnet.utils.inputs import LARGEST_TEXT, read_bytes
 
-MOST_OF_CLASS = 0.1  # of a folder's: there are such pictures wherever people gather some
+MOST_OF_CLASS = 0.1  # of a folder's: there are such images wherever people gather some
 MOST_OF_PREPARED = 0.001  # which was whole when it was prepared
-# Told of each picture that cannot be read, its name, why, and its label or `NO_LABEL`; raises
+# Told of each image that cannot be read, its name, why, and its label or `NO_LABEL`; raises
 # UserError to end the run.
 OnBad = Callable[[str, str, int], None]
 
 
 def refuse(name: str, problem: str, label: int = NO_LABEL) -> None:
-    """Ends the run at the first picture that cannot be read."""
+    """Ends the run at the first image that cannot be read."""
     del label
-    raise UserError(f"cannot read picture {name}: {problem}; remove or repair it")
+    raise UserError(f"cannot read image {name}: {problem}; remove or repair it")
 
 
 class Limit:
-    """How many pictures may be bad before a run ends: a share of each class.
+    """How many images may be bad before a run ends: a share of each class.
 
     Args:
-      classes: what the pictures with each label are called, and how many there are, such as
-        `{0: ("pictures of cat", 40)}`; those under `NO_LABEL` are all that have none of the others.
+      classes: what the images with each label are called, and how many there are, such as
+        `{0: ("images of cat", 40)}`; those under `NO_LABEL` are all that have none of the others.
       share: of a class, 0 to 1.
     """
 
     def __init__(self, classes: Mapping[int, tuple[str, int]], share: float):
         self._classes, self._share = classes, share
-        self._found: Counter[int] = Counter()
+        self._counts: Counter[int] = Counter()
         self._lock = threading.Lock()
 
     def add(self, label: int) -> None:
-        """Counts a bad picture."""
+        """Counts a bad image."""
         with self._lock:
-            self._found[label if label in self._classes else NO_LABEL] += 1
+            self._counts[label if label in self._classes else NO_LABEL] += 1
 
     def exceeded(self, label: int) -> str:
         """What is wrong where too many of the class with this label are bad, else ""."""
         label = label if label in self._classes else NO_LABEL
         what, total = self._classes[label]
-        found = self._found[label]
-        if found / total <= self._share:
+        count = self._counts[label]
+        if count / total <= self._share:
             return ""
-        return f"{found:,} of {total:,} {what} are bad, more than --data.max-bad {self._share:g}"
+        return f"{count:,} of {total:,} {what} are bad, more than --data.max-bad {self._share:g}"
 
 
 def limits(dataset: Dataset, max_bad: float | None) -> tuple[Limit, Limit]:
-    """How many pictures of `dataset.train` and of `dataset.eval` may be bad.
+    """How many images of `dataset.train` and of `dataset.eval` may be bad.
 
     Of a folder that is a share of each class, over both; of a prepared dataset, where labels are
-    not known before pictures are read, a share of each of both.
+    not known before images are read, a share of each of both.
 
     Args:
       dataset: as it was opened.
@@ -67,30 +67,30 @@ def limits(dataset: Dataset, max_bad: float | None) -> tuple[Limit, Limit]:
     if any(source.prepared for source in parts.values()):
         share = MOST_OF_PREPARED if max_bad is None else max_bad
         train, held_out = (
-            Limit({NO_LABEL: (f"{split} pictures", len(source))}, share)
+            Limit({NO_LABEL: (f"{split} images", len(source))}, share)
             for split, source in parts.items()
         )
         return train, held_out
     labels = Counter(s.label(index) for s in parts.values() for index in range(len(s)))
     names = dataset.label_names
-    classes = {label: (f"pictures of {names[label]}", total) for label, total in labels.items()}
+    classes = {label: (f"images of {names[label]}", total) for label, total in labels.items()}
     limit = Limit(classes, MOST_OF_CLASS if max_bad is None else max_bad)
     return limit, limit
 
 
 class BadRecords:
-    """The bad pictures of one split, as they are found, by any thread.
+    """The bad images of one split, as they are found, by any thread.
 
-    Counted is what this process has found since it started, so that a picture that was repaired
+    Counted is what this process has found since it started, so that an image that was repaired
     no longer counts. The file names what any start of the run has found: a line
-    `{"split": …, "name": …, "problem": …}` a picture, which no later start repeats. It does not
+    `{"split": …, "name": …, "problem": …}` an image, which no later start repeats. It does not
     exist while nothing is bad.
 
     Args:
       workdir: of the run; process 0 writes `bad_records.jsonl` there, process p
         `bad_records.p.jsonl`.
       split: what the lines call it.
-      total: its pictures.
+      total: its images.
       limit: of how many may be bad; with more the run ends. Several splits may share it.
       process: this one.
     """
@@ -99,7 +99,7 @@ class BadRecords:
         self.path = workdir / (f"bad_records.{process}.jsonl" if process else "bad_records.jsonl")
         self._split, self._total, self._limit = split, total, limit
         self._names: set[str] = set()
-        self._said = 0  # how many `news` has told of
+        self._last_count = 0  # how many `report` has told of
         self._waiting: list[bytes] = []  # lines to be written
         self._written: set[bytes] | None = None  # lines of the file; None: look
         self._lock = threading.Lock()
@@ -108,7 +108,7 @@ class BadRecords:
         return len(self._names)
 
     def add(self, name: str, problem: str, label: int = NO_LABEL) -> None:
-        """Takes down a picture; it may come again, and counts once.
+        """Takes down an image; it may come again, and counts once.
 
         Raises:
           UserError: there are too many.
@@ -127,17 +127,17 @@ class BadRecords:
                     print(f"cannot write {self.path} ({reason}): {line}", file=sys.stderr)
         if too_many := self._limit.exceeded(label):
             raise UserError(
-                f"cannot read picture {name}: {problem}; with it {too_many} allows (see "
+                f"cannot read image {name}: {problem}; with it {too_many} allows (see "
                 f"{self.path}): remove or repair them, or raise --data.max-bad"
             )
 
-    def news(self) -> str:
+    def report(self) -> str:
         """One line for the terminal, or "" where nothing was found since it was last asked for."""
-        known, self._said = self._said, len(self)
-        if self._said == known:
+        known, self._last_count = self._last_count, len(self)
+        if self._last_count == known:
             return ""
         return (
-            f"{self._said:,} of {self._total:,} {self._split} pictures cannot be read and are "
+            f"{self._last_count:,} of {self._total:,} {self._split} images cannot be read and are "
             f"skipped; see {self.path}"
         )
 

@@ -1,4 +1,4 @@
-"""Pictures decoded to equal squares, by index, and their mean."""
+"""Images decoded to equal squares, by index, and their mean."""
 
 import abc
 import itertools
@@ -14,9 +14,9 @@ from flax_alexnet.data.sources import Record, Source
 from flax_alexnet.utils.errors import UserError
 
 CACHE_BYTES = 2**30  # decoded datasets up to this are kept in memory
-MEAN_PICTURES = 2**16  # over so many the mean is taken where there are more
-CHUNK = 64  # pictures that a thread is given at once
-READ_AHEAD = 16  # prepared pictures that it reads before it decodes them
+MEAN_IMAGES = 2**16  # over so many the mean is taken where there are more
+CHUNK = 64  # images that a thread is given at once
+READ_AT_ONCE = 16  # prepared images that it reads before it decodes them
 EVERYTHING = slice(None)
 
 UNKNOWN, BAD = -2, -1  # in the place of a label: not tried yet, cannot be read
@@ -27,23 +27,23 @@ Batch = dict[str, np.ndarray]
 
 
 class Examples(abc.ABC):
-    """Decoded pictures by index, some of which may turn out to be unreadable."""
+    """Decoded images by index, some of which may turn out to be unreadable."""
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
     def read(self, indices: Sequence[int]) -> Batch:
-        """The pictures at `indices`, with "mask"."""
+        """The images at `indices`, with "mask"."""
 
     def take(self, indices: Sequence[int]) -> Batch:
-        """The pictures at `indices`; for a bad one the next, in a circle, that can be read.
+        """The images at `indices`; for a bad one the next, in a circle, that can be read.
 
-        Who takes the place of a bad picture follows from the data alone, and so is the same in any
+        Who takes the place of a bad image follows from the data alone, and so is the same in any
         thread, on any process, and after a run was resumed.
 
         Raises:
-          UserError: no picture can be read.
+          UserError: no image can be read.
         """
         batch = self.read(indices)
         for row in np.flatnonzero(~batch.pop("mask")).tolist():
@@ -57,11 +57,11 @@ class Examples(abc.ABC):
             batch = self.read([(index + step) % len(self)])
             if batch["mask"][0]:
                 return batch
-        raise UserError(f"none of the {len(self):,} pictures can be read; take another dataset")
+        raise UserError(f"none of the {len(self):,} images can be read; take another dataset")
 
 
 class DecodedExamples(Examples):
-    """Pictures read and decoded each time they are asked for; `on_bad` is told of bad ones."""
+    """Images read and decoded each time they are asked for; `on_bad` is told of bad ones."""
 
     def __init__(
         self, source: Source, size: int, resize: ResizeRule = "paper", on_bad: OnBad = refuse
@@ -80,7 +80,7 @@ class DecodedExamples(Examples):
 
 
 class CachedExamples(Examples):
-    """Pictures decoded once and kept in memory: those of `share` now, others when asked for.
+    """Images decoded once and kept in memory: those of `share` now, others when asked for.
 
     `on_bad` is told of those that cannot be read.
     """
@@ -99,13 +99,13 @@ class CachedExamples(Examples):
         _try(source, share, self._fill, on_bad)
 
     def _fill(self, rows: Sequence[int]) -> list[Example]:
-        """Decodes some pictures; returns the bad ones."""
+        """Decodes some images; returns the bad ones."""
         examples = _read(self._source, rows, self._size, self._resize)
         # Put there when they are whole, since another thread may read them already.
         for row, example in zip(rows, examples, strict=True):
             if example.image is not None:
                 self._images[row] = example.image
-        self._labels[rows] = _labels(examples)  # last: they say that the pictures are there
+        self._labels[rows] = _labels(examples)  # last: they say that the images are there
         return _bad(examples)
 
     def __len__(self) -> int:
@@ -127,11 +127,11 @@ def open_examples(
 ) -> Examples:
     """`source` brought to `size` × `size`: kept in memory where that takes less than 1 GiB.
 
-    All pictures of `share` are tried here, before the training. Large datasets that were prepared
+    All images of `share` are tried here, before the training. Large datasets that were prepared
     were tried then, and are not here.
 
     Raises:
-      UserError: a picture without a label; or one that cannot be read, where `on_bad`, which is
+      UserError: an image without a label; or one that cannot be read, where `on_bad`, which is
         told of each in order, raises it.
     """
     if len(source) * size * size * 3 <= CACHE_BYTES:
@@ -146,16 +146,16 @@ def mean_image(
     share: slice = EVERYTHING,
     total: Callable[[np.ndarray], np.ndarray] = lambda values: values,
 ) -> np.ndarray:
-    """The mean of each pixel over the pictures: float32[size, size, 3], in grey levels 0 … 255.
+    """The mean of each pixel over the images: float32[size, size, 3], in grey levels 0 … 255.
 
-    Section 2 of the paper. Of more than 65,536 pictures as many, evenly spaced, are taken.
+    Section 2 of the paper. Of more than 65,536 images as many, evenly spaced, are taken.
 
     Args:
-      examples: all pictures.
+      examples: all images.
       share: those that this process looks at.
       total: adds up int32 arrays over the processes.
     """
-    count = min(len(examples), MEAN_PICTURES)
+    count = min(len(examples), MEAN_IMAGES)
     indices = np.linspace(0, len(examples) - 1, count).astype(int)
 
     def add(rows: Sequence[int]) -> np.ndarray:
@@ -170,7 +170,7 @@ def mean_image(
 def _try(
     source: Source, share: slice, function: Callable[[Sequence[int]], list[Example]], on_bad: OnBad
 ) -> None:
-    """Tells `on_bad` of the bad pictures of `share`, in order, which `function` of rows finds."""
+    """Tells `on_bad` of the bad images of `share`, in order, which `function` of rows finds."""
     for bad in map_threads(function, _chunks(np.arange(len(source))[share])):
         for example in bad:
             on_bad(example.name, example.problem, example.label)
@@ -193,14 +193,14 @@ def _batch(images: np.ndarray, labels: np.ndarray) -> Batch:
 
 
 def _records(source: Source, rows: Sequence[int]) -> Iterator[Record]:
-    """The pictures at `rows`, encoded.
+    """The images at `rows`, encoded.
 
     Reading is Python, in which threads wait for one another: some at once take less time. Of a
     folder, whose files may be as large as `decode` allows, no more than one is held.
     """
-    ahead = READ_AHEAD if source.prepared else 1
-    for start in range(0, len(rows), ahead):
-        yield from [read_record(source, row) for row in rows[start : start + ahead]]
+    at_once = READ_AT_ONCE if source.prepared else 1
+    for start in range(0, len(rows), at_once):
+        yield from [read_record(source, row) for row in rows[start : start + at_once]]
 
 
 def _read(
@@ -210,7 +210,7 @@ def _read(
     resize: ResizeRule,
     out: Iterable[np.ndarray] | None = None,
 ) -> list[Example]:
-    """The pictures at `rows`; UserError for a label that is out of range.
+    """The images at `rows`; UserError for a label that is out of range.
 
     With `out`, squares for them are put there.
     """
@@ -222,7 +222,7 @@ def _read(
     for example in examples:
         if example.image is not None and not 0 <= example.label < len(source.label_names):
             raise UserError(
-                f"picture {example.name} has the label {example.label}, but there are only "
+                f"image {example.name} has the label {example.label}, but there are only "
                 f"{len(source.label_names)} classes; take a split with labels"
             )
     return examples

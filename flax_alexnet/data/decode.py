@@ -1,4 +1,4 @@
-"""Encoded pictures to square uint8 images, by the rule that a net was trained with."""
+"""Encoded images to square uint8 images, by the rule that a model was trained with."""
 
 import contextlib
 import threading
@@ -17,11 +17,11 @@ from flax_alexnet.utils.errors import first_line
 from flax_alexnet.utils.inputs import open_regular, read_bytes
 from flax_alexnet.utils.text import printable
 
-LARGEST_PICTURE = 178_956_970  # pixels: where Pillow refuses a picture; half of that it warns at
-# Pixels up to which a picture is decoded whole, which takes up to 22 bytes each. A larger JPEG is
+LARGEST_IMAGE = 178_956_970  # pixels: where Pillow refuses an image; half of that it warns at
+# Pixels up to which an image is decoded whole, which takes up to 22 bytes each. A larger JPEG is
 # decoded at a half, a quarter or an eighth of its size; other formats cannot be. All threads
 # together decode no more at a time, however many they are; but small JPEGs are not counted, since
-# counting takes a lock that threads wait for: a fortieth of the time of a prepared picture.
+# counting takes a lock that threads wait for: a fortieth of the time of a prepared image.
 LARGEST_WHOLE = 20_000_000
 SMALL = 2**17  # pixels: 3 MB
 # A JPEG in several scans, such as a progressive one, keeps 2 bytes of each value until the last,
@@ -30,11 +30,11 @@ LARGEST_IN_SCANS = 150_000_000  # pixels times channels
 LONGEST_IN_SCANS = 1_500_000_000  # pixels times scans: about 2 s
 # What Pillow decodes in Python takes some seconds a megapixel: plain and scaled PPM, BMP in runs.
 LARGEST_SLOW = 2**18  # pixels, and bytes
-# A picture that is arithmetic coded, which no camera does, takes ten times as long.
+# An image that is arithmetic coded, which no camera does, takes ten times as long.
 ARITHMETIC_IS_SLOWER = 10
 MOST_ROWS = 2**18  # of what Pillow decodes, which keeps a pointer to each
 LARGEST_FILE = 200_000_000  # bytes
-# Of what Pillow reads; some others start programs, or read what is no picture of pixels.
+# Of what Pillow reads; some others start programs, or read what is no image of pixels.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 TILE_WIDTH, TILE_LENGTH = 322, 323  # of a TIFF
 # Kinds of a JPEG's segments.
@@ -42,7 +42,7 @@ PROGRESSIVE, LOSSLESS, ARITHMETIC = {0xC2, 0xCA}, {0xC3, 0xCB}, {0xC9, 0xCA, 0xC
 EXIF, XMP = ("exif", "Raw profile type exif"), ("XML:com.adobe.xmp", "xmp")  # Pillow's names
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of damaged metadata
-# Of large pictures in blocks of 16 MB, as Pillow has them, each thread's heap would keep some for
+# Of large images in blocks of 16 MB, as Pillow has them, each thread's heap would keep some for
 # ever. One block goes back to the system.
 Image.core.set_block_size(2**27)
 PngImagePlugin.MAX_TEXT_MEMORY = 2**22  # bytes, of which each thread may hold so many; else 64 MB
@@ -76,45 +76,45 @@ ROOM = _Room(LARGEST_WHOLE)
 def decode(
     encoded: bytes, size: int, resize: ResizeRule = "paper", out: np.ndarray | None = None
 ) -> np.ndarray:
-    """A picture in any usual format to uint8[size, size, 3], RGB.
+    """An image in any usual format to uint8[size, size, 3], RGB.
 
     What is inside counts, not what a file's name says. Grey and CMYK become RGB, 16 bits a channel
-    become 8, transparency is dropped, of an animation the first frame is taken, and a picture is
+    become 8, transparency is dropped, of an animation the first frame is taken, and an image is
     turned as its EXIF orientation says. JPEGs of more than `LARGEST_WHOLE` pixels are decoded at a
-    lower resolution, still at least twice `size`, so that no picture takes more than 500 MB. Nor
-    do several threads together: small pictures are decoded side by side, large ones in turn.
+    lower resolution, still at least twice `size`, so that no image takes more than 500 MB. Nor
+    do several threads together: small images are decoded side by side, large ones in turn.
 
     Args:
-      encoded: the picture as it lies on the disk.
+      encoded: the image as it lies on the disk.
       size: pixels a side.
       resize: the rule.
       out: uint8[size, size, 3] that takes the result, such as a row of a batch: a prepared JPEG is
-        decoded right into it. Whatever it holds after an error is no picture. None makes it.
+        decoded right into it. Whatever it holds after an error is no image. None makes it.
 
     Raises:
-      DecodeError: the bytes are truncated, damaged, no picture, one with 32 bits a channel, one of
-        more pixels than `LARGEST_PICTURE` (of a JPEG in several scans `LARGEST_IN_SCANS` over its
+      DecodeError: the bytes are truncated, damaged, no image, one with 32 bits a channel, one of
+        more pixels than `LARGEST_IMAGE` (of a JPEG in several scans `LARGEST_IN_SCANS` over its
         channels, of another format `LARGEST_WHOLE`, or `LARGEST_SLOW`), or one whose file is made
-        up of more parts than a picture needs (`containers`).
+        up of more parts than an image needs (`containers`).
     """
-    with contextlib.ExitStack() as held:
-        square = to_square(_pixels(encoded, 2 * size, held, out), size, resize)
-    if out is None or out is square:
-        return square
-    out[...] = square
+    with contextlib.ExitStack() as resources:
+        resized = resize_to(_pixels(encoded, 2 * size, resources, out), size, resize)
+    if out is None or out is resized:
+        return resized
+    out[...] = resized
     return out
 
 
 def read_file(path: str | Path) -> bytes:
-    """A picture's bytes; DecodeError where there are none to be had, or too many."""
+    """An image's bytes; DecodeError where there are none to be had, or too many."""
     try:
         return read_bytes(path, LARGEST_FILE)
     except OSError as error:
         raise DecodeError(error.strerror or type(error).__name__) from None
 
 
-def is_picture(path: str | Path) -> bool | None:
-    """Whether a file begins as a picture does, in a format that `decode` reads.
+def is_image_file(path: str | Path) -> bool | None:
+    """Whether a file begins as an image does, in a format that `decode` reads.
 
     None where nobody can tell, since it is empty or cannot be read: it may have been one.
     """
@@ -137,79 +137,79 @@ def is_picture(path: str | Path) -> bool | None:
 
 
 def decode_whole(encoded: bytes) -> np.ndarray:
-    """A picture of at most `LARGEST_WHOLE` pixels at its own size: uint8[h, w, 3]; see `decode`."""
-    with contextlib.ExitStack() as held:
-        return _pixels(encoded, None, held)
+    """An image of at most `LARGEST_WHOLE` pixels at its own size: uint8[h, w, 3]; see `decode`."""
+    with contextlib.ExitStack() as resources:
+        return _pixels(encoded, None, resources)
 
 
-def to_square(image: np.ndarray, size: int, resize: ResizeRule = "paper") -> np.ndarray:
+def resize_to(image: np.ndarray, size: int, resize: ResizeRule = "paper") -> np.ndarray:
     """uint8[h, w, 3] to uint8[size, size, 3]; one that has this size already keeps its pixels."""
     height, width = image.shape[:2]
     if (height, width) == (size, size):
         return image
-    picture = Image.fromarray(image)
+    opened = Image.fromarray(image)
     short = min(height, width)
     if resize == "caffe":
         steps = (width / size, 0, 0, 0, height / size, 0)
-        square = picture.transform(
+        resized = opened.transform(
             (size, size), Image.Transform.AFFINE, steps, Image.Resampling.BILINEAR
         )
     elif resize == "torchvision":
         # torchvision's own arithmetic: int(), and Python's round() to even.
         sides = int(size * width / short), int(size * height / short)
         if sides[0] * sides[1] > LARGEST_WHOLE:  # a strip, of which only the centre is wanted
-            picture = picture.crop(_centre(width, height, 8 * short))
-            return to_square(np.asarray(picture), size, resize)
+            opened = opened.crop(_centre(width, height, 8 * short))
+            return resize_to(np.asarray(opened), size, resize)
         left, top = (round((side - size) / 2) for side in sides)
-        square = picture.resize(sides, Image.Resampling.BILINEAR)
-        square = square.crop((left, top, left + size, top + size))
+        resized = opened.resize(sides, Image.Resampling.BILINEAR)
+        resized = resized.crop((left, top, left + size, top + size))
     else:
         # The square is cut out of the original's pixels and scaled once: no resized copy between.
         left, top = (width - short) / 2, (height - short) / 2
         box = (left, top, left + short, top + short)
-        square = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return np.asarray(square)
+        resized = opened.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(resized)
 
 
 def _pixels(
     encoded: bytes,
     enough: int | None,
-    held: contextlib.ExitStack,
+    resources: contextlib.ExitStack,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
     """uint8[h, w, 3], upright; of a very large JPEG with sides of at least `enough` pixels.
 
     It may lie in `out`, where that has the same shape. The room that they take is given back when
-    `held` is closed.
+    `resources` is closed.
     """
     if not encoded:
         raise DecodeError("it is empty")
     try:
         if encoded.startswith(JPEG):
-            return _jpeg(encoded, enough, held, out)
-        return _other(encoded, held)
+            return _jpeg(encoded, enough, resources, out)
+        return _other(encoded, resources)
     except UnidentifiedImageError:
-        raise DecodeError("it is no picture in a known format") from None
-    except Exception as error:  # Pillow reports a damaged picture by almost any, TypeError included
+        raise DecodeError("it is no image in a known format") from None
+    except Exception as error:  # Pillow reports a damaged image by almost any, TypeError included
         raise DecodeError(printable(first_line(error))) from error
 
 
 def _jpeg(
-    encoded: bytes, enough: int | None, held: contextlib.ExitStack, out: np.ndarray | None
+    encoded: bytes, enough: int | None, resources: contextlib.ExitStack, out: np.ndarray | None
 ) -> np.ndarray:
     segments = image_files.jpeg_segments(encoded)
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(encoded)
     except ValueError:  # an unusual sampling of the colours, which Pillow knows
-        pixels = _other(image_files.plain_jpeg(encoded, segments), held)
+        pixels = _other(image_files.plain_jpeg(encoded, segments), resources)
         return _turned(pixels, image_files.jpeg_orientation(encoded, segments))
     kinds = {segment.kind for segment in segments}
     shrinks = enough and not kinds & (LOSSLESS | ARITHMETIC)
-    _check_at_most(LARGEST_PICTURE if shrinks else LARGEST_WHOLE, height * width)
+    _check_at_most(LARGEST_IMAGE if shrinks else LARGEST_WHOLE, height * width)
     channels = {"Gray": 1, "CMYK": 4, "YCCK": 4}.get(colors, 3)
     _check_few_scans(encoded, segments, channels, height * width)
     if height * width > SMALL:
-        held.enter_context(ROOM.take(height * width))
+        resources.enter_context(ROOM.take(height * width))
     least = enough if enough and height * width > LARGEST_WHOLE else max(height, width)
     if out is not None and out.shape == (height, width, 3):
         simplejpeg.decode_jpeg(encoded, "RGB", buffer=out)
@@ -231,7 +231,7 @@ def _check_few_scans(jpeg: bytes, segments: list[Segment], channels: int, pixels
         raise DecodeError(f"it has {scans:,} scans over {pixels:,} pixels: too many")
 
 
-def _other(encoded: bytes, held: contextlib.ExitStack) -> np.ndarray:
+def _other(encoded: bytes, resources: contextlib.ExitStack) -> np.ndarray:
     """What Pillow decodes: any format, or a JPEG without its EXIF data, which is not turned."""
     image_files.check_decodable(encoded)
     with Image.open(image_files.Stream(encoded), formats=FORMATS) as image:
@@ -247,7 +247,7 @@ def _other(encoded: bytes, held: contextlib.ExitStack) -> np.ndarray:
                 f"of its kind of {image.format} only {LARGEST_SLOW:,} pixels and bytes are read; "
                 "save it as PNG"
             )
-        held.enter_context(ROOM.take(_stored(image)))
+        resources.enter_context(ROOM.take(_stored(image)))
         if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey rather than scale it
             grey = (np.asarray(image) >> 8).astype(np.uint8)
             return _turned(np.repeat(grey[..., None], 3, axis=-1), _orientation(image))
@@ -258,7 +258,7 @@ def _other(encoded: bytes, held: contextlib.ExitStack) -> np.ndarray:
 
 
 def _stored(image: Image.Image) -> int:
-    """The pixels that are decoded: a TIFF's tiles may reach far over the edges of its picture."""
+    """The pixels that are decoded: a TIFF's tiles may reach far over the edges of its image."""
     tags = getattr(image, "tag_v2", {})
     tile = tags.get(TILE_WIDTH, 1), tags.get(TILE_LENGTH, 1)
     width, height = (-(-side // step) * step for side, step in zip(image.size, tile, strict=True))
@@ -266,7 +266,7 @@ def _stored(image: Image.Image) -> int:
 
 
 def _centre(width: int, height: int, most: int) -> tuple[int, int, int, int]:
-    """The box in the middle of a picture with sides of at most `most` pixels."""
+    """The box in the middle of an image with sides of at most `most` pixels."""
     left, top = max(0, (width - most) // 2), max(0, (height - most) // 2)
     return left, top, min(width, left + most), min(height, top + most)
 
@@ -290,7 +290,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """The pixels upright, where EXIF data say this of them."""
-    if orientation in (5, 6, 7, 8):  # the first row of the file is a side of the picture
+    if orientation in (5, 6, 7, 8):  # the first row of the file is a side of the image
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]

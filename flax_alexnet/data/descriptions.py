@@ -2,7 +2,7 @@
 
 TFDS reads `dataset_info.json`, `features.json` and `KEY.labels.txt`, and believes them: it opens
 whatever has these names, imports the classes that are named, and takes the numbers of classes and
-pictures for true.
+images for true.
 """
 
 import os
@@ -88,8 +88,8 @@ def read_label_names(folder: Path, key: str, classes: int | None) -> list[str]:
     path = folder / f"{key}.labels.txt"
     if not os.path.lexists(path):
         if classes is None or not 0 < classes <= MOST_CLASSES:
-            said = f"features.json says {classes} classes"
-            raise damaged(folder, f"{said}; 1 to {MOST_CLASSES:,} are read")
+            expected = f"features.json says {classes} classes"
+            raise damaged(folder, f"{expected}; 1 to {MOST_CLASSES:,} are read")
         return [str(label) for label in range(classes)]
     try:
         lines = [line.strip() for line in read_text(path, LARGEST).split("\n")]
@@ -107,11 +107,11 @@ def read_label_names(folder: Path, key: str, classes: int | None) -> list[str]:
 
 
 def shards_of(folder: Path, splits: tfds.core.splits.SplitDict, split: str) -> list[Path]:
-    """The files of all splits that `split`, such as "train[:90%]+test", takes pictures from.
+    """The files of all splits that `split`, such as "train[:90%]+test", takes images from.
 
     Raises:
       UserError: they are not as the description says: one that is none, is not there, lies
-        elsewhere, or does not hold as many pictures, so that some would be left out silently.
+        elsewhere, or does not hold as many images, so that some would be left out silently.
       NotImplementedError: they are of another format than ArrayRecord.
     """
     used = [info for name, info in splits.items() if _names(split, name)]
@@ -129,12 +129,12 @@ def shards_of(folder: Path, splits: tfds.core.splits.SplitDict, split: str) -> l
         inside = Path(os.path.normpath(folder))
         if outside := next((path for path in paths if path.parent != inside), None):
             raise damaged(folder, f"{INFO} says that {outside} is a part of it")
-        for path, said, has in zip(
+        for path, expected, actual in zip(
             paths, info.shard_lengths, map_threads(_count_records, paths), strict=True
         ):
-            if has != said:
+            if actual != expected:
                 raise damaged(
-                    folder, f"{path.name} holds {has:,} pictures, where {INFO} says {said:,}"
+                    folder, f"{path.name} holds {actual:,} images, where {INFO} says {expected:,}"
                 )
         result += paths
     return result

@@ -1,4 +1,4 @@
-"""Whether pictures are still the same ones, without reading all of each."""
+"""Whether images are still the same ones, without reading all of each."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ class Digest(NamedTuple):
 def digest_files(files: Sequence[tuple[str, str | Path]], end: int) -> Digest:
     """The digest over the names, the sizes, and the first and last bytes of files.
 
-    A picture that became another one has another size or another end, but for one that is stored
+    An image that became another one has another size or another end, but for one that is stored
     without compression: of such a change only the times tell.
 
     Args:

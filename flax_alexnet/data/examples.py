@@ -46,7 +46,7 @@ def find_images(arguments: Sequence[str]) -> FolderSource:
       UserError: an argument that names nothing, or a folder that cannot be read.
     """
     if not arguments:
-        raise UserError("no pictures: name files, folders or globs")
+        raise UserError("no images: name files, folders or globs")
     files: dict[tuple[str, str], Path] = {}  # by where they really are
     place = functools.cache(os.path.realpath)
     for argument in arguments:
@@ -56,10 +56,10 @@ def find_images(arguments: Sequence[str]) -> FolderSource:
             named = [expanded] if os.path.lexists(expanded) else _expand(expanded)
             # What a link leads to, and is also there, keeps its own name.
             named.sort(key=lambda path: (os.path.islink(path) and os.path.isdir(path), path))
-            found = [Path(file) for path in named for file in _files(path)]
-        if not found:
-            raise UserError(f"no pictures {argument}: expected a file, a folder or a glob")
-        for file in found:
+            paths = [Path(file) for path in named for file in _files(path)]
+        if not paths:
+            raise UserError(f"no images {argument}: expected a file, a folder or a glob")
+        for file in paths:
             files.setdefault((place(file.parent), file.name), file)
     return FolderSource([(file, NO_LABEL) for file in files.values()], ())
 
@@ -71,7 +71,7 @@ def open_split(
     image_key: str | None = None,
     label_key: str | None = None,
 ) -> tuple[Source, str]:
-    """Labelled pictures of one split of a dataset, and what the user should know of them, or "".
+    """Labelled images of one split of a dataset, and what the user should know of them, or "".
 
     Args:
       name: as for `open_splits`.
@@ -164,8 +164,8 @@ def decode_record(
     return Example(record.name, record.label, image, problem)
 
 
-def summarize(problems: Sequence[tuple[str, str]], total: int, what: str = "pictures") -> str:
-    """What became of `total` pictures, of which those of `problems`, (name, why), were not read."""
+def summarize(problems: Sequence[tuple[str, str]], total: int, what: str = "images") -> str:
+    """What became of `total` images, of which those of `problems`, (name, why), were not read."""
     lines = [f"{total - len(problems):,} of {total:,} {what} read"]
     if problems:
         lines[0] += f"; {len(problems):,} not:"

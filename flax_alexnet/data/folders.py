@@ -1,4 +1,4 @@
-"""Which files below a folder are pictures, of which class and of which split; none is decoded."""
+"""Which files below a folder are images, of which class and of which split; none is decoded."""
 
 import itertools
 import os
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from flax_alexnet.data.decode import is_picture
+from flax_alexnet.data.decode import is_image_file
 from flax_alexnet.data.prefetch import map_threads
 from flax_alexnet.utils.errors import UserError, cause
 from flax_alexnet.utils.text import printable
@@ -18,7 +18,7 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
-# Folders that systems leave beside pictures, some with small copies of them.
+# Folders that systems leave beside images, some with small copies of them.
 OF_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 CHUNK = 64  # files that a thread is given at once
 READERS = 16  # threads, which mostly wait for a disk or a network
@@ -56,33 +56,33 @@ def subfolders(path: str | Path) -> list[str]:
 def split_folders(path: Path) -> dict[str, str]:
     """The folders in `path` that hold splits, {"train": "Training"}; empty where there are none.
 
-    Such a folder has class folders, so that a class of pictures may be called "train" as well.
+    Such a folder has class folders, so that a class of images may be called "train" as well.
 
     Raises:
       UserError: two folders for the same split.
       OSError: a folder that cannot be read.
     """
-    found: dict[str, str] = {}
+    by_split: dict[str, str] = {}
     for name in subfolders(path):
         split = standard_split(name)
         if split is None or not _count(path / name)[0]:
             continue
-        if split in found:
+        if split in by_split:
             raise UserError(
-                f"{path} has {found[split]} and {name}, both for the split {split}; leave one"
+                f"{path} has {by_split[split]} and {name}, both for the split {split}; leave one"
             )
-        found[split] = name
-    return {split: found[split] for split in SPLITS if split in found}
+        by_split[split] = name
+    return {split: by_split[split] for split in SPLITS if split in by_split}
 
 
 def class_folders(path: Path) -> list[str]:
     """Names of the classes in `path`: of its folders, in natural order.
 
-    One folder beside files that are no pictures may be all that a class has, as in Tiny ImageNet
+    One folder beside files that are no images may be all that a class has, as in Tiny ImageNet
     (`n01443537/images` beside `n01443537_boxes.txt`).
 
     Raises:
-      UserError: fewer than two, or one that holds no pictures but folders.
+      UserError: fewer than two, or one that holds no images but folders.
       OSError: a folder that cannot be read.
     """
     names = subfolders(path)
@@ -90,14 +90,14 @@ def class_folders(path: Path) -> list[str]:
         folders, files = _count(path / name)
         if folders > (1 if files else 0):
             raise UserError(
-                f"{path / name} holds folders and no pictures, so it is no class: expected a "
-                "folder for each class with its pictures, or train, validation and test with such "
+                f"{path / name} holds folders and no images, so it is no class: expected a "
+                "folder for each class with its images, or train, validation and test with such "
                 f"folders; rename or move it, or take folder:{path / name} if the classes are there"
             )
     if len(names) < 2:
         raise UserError(
             f"{path} has {len(names)} class folders; expected two or more, each with the "
-            "pictures of one class"
+            "images of one class"
         )
     return names
 
@@ -111,7 +111,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _count(path: Path) -> tuple[int, int]:
-    """How many folders and other files a folder holds; none, where a picture is among the files."""
+    """How many folders and other files a folder holds; none, where an image is among the files."""
     folders, files = 0, []
     with os.scandir(path) as entries:
         for entry in entries:
@@ -120,37 +120,37 @@ def _count(path: Path) -> tuple[int, int]:
                     folders += 1
                 else:
                     files.append(entry.path)
-    pictures = folders and any(map(is_picture, files))
-    return (0, 0) if pictures else (folders, len(files))
+    images = folders and any(map(is_image_file, files))
+    return (0, 0) if images else (folders, len(files))
 
 
-def list_pictures(path: Path, label_names: Sequence[str]) -> tuple[list[File], list[str]]:
-    """The pictures below the class folders of `path`, with labels, sorted by class and name.
+def list_image_files(path: Path, label_names: Sequence[str]) -> tuple[list[File], list[str]]:
+    """The images below the class folders of `path`, with labels, sorted by class and name.
 
-    By the text of the names, so that which picture is held out does not depend on `label_names`.
-    The first bytes of a file say whether it is a picture, and not its name. A file that is empty or
-    that cannot be read is listed too: it may have been a picture, and has an outcome. Hidden files
+    By the text of the names, so that which image is held out does not depend on `label_names`.
+    The first bytes of a file say whether it is an image, and not its name. A file that is empty or
+    that cannot be read is listed too: it may have been an image, and has an outcome. Hidden files
     and links to folders are passed over.
 
     Returns:
-      Pictures, and paths of files that are none.
+      Images, and paths of files that are none.
 
     Raises:
-      UserError: a class folder without a picture.
+      UserError: a class folder without an image.
       OSError: a folder that cannot be read.
     """
-    pictures: list[File] = []
+    images: list[File] = []
     others: list[str] = []
     for label, name in sorted(enumerate(label_names), key=lambda pair: pair[1]):
         _, files = list_below(os.path.join(path, name))
         chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
-        tried = map_threads(lambda chunk: [is_picture(file) for file in chunk], chunks, READERS)
-        before = len(pictures)
-        for file, found in zip(files, itertools.chain.from_iterable(tried), strict=True):
-            others.append(file) if found is False else pictures.append((file, label))
-        if len(pictures) == before:
-            raise UserError(f"class folder {path / name} has no pictures: add some or remove it")
-    return pictures, others
+        tried = map_threads(lambda chunk: [is_image_file(file) for file in chunk], chunks, READERS)
+        before = len(images)
+        for file, is_image in zip(files, itertools.chain.from_iterable(tried), strict=True):
+            others.append(file) if is_image is False else images.append((file, label))
+        if len(images) == before:
+            raise UserError(f"class folder {path / name} has no images: add some or remove it")
+    return images, others
 
 
 def list_below(folder: str) -> tuple[list[str], list[str]]:
@@ -180,28 +180,28 @@ def list_below(folder: str) -> tuple[list[str], list[str]]:
 
 
 def describe_others(others: Sequence[str]) -> str:
-    """A line that counts files which are no pictures, by their endings; "" where there are none."""
+    """A line that counts files which are no images, by their endings; "" where there are none."""
     if not others:
         return ""
     kinds = Counter(os.path.splitext(path)[1].lower() or "without an ending" for path in others)
     counts = ", ".join(f"{count:,} {printable(kind)}" for kind, count in kinds.most_common(5))
     return (
-        f"{len(others):,} files in the class folders are no pictures and are set aside ({counts}), "
+        f"{len(others):,} files in the class folders are no images and are set aside ({counts}), "
         f"such as {printable(others[0])}"
     )
 
 
 def list_left_out(
-    path: Path, pictures: Collection[str], others: Collection[str]
+    path: Path, images: Collection[str], others: Collection[str]
 ) -> list[tuple[str, str]]:
-    """(name, why) of all files below `path` but the `pictures`, sorted by name.
+    """(name, why) of all files below `path` but the `images`, sorted by name.
 
     Args:
       path: the whole folder.
-      pictures: paths of those that are taken.
+      images: paths of those that are taken.
       others: paths of files in class folders that are none.
     """
-    taken, set_aside = set(pictures), set(others)
+    taken, set_aside = set(images), set(others)
     parents = (Path(folder, "_").parents for folder in set(map(os.path.dirname, taken)))
     inside = {str(parent) for several in parents for parent in several}
     result, folders = [], [str(path)]
@@ -219,7 +219,7 @@ def list_left_out(
             elif entry.path not in taken:
                 parts = entry.path.removeprefix(str(path)).split(os.sep)
                 if entry.path in set_aside:
-                    why = "it is no picture in a known format"
+                    why = "it is no image in a known format"
                 elif os.path.isdir(entry.path):
                     why = "it is a link to a folder"
                 elif any(map(is_hidden, parts)):

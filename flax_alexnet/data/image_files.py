@@ -1,8 +1,8 @@
-"""How the file of a picture is made up, which is looked at before a library decodes it.
+"""How the file of an image is made up, which is looked at before a library decodes it.
 
-Some files cost a library minutes or gigabytes for a picture of a few pixels: they come in millions
+Some files cost a library minutes or gigabytes for an image of a few pixels: they come in millions
 of parts, their parts lie over one another, or are unpacked to much more than they are. Here parts
-are counted, and no time is taken, so that a picture is refused on every machine or on none.
+are counted, and no time is taken, so that an image is refused on every machine or on none.
 """
 
 import io
@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Of what follows, pictures of cameras and programs have a hundredth or less.
+# Of what follows, images of cameras and programs have a hundredth or less.
 MOST_READS = 2**19  # by Pillow of one file; it reads some formats byte by byte
 MOST_SEGMENTS = 2**16  # of a JPEG, beside its pixels, and of a WebP
 LARGEST_CHUNK = 2**25  # bytes of a PNG's chunk that is no pixels, of which there are copies
@@ -41,14 +41,14 @@ TEXTS = (1, 2, 7)  # which are kept as they are
 
 
 class DecodeError(ValueError):
-    """Bytes that are not a picture that can be read; the message says why."""
+    """Bytes that are not an image that can be read; the message says why."""
 
 
 class Stream(io.BytesIO):
     """A file in memory for Pillow, which may read from it so often and no more."""
 
-    def __init__(self, picture: bytes):
-        super().__init__(picture)
+    def __init__(self, encoded: bytes):
+        super().__init__(encoded)
         self._reads = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -102,12 +102,12 @@ def count_scans(jpeg: bytes, first: Segment) -> int:
 
 def _segments(jpeg: bytes, place: int) -> Iterator[Segment]:
     count = 0
-    while found := MARKER.search(jpeg, place):
+    while match := MARKER.search(jpeg, place):
         if (count := count + 1) > MOST_SEGMENTS:
             raise DecodeError(f"it has more than {MOST_SEGMENTS:,} segments: too many")
-        start, body = found.start(), found.end() + 2
-        place = found.end() + int.from_bytes(jpeg[found.end() : body], "big")
-        yield Segment(found[1][0], start, body, place)
+        start, body = match.start(), match.end() + 2
+        place = match.end() + int.from_bytes(jpeg[match.end() : body], "big")
+        yield Segment(match[1][0], start, body, place)
 
 
 def plain_jpeg(jpeg: bytes, segments: list[Segment]) -> bytes:
@@ -135,21 +135,21 @@ def orientation(exif: bytes, xmp: bytes = b"") -> int:
     for entry in _directory(exif):
         if entry.tag == ORIENTATION and (values := _whole_numbers(exif, entry)):
             return values[0]
-    found = re.search(rb"""tiff:Orientation(?:="|>)([0-9])""", xmp)
-    return int(found[1]) if found else 1
+    match = re.search(rb"""tiff:Orientation(?:="|>)([0-9])""", xmp)
+    return int(match[1]) if match else 1
 
 
-def check_decodable(picture: bytes) -> None:
-    """Raises DecodeError for a file in more parts, or larger ones, than a picture can need."""
-    if picture.startswith(PNG):
-        _check_decodable_png(picture)
-    elif picture.startswith(TIFF):
-        _check_decodable_tiff(picture)
-    elif picture.startswith(b"RIFF") and picture[8:12] == b"WEBP":
-        _check_decodable_webp(picture)
+def check_decodable(encoded: bytes) -> None:
+    """Raises DecodeError for a file in more parts, or larger ones, than an image can need."""
+    if encoded.startswith(PNG):
+        _check_decodable_png(encoded)
+    elif encoded.startswith(TIFF):
+        _check_decodable_tiff(encoded)
+    elif encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
+        _check_decodable_webp(encoded)
     # Pillow would read the whole header of a BMP before it looks at what it is.
-    elif picture.startswith(b"BM") and int.from_bytes(picture[14:18], "little") not in BMP_HEADERS:
-        raise DecodeError("it is no picture in a known format")
+    elif encoded.startswith(b"BM") and int.from_bytes(encoded[14:18], "little") not in BMP_HEADERS:
+        raise DecodeError("it is no image in a known format")
 
 
 def _check_decodable_png(png: bytes) -> None:

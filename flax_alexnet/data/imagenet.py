@@ -20,11 +20,11 @@ from flax_alexnet.utils.text import printable
 
 NAME, VERSION, NAME_FEATURE = "imagenet2012", "5.1.0", "file_name"  # as TFDS has them
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-NO_LABEL = -1  # of a member that is none of the archive's pictures
+NO_LABEL = -1  # of a member that is none of the archive's images
 
 
-class TarPictures:
-    """Members of an archive by index; one that is no picture of it says so when it is read."""
+class TarImages:
+    """Members of an archive by index; one that is no image of it says so when it is read."""
 
     def __init__(self, file: BinaryIO, label_names: Sequence[str]):
         self.label_names = label_names
@@ -53,7 +53,7 @@ class TarPictures:
         if size < 0:
             raise DecodeError("it is no regular file")
         if label == NO_LABEL:
-            raise DecodeError("by its name it is no picture of this archive")
+            raise DecodeError("by its name it is no image of this archive")
         if size > LARGEST_FILE:
             raise DecodeError(f"it has {size:,} bytes; at most {LARGEST_FILE:,} are read")
         try:
@@ -64,8 +64,8 @@ class TarPictures:
 
 
 @contextlib.contextmanager
-def open_archives(data_dir: Path) -> Iterator[dict[str, TarPictures]]:
-    """The pictures of "train" and "validation", labelled by synset as TFDS does.
+def open_archives(data_dir: Path) -> Iterator[dict[str, TarImages]]:
+    """The images of "train" and "validation", labelled by synset as TFDS does.
 
     Every member of the archives is listed, whatever it is, of which only the headers are read.
 
@@ -93,34 +93,34 @@ def _open(path: Path) -> BinaryIO:
         raise UserError(f"cannot read {path}: {error.strerror}; fetch it once more") from None
 
 
-def _list_train(file: BinaryIO) -> TarPictures:
-    """An archive of archives: one for each synset, called after it like the pictures inside."""
+def _list_train(file: BinaryIO) -> TarImages:
+    """An archive of archives: one for each synset, called after it like the images inside."""
     synsets = _lines("labels.txt")
     labels = {f"{synset}.tar": label for label, synset in enumerate(synsets)}
-    pictures = TarPictures(file, synsets)
+    images = TarImages(file, synsets)
     for outer in tqdm(_members(file), desc=TRAIN, total=len(synsets), unit="class", disable=None):
         label = labels.get(outer.name, NO_LABEL)
         if label == NO_LABEL or not _is_plain(outer):
-            pictures.add(outer, NO_LABEL)
+            images.add(outer, NO_LABEL)
             continue
         for member in _members(file, outer.offset_data, outer.offset_data + outer.size):
             belongs = re.fullmatch(rf"{synsets[label]}_\d+\.JPEG", member.name, re.ASCII)
-            pictures.add(member, label if belongs else NO_LABEL)
-    return pictures
+            images.add(member, label if belongs else NO_LABEL)
+    return images
 
 
-def _list_validation(file: BinaryIO) -> TarPictures:
-    """An archive of numbered pictures, whose labels TFDS has by their number."""
+def _list_validation(file: BinaryIO) -> TarImages:
+    """An archive of numbered images, whose labels TFDS has by their number."""
     synsets, answers = _lines("labels.txt"), _lines("validation_labels.txt")
     labels = {synset: label for label, synset in enumerate(synsets)}
     by_name = {
         f"ILSVRC2012_val_{number:08}.JPEG": labels[synset]
         for number, synset in enumerate(answers, start=1)
     }
-    pictures = TarPictures(file, synsets)
+    images = TarImages(file, synsets)
     for member in _members(file):
-        pictures.add(member, by_name.get(member.name, NO_LABEL))
-    return pictures
+        images.add(member, by_name.get(member.name, NO_LABEL))
+    return images
 
 
 def _lines(name: str) -> list[str]:

@@ -1,6 +1,6 @@
-"""The order of pictures, and batches of them, with Grain.
+"""The order of images, and batches of them, with Grain.
 
-Which pictures a batch holds, and in which order, follows from the seed and the number of pictures
+Which images a batch holds, and in which order, follows from the seed and the number of images
 before it alone: not from the number of processes or threads, nor from where a run was interrupted.
 """
 
@@ -23,10 +23,10 @@ def training_batches(
     threads: int = 2,
     rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Batches without end, each epoch a new permutation, after the first `start` pictures.
+    """Batches without end, each epoch a new permutation, after the first `start` images.
 
-    The stream of pictures is cut into batches of `batch_size`, which may span two epochs, so
-    that every picture is seen equally often. The place of one that cannot be read is taken by the
+    The stream of images is cut into batches of `batch_size`, which may span two epochs, so
+    that every image is seen equally often. The place of one that cannot be read is taken by the
     next one in `examples`. Of each batch only `rows` are read, those of the process's own devices;
     None is all.
     """
@@ -41,10 +41,10 @@ def evaluation_batches(
     threads: int = 2,
     rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Every picture exactly once, in order; the last batch is filled up and masked.
+    """Every image exactly once, in order; the last batch is filled up and masked.
 
     Batches have an entry "mask": bool[b], false for what was filled up, and for what stands in the
-    place of a picture that cannot be read.
+    place of an image that cannot be read.
     """
     whole = -(-len(examples) // batch_size) * batch_size
 

@@ -1,4 +1,4 @@
-"""What is done to a picture before a net sees it: a part of the model."""
+"""What is done to an image before a model sees it: a part of the model."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Literal
@@ -8,7 +8,7 @@ import numpy as np
 if TYPE_CHECKING:  # a configuration is checked before JAX is imported
     import jax
 
-# How a picture becomes a square of `image_size` pixels:
+# How an image becomes a square of `image_size` pixels:
 # - "paper": shorter side scaled (bicubic), the central square cut out, in one operation;
 # - "torchvision": `Resize` then `CenterCrop` (bilinear with antialiasing, sides in whole pixels);
 # - "caffe": warped to the square, whatever its shape (bilinear, no antialiasing), as
@@ -20,12 +20,12 @@ Scale = float | tuple[float, float, float]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Preprocessing:
-    """From a picture to what the net was trained on: RGB, mean subtracted, centre cut, scaled.
+    """From an image to what the model was trained on: RGB, mean subtracted, centre cut, scaled.
 
     Attributes:
-      image_size: side of the square that a picture is brought to, in pixels.
+      image_size: side of the square that an image is brought to, in pixels.
       resize: how.
-      crop_size: side of the central part that the net sees.
+      crop_size: side of the central part that the model sees.
       mean: float32[3], or float32[image_size, image_size, 3], in grey levels 0 … 255, RGB.
       scale: what the difference is multiplied with; one number, or one for each channel.
     """

@@ -1,6 +1,6 @@
-"""Where pictures come from: the embedded dataset, TFDS names, folders of class folders.
+"""Where images come from: the embedded dataset, TFDS names, folders of class folders.
 
-Each has `Splits`; each split is a `Source`: a length, encoded pictures with their labels by index,
+Each has `Splits`; each split is a `Source`: a length, encoded images with their labels by index,
 and label names.
 """
 
@@ -31,7 +31,7 @@ from flax_alexnet.data.folders import (
     File,
     class_folders,
     describe_others,
-    list_pictures,
+    list_image_files,
     split_folders,
     standard_split,
     subfolders,
@@ -42,10 +42,10 @@ from flax_alexnet.utils.text import printable
 from flax_alexnet.utils.user_folders import home
 
 FOLDER = "folder:"
-NO_LABEL = -1  # of a picture whose right class nobody said
+NO_LABEL = -1  # of an image whose right class nobody said
 PREPARED_FOLDER = "prepared_folder"  # what TFDS calls folders once they are prepared
 POLL = 0.2  # seconds between two looks at what another process does
-END_OF_PICTURE = 2**12  # bytes at either end of a file that are compared
+END_OF_IMAGE = 2**12  # bytes at either end of a file that are compared
 END_OF_SHARD = 2**16  # the last ones say where each of its records lies
 # What TFDS raises for a prepared dataset whose description is damaged.
 UNREADABLE = (ParseError, tfds.core.dataset_info.DatasetInfoFileError)
@@ -62,8 +62,8 @@ class Record(NamedTuple):
     problem: str = ""
 
 
-class Pictures(Protocol):
-    """Encoded pictures by index, any of which may turn out to be none."""
+class Records(Protocol):
+    """Encoded images by index, any of which may turn out to be none."""
 
     label_names: Sequence[str]
 
@@ -72,7 +72,7 @@ class Pictures(Protocol):
     def name(self, index: int, /) -> str: ...
 
     def read(self, index: int, /) -> Record:
-        """The picture at `index`.
+        """The image at `index`.
 
         Raises:
           DecodeError: why there is none.
@@ -81,10 +81,10 @@ class Pictures(Protocol):
         ...
 
 
-class Source(Pictures, Protocol):
+class Source(Records, Protocol):
     """What any dataset is to the rest of the program."""
 
-    prepared: bool  # whether every picture was decoded once before, when it was prepared
+    prepared: bool  # whether every image was decoded once before, when it was prepared
 
     @property
     def paths(self) -> list[Path]:
@@ -92,15 +92,15 @@ class Source(Pictures, Protocol):
         ...
 
     def label(self, index: int, /) -> int:
-        """The picture's label, where that is known before it is read, else `NO_LABEL`."""
+        """The image's label, where that is known before it is read, else `NO_LABEL`."""
         ...
 
     def stamp(self, index: int, /) -> tuple[int, int]:
-        """The bytes of the picture's own file and when it was changed, in ns; 0, 0 of none."""
+        """The bytes of the image's own file and when it was changed, in ns; 0, 0 of none."""
         ...
 
     def digest(self) -> Digest:
-        """Over all pictures: another one says that some have changed, or cannot be read now."""
+        """Over all images: another one says that some have changed, or cannot be read now."""
         ...
 
 
@@ -135,8 +135,8 @@ def default_data_dir() -> Path:
     Raises:
       UserError: neither is there, as in a container whose user the system does not know.
     """
-    if given := os.environ.get("TFDS_DATA_DIR"):
-        return Path(os.path.expanduser(given))
+    if variable := os.environ.get("TFDS_DATA_DIR"):
+        return Path(os.path.expanduser(variable))
     at_home = home()
     if at_home is None:
         raise UserError(
@@ -161,7 +161,7 @@ def open_dataset(
       data_dir: where prepared datasets lie.
       train_split: of TFDS, slices such as "train[:90%]" included; of a folder as `FolderSplits`.
       eval_split: likewise; None is "validation" where there is one, else "test".
-      image_key: of the pictures.
+      image_key: of the images.
       label_key: of the labels.
       label_order: of a folder.
 
@@ -208,7 +208,7 @@ def open_splits(
       name: "shapes_and_textures", a TFDS name, or "folder:PATH"; a TFDS name may carry a
         configuration and a version, such as "cifar10:3.0.2".
       data_dir: where prepared datasets lie; None for `default_data_dir()`.
-      image_key: the feature of TFDS with the pictures; None for the first of its supervised keys,
+      image_key: the feature of TFDS with the images; None for the first of its supervised keys,
         or "image" where it has none.
       label_key: that with the labels; None for the second, or "label".
       label_order: the classes of a folder in the order that a run has them in.
@@ -239,12 +239,12 @@ def prepare_with_tfds(
     """Prepares what a builder of TFDS makes: one process does, and the others wait for it.
 
     Args:
-      make: gives the builder, anew where another process has prepared the dataset.
+      make: gives the builder, again where another process has prepared the dataset.
 
     Returns:
       The builder of the dataset, which is prepared.
     """
-    said = False
+    waits = False
     while not (builder := make()).is_prepared():
         folder = Path(builder.data_path)
         try:
@@ -255,9 +255,9 @@ def prepare_with_tfds(
                 if not (builder := make()).is_prepared():
                     builder.download_and_prepare()
         except UserError:  # there is another process
-            if not said:
+            if not waits:
                 print(f"another process prepares {folder}; this one waits for it", flush=True)
-            said = True
+            waits = True
             time.sleep(POLL)
     return builder
 
@@ -277,14 +277,14 @@ def folder_of(name: str) -> Path:
 
 
 class TfdsSplits:
-    """The splits of a prepared TFDS dataset of labelled pictures."""
+    """The splits of a prepared TFDS dataset of labelled images."""
 
     def __init__(
         self, builder: tfds.core.DatasetBuilder, image_key: str | None, label_key: str | None
     ):
         self._builder = builder
         self.names = list(builder.info.splits)
-        # With two there are a picture and its label; with three, a weight as well.
+        # With two there are an image and its label; with three, a weight as well.
         keys: Sequence[str] = builder.info.supervised_keys or ()
         named = len(keys) in (2, 3) and all(isinstance(key, str) for key in keys)
         image, label = keys[:2] if named else ("image", "label")
@@ -309,7 +309,7 @@ class TfdsSplits:
 
 
 class TfdsSource:
-    """A split of a prepared TFDS dataset of labelled pictures, still encoded."""
+    """A split of a prepared TFDS dataset of labelled images, still encoded."""
 
     prepared = True
 
@@ -344,7 +344,7 @@ class TfdsSource:
         return len(self._data)
 
     def name(self, index: int) -> str:
-        """What messages call the picture."""
+        """What messages call the image."""
         return f"{self._split}[{index}]"
 
     def label(self, index: int) -> int:
@@ -358,7 +358,7 @@ class TfdsSource:
         return list(self._files)
 
     def stamp(self, index: int) -> tuple[int, int]:
-        """Nothing, since many pictures share a file."""
+        """Nothing, since many images share a file."""
         del index
         return 0, 0
 
@@ -391,14 +391,14 @@ class FolderSource:
 
     @property
     def paths(self) -> list[Path]:
-        """The files of the pictures."""
+        """The files of the images."""
         return [Path(path) for path, _ in self.files]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def name(self, index: int) -> str:
-        """The picture's path, printable."""
+        """The image's path, printable."""
         return printable(str(self.files[index][0]))
 
     def label(self, index: int) -> int:
@@ -406,7 +406,7 @@ class FolderSource:
         return self.files[index][1]
 
     def stamp(self, index: int) -> tuple[int, int]:
-        """The bytes of the picture's file and when it was changed; 0, 0 where it cannot be read."""
+        """The bytes of the image's file and when it was changed; 0, 0 where it cannot be read."""
         try:
             status = os.stat(self.files[index][0])
         except OSError:
@@ -418,7 +418,7 @@ class FolderSource:
         """Over its files, by their places below the folder that all are in."""
         paths = [os.fspath(path) for path, _ in self.files]
         top = len(os.path.commonpath(paths))
-        return digest_files([(path[top:], path) for path in paths], END_OF_PICTURE)
+        return digest_files([(path[top:], path) for path in paths], END_OF_IMAGE)
 
     def read(self, index: int) -> Record:
         """The record at `index`; DecodeError says why its file cannot be read."""
@@ -427,11 +427,11 @@ class FolderSource:
 
 
 class FolderSplits:
-    """The pictures of a folder of class folders, or of folders that hold such.
+    """The images of a folder of class folders, or of folders that hold such.
 
     These are PATH/train, PATH/validation and PATH/test, by any of the names in `SPLITS`. Or they
-    are PATH, or PATH/train alone, with a tenth held out as "test": every tenth picture in the order
-    of classes and names, so that each class gives its share and the same picture is held out every
+    are PATH, or PATH/train alone, with a tenth held out as "test": every tenth image in the order
+    of classes and names, so that each class gives its share and the same image is held out every
     time.
 
     Args:
@@ -463,7 +463,7 @@ class FolderSplits:
         """The split of a standard name, or of one of its `SPLITS`; "all" is all of them.
 
         Raises:
-          UserError: none of that name, one that cannot be read, too few classes or pictures, or
+          UserError: none of that name, one that cannot be read, too few classes or images, or
             classes that are not those of the other splits.
         """
         if split == "all":
@@ -479,7 +479,7 @@ class FolderSplits:
             whole = self._source(self._whole)
         if len(whole) < 10:
             raise UserError(
-                f"{self._whole} has {len(whole)} pictures; at least 10 are needed to test on one"
+                f"{self._whole} has {len(whole)} images; at least 10 are needed to test on one"
             )
         if name == "test":
             return FolderSource(whole.files[9::10], whole.label_names)
@@ -487,7 +487,7 @@ class FolderSplits:
         return FolderSource(seen, whole.label_names)
 
     def _source(self, folder: Path) -> "FolderSource":
-        """All pictures of a folder of class folders; it is listed once."""
+        """All images of a folder of class folders; it is listed once."""
         first = next(iter(self._folders.values()), folder)
         if differ := sorted(set(subfolders(first)) ^ set(subfolders(folder))):
             raise UserError(
@@ -502,13 +502,13 @@ class FolderSplits:
         if sorted(shown) == sorted(order):
             names, shown = [names[shown.index(name)] for name in order], order
         if folder not in self._listed:
-            self._listed[folder] = list_pictures(folder, names)
+            self._listed[folder] = list_image_files(folder, names)
         return FolderSource(self._listed[folder][0], shown)
 
     @property
-    def pictures(self) -> list[str]:
-        """All pictures in the class folders of what was opened."""
-        return [path for pictures, _ in self._listed.values() for path, _ in pictures]
+    def images(self) -> list[str]:
+        """All images in the class folders of what was opened."""
+        return [path for images, _ in self._listed.values() for path, _ in images]
 
     @property
     def others(self) -> list[str]:
@@ -536,7 +536,7 @@ def reading() -> Iterator[None]:
 
 
 class Joined:
-    """The pictures of sources with the same label names, one after the other."""
+    """The images of sources with the same label names, one after the other."""
 
     def __init__(self, parts: Sequence[Source]):
         self._parts = parts
@@ -554,7 +554,7 @@ class Joined:
         return self._parts[-1], index
 
     def name(self, index: int) -> str:
-        """What its part calls the picture."""
+        """What its part calls the image."""
         source, index = self._find(index)
         return source.name(index)
 
@@ -598,8 +598,8 @@ def check_known(name: str, data_dir: Path) -> None:
     own = {synthetic.NAME, *(_base(folder) for folder in _prepared(data_dir))}
     known = {*own, *public, PREPARED_FOLDER}
     if _base(name) not in known:
-        said = unknown("dataset", name, known, shown=sorted(own))
-        raise UserError(f"{said} (or folder:PATH, or a name of TFDS)")
+        message = unknown("dataset", name, known, shown=sorted(own))
+        raise UserError(f"{message} (or folder:PATH, or a name of TFDS)")
 
 
 def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:

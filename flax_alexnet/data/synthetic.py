@@ -1,7 +1,7 @@
 """The embedded dataset: rendered shapes and textures in clutter. Generated, never downloaded.
 
 Ten classes, six of them shapes and four textures, each in random colours, sizes, places and
-rotations, on a shaded background strewn with lines and specks. Every picture derives from
+rotations, on a shaded background strewn with lines and specks. Every image derives from
 (split, index) alone.
 """
 
@@ -72,7 +72,7 @@ def builder(data_dir: Path) -> ShapesAndTextures:
 
 
 def render(split: str, index: int) -> np.ndarray:
-    """The picture at `index` of `split`, of class `index % 10`: uint8[72, 72, 3]."""
+    """The image at `index` of `split`, of class `index % 10`: uint8[72, 72, 3]."""
     rng = np.random.default_rng([sorted(EXAMPLES).index(split), index])
     canvas = Image.fromarray(_background(rng))
     _clutter(ImageDraw.Draw(canvas), rng)
@@ -107,7 +107,7 @@ def _color(rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def _object(name: str, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """What the picture shows, as (colours, mask), both of the canvas's size.
+    """What the image shows, as (colours, mask), both of the canvas's size.
 
     Coordinates (u, v) are turned and centred on the object, with 1 at its radius.
     """

@@ -1,8 +1,8 @@
-"""Pictures brought to equal squares and stored as a TFDS dataset: what `prepare` writes.
+"""Images brought to equal squares and stored as a TFDS dataset: what `prepare` writes.
 
 A dataset is made in a folder beside its place, `1.0.0.incomplete` for `1.0.0`, and put there by one
-renaming when it is whole. Its pictures, in an order that follows from their number alone, are cut
-into shards. With each shard goes a list of what became of its pictures, which is written last: a
+renaming when it is whole. Its images, in an order that follows from their number alone, are cut
+into shards. With each shard goes a list of what became of its images, which is written last: a
 shard that has its list is whole, and a run that is started again leaves it as it is.
 """
 
@@ -27,32 +27,32 @@ from tqdm import tqdm
 
 from flax_alexnet.data.decode import DecodeError, decode
 from flax_alexnet.data.prefetch import map_threads
-from flax_alexnet.data.sources import Pictures, Record
+from flax_alexnet.data.sources import Record, Records
 from flax_alexnet.utils.errors import UserError, cause, first_line
 from flax_alexnet.utils.inputs import read_json, read_text
 from flax_alexnet.utils.outputs import lock, replacing
 from flax_alexnet.utils.text import printable, write_table
 
-SHARD = 8192  # pictures of a shard at most: what a kill can cost, so a small split as a whole
-FEW = 8  # pictures that a thread is given at once, so that threads seldom wait for one another
+SHARD = 8192  # images of a shard at most: what a kill can cost, so a small split as a whole
+FEW = 8  # images that a thread is given at once, so that threads seldom wait for one another
 QUALITY = 90  # of the JPEGs
-OK = "ok"  # the outcome of a picture that was taken; any other says why it was not
+OK = "ok"  # the outcome of an image that was taken; any other says why it was not
 DATASET, LOCK, PLAN = "dataset", "lock", "plan"  # what lies in an unfinished folder
 OUTCOMES = "outcomes.csv"
 
 
 class Prepared(NamedTuple):
-    """A dataset that is whole, and what became of its pictures."""
+    """A dataset that is whole, and what became of its images."""
 
     folder: Path
-    counts: dict[str, int]  # pictures taken, by split
+    counts: dict[str, int]  # images taken, by split
     problems: list[tuple[str, str]]  # (name, why) of those that were not
     size: int  # bytes of all shards
-    rate: float  # pictures a second, of this run
+    throughput: float  # images a second, of this run
 
 
 class Shard(NamedTuple):
-    """Pictures of a split that go into one file."""
+    """Images of a split that go into one file."""
 
     split: str
     file: str
@@ -63,33 +63,33 @@ class Result(NamedTuple):
     """What is noted of a shard that is whole."""
 
     size: int  # bytes of its file
-    outcomes: list[str]  # of its pictures
+    outcomes: list[str]  # of its images
 
 
 def write_dataset(
-    splits: Mapping[str, Pictures],
+    splits: Mapping[str, Records],
     folder: Path,
     name: str,
     size: int,
     name_feature: str = "name",
     left_out: Sequence[tuple[str, str]] = (),
 ) -> Prepared:
-    """Brings all pictures to `size` × `size` by the paper's rule and stores them as JPEG.
+    """Brings all images to `size` × `size` by the paper's rule and stores them as JPEG.
 
     All cores decode, and a progress bar shows the time left; without a terminal a line does after
     each shard. A run that was stopped at any moment and is started again ends with the same bytes.
-    `outcomes.csv` lists every picture.
+    `outcomes.csv` lists every image.
 
     Args:
-      splits: pictures of each split; all have the same label names.
+      splits: images of each split; all have the same label names.
       folder: the dataset's, named by its version.
       name: the dataset's, which begins the names of its files.
       size: pixels a side.
-      name_feature: under which a picture's name stands in its record.
+      name_feature: under which an image's name stands in its record.
       left_out: (name, why) of files that are in no split, to be listed too.
 
     Raises:
-      UserError: the dataset is there already, another process prepares it, a split has no picture
+      UserError: the dataset is there already, another process prepares it, a split has no image
         that can be read, or the folder cannot be written to, such as on a full disk.
     """
     check_new(folder)
@@ -103,7 +103,7 @@ def write_dataset(
             _begin(work, _plan(splits, shards, size))
             results = {s.file: result for s in shards if (result := _result(work, s))}
             done = sum(len(result.outcomes) for result in results.values())
-            total = sum(len(pictures) for pictures in splits.values())
+            total = sum(len(records) for records in splits.values())
             start = time.perf_counter()
             with tqdm(total=total, initial=done, unit=" images", disable=None) as bar:
                 for shard in shards:
@@ -112,13 +112,13 @@ def write_dataset(
                         example = _example(splits[shard.split], size, serialize)
                         results[shard.file] = _write(work, shard, _examples(example, shard), bar)
                         if bar.disable:
-                            made = sum(len(result.outcomes) for result in results.values())
+                            tried = sum(len(result.outcomes) for result in results.values())
                             seconds = time.perf_counter() - start
-                            said = tqdm.format_meter(
-                                made, total, seconds, ncols=0, unit=" images", initial=done
+                            text = tqdm.format_meter(
+                                tried, total, seconds, ncols=0, unit=" images", initial=done
                             )
-                            print(said, flush=True)
-            rate = (total - done) / (time.perf_counter() - start)
+                            print(text, flush=True)
+            throughput = (total - done) / (time.perf_counter() - start)
             problems = _list_outcomes(work, splits, shards, results, left_out)
             infos = [_split_info(split, shards, results) for split in splits]
             tfds.folder_dataset.write_metadata(
@@ -128,7 +128,7 @@ def write_dataset(
                 version=folder.name,
                 check_data=False,  # which would need TensorFlow
                 supervised_keys=("image", "label"),
-                description=f"Pictures brought to {size} × {size} by the rule of the 2012 paper.",
+                description=f"Images brought to {size} × {size} by the rule of the 2012 paper.",
             )
             check_own()
             check_new(folder)
@@ -140,7 +140,7 @@ def write_dataset(
             "where it stopped"
         ) from None
     counts = {info.name: info.num_examples for info in infos}
-    return Prepared(folder, counts, problems, sum(r.size for r in results.values()), rate)
+    return Prepared(folder, counts, problems, sum(r.size for r in results.values()), throughput)
 
 
 def check_new(folder: Path, instead: str = "--data.data-dir") -> None:
@@ -175,7 +175,7 @@ def _format(
         }
     )
 
-    # As TFDS does, ten times as fast: a hundredth of the time that a picture takes.
+    # As TFDS does, ten times as fast: a hundredth of the time that an image takes.
     def serialize(record: Record) -> bytes:
         example = tf_example_pb2.Example()
         values = example.features.feature
@@ -187,18 +187,18 @@ def _format(
     return features, serialize
 
 
-def _shards(name: str, split: str, pictures: int) -> list[Shard]:
-    """The pictures of a split in a random order, so that slices of it hold all classes."""
-    order = np.random.default_rng(pictures).permutation(pictures)
-    count = max(1, -(-pictures // SHARD))
+def _shards(name: str, split: str, records: int) -> list[Shard]:
+    """The images of a split in a random order, so that slices of it hold all classes."""
+    order = np.random.default_rng(records).permutation(records)
+    count = max(1, -(-records // SHARD))
     return [
         Shard(split, f"{name}-{split}.array_record-{number:05}-of-{count:05}", indices)
         for number, indices in enumerate(np.array_split(order, count))
     ]
 
 
-def _plan(splits: Mapping[str, Pictures], shards: Sequence[Shard], size: int) -> str:
-    """A digest of what decides which picture goes where, and how it is stored."""
+def _plan(splits: Mapping[str, Records], shards: Sequence[Shard], size: int) -> str:
+    """A digest of what decides which image goes where, and how it is stored."""
     label_names = next(iter(splits.values())).label_names
     digest = hashlib.sha256(json.dumps([size, QUALITY, *label_names]).encode())
     for shard in shards:
@@ -235,7 +235,7 @@ def _begin(work: Path, plan: str) -> None:
     """Makes the folder ready for a plan; what was done by another one is removed."""
     path = work / PLAN
     if path.exists() and read_text(path) != plan:
-        print(f"{work} was begun with other pictures or another size; it is begun anew")
+        print(f"{work} was begun with other images or another size; it is begun again")
         path.unlink()
     if not path.exists():
         for left in work.iterdir():
@@ -249,7 +249,7 @@ def _begin(work: Path, plan: str) -> None:
 
 
 def _result(work: Path, shard: Shard) -> Result | None:
-    """What is noted of a shard, if it is whole; one without any picture is tried again."""
+    """What is noted of a shard, if it is whole; one without any image is tried again."""
     try:
         result = Result(*read_json(work / shard.file))
         whole = (work / DATASET / shard.file).stat().st_size == result.size
@@ -261,13 +261,13 @@ def _result(work: Path, shard: Shard) -> Result | None:
 
 
 def _example(
-    pictures: Pictures, size: int, serialize: Callable[[Record], bytes]
+    records: Records, size: int, serialize: Callable[[Record], bytes]
 ) -> Callable[[int], tuple[bytes | None, str]]:
-    """The function from a picture's index to the record to store, if any, and the outcome."""
+    """The function from an image's index to the record to store, if any, and the outcome."""
 
     def example(index: int) -> tuple[bytes | None, str]:
         try:
-            record = pictures.read(index)
+            record = records.read(index)
             pixels = decode(record.image, size)
         except DecodeError as error:
             return None, str(error)
@@ -280,7 +280,7 @@ def _example(
 def _examples(
     example: Callable[[int], tuple[bytes | None, str]], shard: Shard
 ) -> Iterator[tuple[bytes | None, str]]:
-    """What `example` gives for each picture of a shard, in order, computed by all cores."""
+    """What `example` gives for each image of a shard, in order, computed by all cores."""
     rows = np.split(shard.indices, range(FEW, len(shard.indices), FEW))
     several = map_threads(lambda few: [example(index) for index in few.tolist()], rows)
     return itertools.chain.from_iterable(several)
@@ -310,29 +310,29 @@ def _write(
 
 def _list_outcomes(
     work: Path,
-    splits: Mapping[str, Pictures],
+    splits: Mapping[str, Records],
     shards: Sequence[Shard],
     results: Mapping[str, Result],
     left_out: Sequence[tuple[str, str]],
 ) -> list[tuple[str, str]]:
-    """Writes what became of each picture, and returns (name, why) of those not taken.
+    """Writes what became of each image, and returns (name, why) of those not taken.
 
     Those `left_out` follow, with no split.
     """
     rows, problems = [("split", "name", "outcome")], []
-    for split, pictures in splits.items():
-        outcomes = [""] * len(pictures)
+    for split, records in splits.items():
+        outcomes = [""] * len(records)
         for shard in shards:
             if shard.split == split:
                 of_shard = results[shard.file].outcomes
                 for index, outcome in zip(shard.indices.tolist(), of_shard, strict=True):
                     outcomes[index] = outcome
-        named = [(pictures.name(index), outcome) for index, outcome in enumerate(outcomes)]
+        named = [(records.name(index), outcome) for index, outcome in enumerate(outcomes)]
         rows += [(split, *row) for row in named]
         problems += [row for row in named if row[1] != OK]
         if OK not in outcomes:
             why = f", such as {problems[-1][0]}: {problems[-1][1]}" if outcomes else ""
-            raise UserError(f"no picture of the split {split!r} can be read{why}")
+            raise UserError(f"no image of the split {split!r} can be read{why}")
     rows += [("", *row) for row in left_out]
     with (work / DATASET / OUTCOMES).open("w", newline="", encoding="utf-8") as file:
         write_table(file, rows)

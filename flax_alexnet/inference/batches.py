@@ -1,4 +1,4 @@
-"""A trained net over many pictures, in batches, on all devices of this process."""
+"""A trained model over many images, in batches, on all devices of this process."""
 
 import collections
 import functools
@@ -18,23 +18,23 @@ from flax_alexnet.weights.pretrained import Pretrained
 
 
 def infer(
-    function: Callable[[jax.Array], Any], pictures: Iterable[Example], batch_size: int
+    function: Callable[[jax.Array], Any], examples: Iterable[Example], batch_size: int
 ) -> Iterator[tuple[Example, Any]]:
-    """Each picture with its row of what `function` gives, or with None where it could not be read.
+    """Each image with its row of what `function` gives, or with None where it could not be read.
 
     Args:
       function: uint8[b, size, size, 3] to a tree of arrays [b, …]; jitted, or made of jitted ones.
         All batches have the same size; the last one is filled up.
-      pictures: read lazily, some batches ahead.
-      batch_size: pictures at once; rounded up to a multiple of the devices.
+      examples: read lazily, some batches ahead.
+      batch_size: images at once; rounded up to a multiple of the devices.
     """
     layout = make_layout("data", (), devices=jax.local_devices())
     devices = jax.local_device_count()
     batch_size = -(-batch_size // devices) * devices
 
     def batches() -> Iterator[tuple[list[Example], Any]]:
-        for group in _grouped(pictures, batch_size):
-            images = [picture.image for picture in group if picture.image is not None]
+        for group in _grouped(examples, batch_size):
+            images = [example.image for example in group if example.image is not None]
             if not images:
                 yield group, None
                 continue
@@ -43,17 +43,17 @@ def infer(
 
     for group, results in prefetch(batches(), 1):  # the device works while the host goes on
         rows = collections.deque(_rows(results, batch_size))
-        for picture in group:
-            yield picture, rows.popleft() if picture.image is not None else None
+        for example in group:
+            yield example, rows.popleft() if example.image is not None else None
 
 
-def _grouped(pictures: Iterable[Example], batch_size: int) -> Iterator[list[Example]]:
-    """As many pictures as hold `batch_size` that could be read; those that could not between."""
+def _grouped(examples: Iterable[Example], batch_size: int) -> Iterator[list[Example]]:
+    """As many images as hold `batch_size` that could be read; those that could not between."""
     group: list[Example] = []
     readable = 0
-    for picture in pictures:
-        group.append(picture)
-        readable += picture.image is not None
+    for example in examples:
+        group.append(example)
+        readable += example.image is not None
         if readable == batch_size:
             yield group
             group, readable = [], 0
@@ -69,45 +69,47 @@ def _rows(results: Any, count: int) -> list[Any]:
 
 
 def check_numbers(values: Any, what: str) -> None:
-    """Raises UserError where a net gives NaN or ∞, as one of huge or damaged weights does.
+    """Raises UserError where a model gives NaN or ∞, as one of huge or damaged weights does.
 
     Args:
       values: an array, such as log-probabilities; −∞ is that of 0.
-      what: they are of, such as the name of a picture.
+      what: they are of, such as the name of an image.
     """
     if not np.all(values < np.inf):
         raise UserError(
-            f"the net gives what is not a number for {what}: its weights are too large or damaged; "
-            "take another net"
+            f"the model gives what is not a number for {what}: its weights are too large or "
+            "damaged; take another model"
         )
 
 
 def on_devices(
-    net: Pretrained, function: Callable[[AlexNet, Any, jax.Array], Any]
+    pretrained: Pretrained, function: Callable[[AlexNet, Any, jax.Array], Any]
 ) -> Callable[[jax.Array], Any]:
     """`function` of (model, params, images) as one of images alone, jitted, for `infer`."""
     layout = make_layout("data", (), devices=jax.local_devices())
     # The layout keeps XLA from gathering whole batches for convolutions with groups.
-    model = net.model.clone(partition=layout.partition)
-    params = jax.device_put(net.params, layout.replicated)
+    model = pretrained.model.clone(partition=layout.partition)
+    params = jax.device_put(pretrained.params, layout.replicated)
     of_batch = jax.jit(functools.partial(function, model))
     return lambda images: of_batch(params, images)
 
 
-def log_probabilities(net: Pretrained, crops: int = 1) -> Callable[[jax.Array], jax.Array]:
+def log_probabilities(pretrained: Pretrained, crops: int = 1) -> Callable[[jax.Array], jax.Array]:
     """The function from uint8[b, s, s, 3] to log-probabilities, float32[b, classes].
 
     Args:
-      net: a classifier.
+      pretrained: a classifier.
       crops: 1 for the central crop, or 10 for the paper's corners, centre and their mirror images
         (section 4.1), over which the probabilities are averaged.
     """
 
     def of_batch(model: AlexNet, params: Any, images: jax.Array) -> jax.Array:
-        seen = net.preprocess(images)[:, None] if crops == 1 else net.ten_crops(images)
+        seen = (
+            pretrained.preprocess(images)[:, None] if crops == 1 else pretrained.ten_crops(images)
+        )
         logits: Any = model.apply({"params": params}, seen.reshape(-1, *seen.shape[2:]))
         logits = logits.astype(jnp.float32).reshape(*seen.shape[:2], -1)
         means = jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=1)
         return means - np.log(seen.shape[1], dtype=np.float32)
 
-    return on_devices(net, of_batch)
+    return on_devices(pretrained, of_batch)

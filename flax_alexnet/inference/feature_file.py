@@ -1,10 +1,10 @@
-"""Features of many pictures in one file, HDF5 or NumPy, written row by row and resumable.
+"""Features of many images in one file, HDF5 or NumPy, written row by row and resumable.
 
-Both have the same columns, with a row a picture: `name` (bytes, UTF-8), `label` (int32, −1 where
+Both have the same columns, with a row an image: `name` (bytes, UTF-8), `label` (int32, −1 where
 unknown), `status` (uint8: 0 not yet, 1 read, 2 could not be read), `problem` (bytes: why not),
-`size` and `changed` (int64: the bytes of the picture's file and when it was last changed, in
+`size` and `changed` (int64: the bytes of the image's file and when it was last changed, in
 nanoseconds since 1970; 0 of what is no file of its own), and one for each layer (float32; NaN where
-the picture could not be read). HDF5 holds each as a dataset,
+the image could not be read). HDF5 holds each as a dataset,
 
     h5py.File("features.h5")["fc7"][:]
 
@@ -41,11 +41,11 @@ class FeatureFile:
 
     Args:
       path: with one of `SUFFIXES`.
-      names: of the pictures, in order.
-      layers: {name: shape of a picture's features}.
+      names: of the images, in order.
+      layers: {name: shape of an image's features}.
 
     Raises:
-      UserError: there is a file that is not of these pictures and layers, or none can be made.
+      UserError: there is a file that is not of these images and layers, or none can be made.
     """
 
     def __init__(self, path: Path, names: Sequence[str], layers: Mapping[str, Sequence[int]]):
@@ -56,15 +56,15 @@ class FeatureFile:
             + [(layer, "<f4", tuple(shape)) for layer, shape in layers.items()]
         )
         self.path, self._length = path, len(names)
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as resources:
             try:
-                folder = held.enter_context(alone(path))
+                folder = resources.enter_context(alone(path))
                 if not os.path.lexists(path):
                     self._make(encoded, folder / path.name)
                 self._at = self._places()
                 flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
                 self._file = os.open(path, flags)
-                held.callback(os.close, self._file)
+                resources.callback(os.close, self._file)
                 self._bytes = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
                 self._columns = {
                     name: np.ndarray(self._length, self.types[name], self._bytes, place, (stride,))
@@ -82,10 +82,10 @@ class FeatureFile:
                 raise UserError(f"cannot use {path} ({reason}); take another --output") from None
             if not np.array_equal(self["name"], encoded):
                 raise UserError(
-                    f"{path} holds the features of other pictures; take another --output, or "
+                    f"{path} holds the features of other images; take another --output, or "
                     "remove it"
                 )
-            self._held = held.pop_all()
+            self._resources = resources.pop_all()
 
     def _make(self, names: np.ndarray, partial: Path) -> None:
         """Makes the file under another name until it is whole, so that none is used half made."""
@@ -137,9 +137,13 @@ class FeatureFile:
         wanted = (self.types[name].base, (self._length, *self.types[name].shape))
         if (column.dtype, column.shape) != wanted:
             raise ValueError(f"its column {name} is of another type or shape")
-        made = column.id.get_create_plist()
+        creation = column.id.get_create_plist()
         place = column.id.get_offset()
-        if made.get_layout() != h5py.h5d.CONTIGUOUS or made.get_external_count() or place is None:
+        if (
+            creation.get_layout() != h5py.h5d.CONTIGUOUS
+            or creation.get_external_count()
+            or place is None
+        ):
             raise ValueError(f"its column {name} is not stored as it was made")
         return place
 
@@ -193,7 +197,7 @@ class FeatureFile:
         with contextlib.suppress(OSError):
             os.fsync(self._file)
         self._columns = {}
-        self._held.close()
+        self._resources.close()
 
 
 def nearest(
@@ -217,7 +221,7 @@ def nearest(
 
     Returns:
       Rows, int[queries, count], and distances, float[queries, count], the nearest first. Fewer than
-      `count` columns where there are not so many other pictures.
+      `count` columns where there are not so many other images.
     """
 
     def vectors(values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A net as an ONNX graph, written from its table of layers.
+"""A model as an ONNX graph, written from its table of layers.
 
 A variant is data, so nothing is traced: each layer becomes the nodes that ONNX has for it, and the
 graph can be read beside the table. Maps are (b, c, h, w) within, and (b, h, w, c) at both ends.
@@ -24,8 +24,8 @@ from flax_alexnet.models.architectures import (
     Pool,
     architecture,
     explicit_padding,
+    infer_shapes,
     layers_until,
-    trace,
 )
 from flax_alexnet.ops.pooling import adaptive_average_pool
 from flax_alexnet.utils.errors import UserError
@@ -56,7 +56,7 @@ class Chain:
 def onnx_model(
     model: AlexNet, params: Mapping[str, Mapping[str, Any]], rule: Preprocessing, last: str
 ) -> onnx.ModelProto:
-    """Preprocessing, then the net up to the activation `last`, in float32 and for any batch.
+    """Preprocessing, then the model up to the activation `last`, in float32 and for any batch.
 
     The input is called "images": uint8[batch, image_size, image_size, 3], RGB. The output has the
     activation's name, its shape, and maps as (batch, h, w, c): float32[batch, …].
@@ -68,7 +68,7 @@ def onnx_model(
     chain = Chain("images")
     _preprocess(chain, rule)
     shape: tuple[int, ...] = (rule.crop_size, rule.crop_size, 3)
-    for info in trace(layers, *shape):
+    for info in infer_shapes(layers, *shape):
         _layer(chain, info.layer, shape, params.get(info.layer.name, {}))
         if isinstance(info.layer, Conv | Dense) and (
             info.layer.name != layers[-1].name or last != "logits" or model.relu_logits
@@ -82,11 +82,11 @@ def onnx_model(
     size = sum(array.nbytes for array in chain.constants.values())
     if size > LARGEST_FILE:
         raise UserError(f"weights of {size / 1e9:.1f} GB do not fit into ONNX, which ends at 2 GB")
-    square = [rule.image_size, rule.image_size, 3]
+    sides = [rule.image_size, rule.image_size, 3]
     graph = helper.make_graph(
         chain.nodes,
         f"AlexNet_{model.variant}",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", *square])],
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", *sides])],
         [helper.make_tensor_value_info(last, TensorProto.FLOAT, ["batch", *shape])],
         [numpy_helper.from_array(array, name) for name, array in chain.constants.items()],
     )
@@ -146,10 +146,10 @@ def _layer(chain: Chain, layer: Layer, shape: tuple[int, ...], params: Mapping[s
 
 def _window(layer: Conv | Pool, shape: tuple[int, ...]) -> dict[str, list[int]]:
     (top, bottom), (left, right) = (
-        explicit_padding(size, layer.window, layer.stride, layer.padding) for size in shape[:2]
+        explicit_padding(size, layer.kernel_size, layer.stride, layer.padding) for size in shape[:2]
     )
     return {
-        "kernel_shape": [layer.window] * 2,
+        "kernel_shape": [layer.kernel_size] * 2,
         "strides": [layer.stride] * 2,
         "pads": [top, left, bottom, right],
     }

@@ -1,4 +1,4 @@
-"""Features of a trained net, its named activations, and what they say for a class."""
+"""Features of a trained model, its named activations, and what they say for a class."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,9 +22,9 @@ def features(
     so a trunk without dense layers will do for `conv5`.
 
     Args:
-      model: the net, such as `flax_alexnet.load(path).model`.
+      model: the model, such as `flax_alexnet.load(path).model`.
       params: its parameters, {"conv1": {"kernel", "bias"}, …}.
-      images: float[b, h, w, 3] as the net was trained on, such as `Pretrained.preprocess` gives.
+      images: float[b, h, w, 3] as the model was trained on, such as `Pretrained.preprocess` gives.
       layers: names of activations, such as ("conv5", "fc7"): layers after their activation
         function, `norm1`, `pool1`, …, and `logits`.
 
@@ -67,9 +67,9 @@ def grad_cam(
     sum, what is above zero is kept. A pure function, to be jitted (`model` and `layer` static).
 
     Args:
-      model: the net, such as `flax_alexnet.load(path).model`.
+      model: the model, such as `flax_alexnet.load(path).model`.
       params: the parameters of all its layers.
-      images: float[b, h, w, 3] as the net was trained on, such as `Pretrained.preprocess` gives.
+      images: float[b, h, w, 3] as the model was trained on, such as `Pretrained.preprocess` gives.
       labels: int[b], the class asked about for each image, in [0, num_classes).
       layer: name of an activation that is a map; none: the last convolution, `conv5`.
 

@@ -19,9 +19,9 @@ from flax_alexnet.models.architectures import (
     Pool,
     architecture,
     explicit_padding,
+    infer_shapes,
     layers_after,
     layers_until,
-    trace,
 )
 from flax_alexnet.ops.convolution import convolve
 from flax_alexnet.ops.dense import multiply
@@ -71,7 +71,7 @@ class AlexNet(nn.Module):
       dropout_rate: share of the units set to zero where the variant has dropout, in [0, 1).
       width: multiplier of the features of every layer but the last, > 0.
       relu_logits: the notebook's ReLU on the last layer. It is a fault, off by default: a logit
-        below zero gets no gradient, and a net whose logits are all zero never learns again.
+        below zero gets no gradient, and a model whose logits are all zero never learns again.
       initialization: "published" for the variant's own initial values, or "he" for normal kernels
         of variance 2 / fan in and zero biases (He et al. 2015), which also trains where N(0, 0.01)
         stalls.
@@ -117,17 +117,19 @@ class AlexNet(nn.Module):
         shape: tuple[int, ...]
         if images.ndim != 4:
             raise ValueError(f"images must be (batch, height, width, channels), not {images.shape}")
-        trace(layers, *images.shape[1:])  # says which layer an image that is too small breaks
+        infer_shapes(
+            layers, *images.shape[1:]
+        )  # says which layer an image that is too small breaks
 
         x = images.astype(self.dtype)
         for layer in layers:
             affine = None
             match layer:
-                case Conv(name=name, window=window, groups=groups):
+                case Conv(name=name, kernel_size=side, groups=groups):
                     operator = functools.partial(
                         convolve, stride=layer.stride, padding=_padding(x, layer), groups=groups
                     )
-                    shape = (window, window, x.shape[-1] // groups, layer.features)
+                    shape = (side, side, x.shape[-1] // groups, layer.features)
                     affine = self._affine(layer, operator, shape)
                     x = self.activation(affine(x))
                 case Dense(name=name):
@@ -151,7 +153,7 @@ class AlexNet(nn.Module):
                     x = self.partition(layer, normalize)(x)
                 case Pool(name=name):
                     pool = max_pool if layer.kind == "MAX" else average_pool
-                    x = pool(x, layer.window, layer.stride, _padding(x, layer))
+                    x = pool(x, layer.kernel_size, layer.stride, _padding(x, layer))
                 case AdaptivePool(name=name):
                     x = adaptive_average_pool(x, layer.size)
                 case Dropout():
@@ -246,7 +248,7 @@ def implementations(
         match layer:
             case Conv(groups=groups):
                 sizes = channels // groups, layer.features // groups
-                facts = Convolution(*sizes, layer.window, layer.stride, dtype)
+                facts = Convolution(*sizes, layer.kernel_size, layer.stride, dtype)
                 # The gradient by the images is not computed.
                 directions = of_kernels[::2] if layer is layers[0] else of_kernels
                 note(layer, Operation.CONVOLUTION, directions, facts)
@@ -254,10 +256,10 @@ def implementations(
             case Norm():
                 note(layer, Operation.NORMALIZATION, [forward], None)
             case Pool(kind="MAX"):
-                facts = Pooling(layer.window, layer.stride, dtype)
+                facts = Pooling(layer.kernel_size, layer.stride, dtype)
                 note(layer, Operation.MAX_POOLING, [forward, gradient], facts)
             case Pool():
-                facts = Pooling(layer.window, layer.stride, dtype)
+                facts = Pooling(layer.kernel_size, layer.stride, dtype)
                 note(layer, Operation.AVERAGE_POOLING, [forward], facts)
             case Dense():
                 note(layer, Operation.DENSE, of_kernels, Product(rows, dtype))
@@ -273,6 +275,7 @@ def _flat_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _padding(x: jax.Array, layer: Conv | Pool) -> Pads:
     top_bottom, left_right = (
-        explicit_padding(size, layer.window, layer.stride, layer.padding) for size in x.shape[1:3]
+        explicit_padding(size, layer.kernel_size, layer.stride, layer.padding)
+        for size in x.shape[1:3]
     )
     return top_bottom, left_right

@@ -6,7 +6,7 @@ initial values) stands in these tables and nowhere else.
 
 Sources: the TensorFlow notebook this project starts from; Krizhevsky, Sutskever and Hinton,
 "ImageNet Classification with Deep Convolutional Neural Networks" (2012), with its source code's
-net #145 for what the paper leaves open; Caffe's bvlc_alexnet and bvlc_reference_caffenet;
+model #145 for what the paper leaves open; Caffe's bvlc_alexnet and bvlc_reference_caffenet;
 torchvision's `alexnet` ("One weird trick", 2014); cuda-convnet's `layers-18pct.cfg`.
 """
 
@@ -32,7 +32,7 @@ class Conv:
 
     name: str
     features: int
-    window: int
+    kernel_size: int
     stride: int = 1
     padding: Padding = "VALID"
     groups: int = 1
@@ -70,7 +70,7 @@ class Pool:
     """A square pooling window; `AVERAGE` counts only the pixels that lie inside the image."""
 
     name: str
-    window: int
+    kernel_size: int
     stride: int
     kind: Literal["MAX", "AVERAGE"] = "MAX"
     padding: Padding = "VALID"
@@ -105,7 +105,7 @@ class Architecture:
 
     @property
     def groups(self) -> int:
-        """The largest number of groups of any convolution: 2 where the net has two towers."""
+        """The largest number of groups of any convolution: 2 where the model has two towers."""
         return max(layer.groups for layer in self.layers if isinstance(layer, Conv))
 
     def scaled(self, num_classes: int, width: float = 1.0) -> tuple[Layer, ...]:
@@ -144,7 +144,7 @@ NOTEBOOK = Architecture(
     ),
 )
 
-# The paper's 224 pixels do not give its 55 × 55 maps; net #145 pads the right and bottom edges.
+# The paper's 224 pixels do not give its 55 × 55 maps; model #145 pads the right and bottom edges.
 PAPER = Architecture(
     "paper",
     224,
@@ -284,10 +284,15 @@ def parameter_shapes(
     layers = tuple(layers)
     result: dict[str, tuple[int, ...]] = {}
     before: tuple[int, ...] = (height, width, channels)
-    for info in trace(layers, height, width, channels):
+    for info in infer_shapes(layers, height, width, channels):
         layer = info.layer
         if isinstance(layer, Conv):
-            kernel = (layer.window, layer.window, before[-1] // layer.groups, layer.features)
+            kernel = (
+                layer.kernel_size,
+                layer.kernel_size,
+                before[-1] // layer.groups,
+                layer.features,
+            )
             result |= {f"{layer.name}/kernel": kernel, f"{layer.name}/bias": (layer.features,)}
         elif isinstance(layer, Dense):
             shape = (math.prod(before), *info.shape)
@@ -305,20 +310,22 @@ class LayerInfo(NamedTuple):
     macs: int  # multiply-accumulates of the forward pass
 
 
-def explicit_padding(size: int, window: int, stride: int, padding: Padding) -> tuple[int, int]:
+def explicit_padding(size: int, kernel_size: int, stride: int, padding: Padding) -> tuple[int, int]:
     """Pixels added (before, after) along an axis of `size` for any of the paddings above."""
     if padding == "SAME":
-        total = max(0, (-(-size // stride) - 1) * stride + window - size)
+        total = max(0, (-(-size // stride) - 1) * stride + kernel_size - size)
         return total // 2, total - total // 2
     if padding == "VALID":
         return 0, 0
     if padding == "CEIL":
         # The last window starts inside the image, even where the stride exceeds the window.
-        return 0, min(-(size - window) % stride, window - 1)
+        return 0, min(-(size - kernel_size) % stride, kernel_size - 1)
     return padding
 
 
-def trace(layers: Iterable[Layer], height: int, width: int, channels: int = 3) -> list[LayerInfo]:
+def infer_shapes(
+    layers: Iterable[Layer], height: int, width: int, channels: int = 3
+) -> list[LayerInfo]:
     """Shapes, parameters and multiply-accumulates of each layer for one image.
 
     Raises:
@@ -332,16 +339,16 @@ def trace(layers: Iterable[Layer], height: int, width: int, channels: int = 3) -
             case Conv() | Pool():
                 spatial = []
                 for size in shape[:2]:
-                    padding = explicit_padding(size, layer.window, layer.stride, layer.padding)
-                    spatial.append((size + sum(padding) - layer.window) // layer.stride + 1)
+                    padding = explicit_padding(size, layer.kernel_size, layer.stride, layer.padding)
+                    spatial.append((size + sum(padding) - layer.kernel_size) // layer.stride + 1)
                 if min(spatial) < 1:
                     raise UserError(
                         f"an image of {height}×{width} does not fit: {layer.name} is left with "
-                        f"{shape[0]}×{shape[1]} pixels for a window of {layer.window}; "
+                        f"{shape[0]}×{shape[1]} pixels for a window of {layer.kernel_size}; "
                         "use larger images"
                     )
                 if isinstance(layer, Conv):
-                    per_output = layer.window**2 * shape[2] // layer.groups
+                    per_output = layer.kernel_size**2 * shape[2] // layer.groups
                     macs = math.prod(spatial) * layer.features * per_output
                     parameters = layer.features * (per_output + 1)
                     shape = (*spatial, layer.features)
@@ -350,7 +357,7 @@ def trace(layers: Iterable[Layer], height: int, width: int, channels: int = 3) -
             case AdaptivePool():
                 shape = (layer.size, layer.size, shape[2])
             case Dense():
-                assert layer.features is not None, "trace() takes scaled layers"
+                assert layer.features is not None, "infer_shapes() takes scaled layers"
                 macs = math.prod(shape) * layer.features
                 parameters = macs + layer.features
                 shape = (layer.features,)

@@ -36,7 +36,7 @@ def lpips(
     the pixels, are added up over the layers. A pure function, to be jitted and differentiated.
 
     Args:
-      params: {"conv1" … "conv5": {"kernel", "bias"}} of torchvision's net, which the heads were
+      params: {"conv1" … "conv5": {"kernel", "bias"}} of torchvision's model, which the heads were
         trained on, such as `flax_alexnet.load(path).params`; other layers are not looked at.
       heads: {"lin0" … "lin4": float32[1, 1, c, 1]}, such as `flax_alexnet.load(path).lpips_heads`.
       a: float[n, h, w, 3], RGB in [-1, 1], sides of at least 31 pixels.
@@ -50,7 +50,7 @@ def lpips(
     Raises:
       ValueError: images of different shapes, of whole numbers, or with values outside [-1, 1],
         which can be seen only where they are not traced (`jax.jit`, `jax.grad`).
-      UserError: images that are too small for the net.
+      UserError: images that are too small for the model.
 
     Warns:
       UserWarning: neither image has a value below 0, so both are probably in [0, 1].

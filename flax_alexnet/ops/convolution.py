@@ -35,7 +35,7 @@ Implementation = Literal["xla", "patches", "space_to_depth", "onednn", "onednn_p
 Shape = tuple[int, ...]
 Form = Callable[..., jax.Array]  # of two arrays, the shape of the result, stride and padding
 PARTS = 4  # of a batch: see `_side_by_side`
-# Outside of a program JAX would compile a loop anew at each call.
+# Outside of a program JAX would compile a loop again at each call.
 _compiled_once = functools.partial(jax.jit, static_argnames=("shape", "stride", "padding"))
 
 

@@ -40,7 +40,7 @@ class Convolution(NamedTuple):
 
     channels: int
     features: int
-    window: int
+    kernel_size: int
     stride: int
     dtype: Any = jnp.float32
 
@@ -55,7 +55,7 @@ class Product(NamedTuple):
 class Pooling(NamedTuple):
     """What decides about pooling."""
 
-    window: int
+    kernel_size: int
     stride: int
     dtype: Any = jnp.float32
 
@@ -96,7 +96,7 @@ CHOICES = (
         (KERNEL_GRADIENT,),
         "cpu with oneDNN",
         "up to 32 channels, 3 × 3 up to 96",
-        lambda c: c.channels <= (96 if c.window == 3 else 32),
+        lambda c: c.channels <= (96 if c.kernel_size == 3 else 32),
         "onednn",
         "notebook's conv1 105 to 140 against 331, torchvision's 80 against 241",
     ),
@@ -125,7 +125,7 @@ CHOICES = (
         (FORWARD,),
         "cpu",
         "3 × 3, stride 2",
-        lambda c: (c.window, c.stride) == (3, 2),
+        lambda c: (c.kernel_size, c.stride) == (3, 2),
         "patches",
         "notebook's conv3 126 against 159; its conv4 181 against 164, conv2 412 against 362",
     ),
@@ -144,7 +144,7 @@ CHOICES = (
         (INPUT_GRADIENT,),
         "cpu",
         "5 × 5, stride 1",
-        lambda c: (c.window, c.stride) == (5, 1),
+        lambda c: (c.kernel_size, c.stride) == (5, 1),
         "patches",
         "torchvision's conv2 219 against 317, a tower of the paper's conv2 137 against 143; "
         "notebook's conv2 493 against 349, conv4 152 against 162",

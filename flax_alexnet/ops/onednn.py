@@ -75,8 +75,8 @@ def _circumstances() -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         kind = sorted({line for line in lines if line.startswith(("model name", "flags"))})
-        told = [jax.__version__, jaxlib.__version__, Path(__file__).read_text(), *kind]
-        return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+        facts = [jax.__version__, jaxlib.__version__, Path(__file__).read_text(), *kind]
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
     return "unknown"
 
 
@@ -126,8 +126,8 @@ def check() -> bool:
             (_Product(False, True), (a, b.T)),
         ):
             expected = jax.jit(operation.by_xla)(*arrays)
-            found = _primitive.bind(*arrays, operation=operation)
-            if not jnp.abs(found - expected).max() <= 1e-5 * jnp.abs(expected).max():
+            actual = _primitive.bind(*arrays, operation=operation)
+            if not jnp.abs(actual - expected).max() <= 1e-5 * jnp.abs(expected).max():
                 return False
     except (jax.errors.JaxRuntimeError, Warning):  # no such operation, or the cache wrote it
         return False

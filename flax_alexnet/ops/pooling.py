@@ -1,4 +1,4 @@
-"""Pooling in the paddings of the original nets."""
+"""Pooling in the paddings of the original models."""
 
 import dataclasses
 import functools

@@ -54,13 +54,13 @@ def join(
         another program.
     """
     cluster = detected(os.environ)
-    given = {
+    flags = {
         "coordinator": coordinator,
         "num-processes": num_processes,
         "process-id": process_id,
     }
-    missing = [f"--parallel.{name}" for name, value in given.items() if value is None]
-    asked = len(missing) < len(given)
+    missing = [f"--parallel.{name}" for name, value in flags.items() if value is None]
+    asked = len(missing) < len(flags)
     if num_processes == 1 or not (asked or cluster):
         return
     if missing and not cluster:
@@ -220,13 +220,13 @@ def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
     # long. A thread is told of each signal at once.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    told_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    descriptor_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     watcher = threading.Thread(target=watch, name=WATCHER, daemon=True)
     watcher.start()
     try:
         yield requested
     finally:
-        signal.set_wakeup_fd(told_before)
+        signal.set_wakeup_fd(descriptor_before)
         for number, action in before.items():
             signal.signal(number, action)
         os.close(writer)  # which ends the thread

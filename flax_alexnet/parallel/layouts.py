@@ -9,7 +9,7 @@ for all layouts, and so are all random draws: they are made for the whole batch,
 - `zero`: as `data`, but dense kernels, and with them their velocities, are split too; a device
   gathers a kernel when it is used (as in ZeRO, Rajbhandari et al. 2020).
 - `hybrid`: convolutions as in `data`; each device of the `model` axis computes its share of the
-  features of each dense layer, for all pictures ("One weird trick", Krizhevsky 2014, section 3).
+  features of each dense layer, for all images ("One weird trick", Krizhevsky 2014, section 3).
 - `towers`: the two halves of the features of each layer on two devices; a layer with two groups
   needs nothing of the other half (Krizhevsky, Sutskever and Hinton 2012, section 3.5).
 """
@@ -34,7 +34,7 @@ LayoutName = Literal["data", "zero", "hybrid", "towers"]
 P = PartitionSpec
 
 # The axes of each layout's mesh; along the last one layers are split, along all but it (and in
-# "hybrid" along it too, up to the first dense layer) pictures.
+# "hybrid" along it too, up to the first dense layer) images.
 AXES: dict[LayoutName, tuple[str, ...]] = {
     "data": ("data",),
     "zero": ("data",),
@@ -66,12 +66,12 @@ RULES: dict[LayoutName, tuple[tuple[str, PartitionSpec], ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the state and the batches of a net lie on a mesh, and how its layers work there.
+    """Where the state and the batches of a model lie on a mesh, and how its layers work there.
 
     Attributes:
       name: a key of `AXES` and `RULES`.
       mesh: its axes are `AXES[name]`.
-      layers: of the net, with their features.
+      layers: of the model, with their features.
     """
 
     name: LayoutName
@@ -85,7 +85,7 @@ class Layout:
 
     @property
     def batch(self) -> NamedSharding:
-        """Pictures in equal blocks of the leading axis; the two towers see the same ones."""
+        """Images in equal blocks of the leading axis; the two towers see the same ones."""
         axes = ("data", "model") if self.name == "hybrid" else "data"
         return NamedSharding(self.mesh, P(axes))
 
@@ -116,16 +116,16 @@ class Layout:
         if self.name == "towers" and isinstance(layer, Norm):
             return self._split_norm(layer, operator)
         if isinstance(layer, Conv | Dense):
-            return self._on_own_pictures(operator)
+            return self._on_own_images(operator)
         return operator
 
-    def _on_own_pictures(self, operator: Callable[..., jax.Array]) -> Callable[..., Any]:
+    def _on_own_images(self, operator: Callable[..., jax.Array]) -> Callable[..., Any]:
         if self.mesh.size == 1:  # the sum of gradients over one device would be a copy of them
             return operator
         # Left to itself, XLA gathers the whole batch on every device for a grouped convolution, and
         # for what it does not know, such as an operation of oneDNN's.
-        pictures = self.batch.spec
-        return self._on_shares(operator, (pictures, P()), pictures)
+        images = self.batch.spec
+        return self._on_shares(operator, (images, P()), images)
 
     def _gather_kernel(self, operator: Callable[..., jax.Array]) -> Callable[..., Any]:
         def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -133,7 +133,7 @@ class Layout:
 
         def split(x: jax.Array, kernel: jax.Array) -> jax.Array:
             if not self._divides(kernel.shape, P("data", None)):
-                return self._on_own_pictures(operator)(x, kernel)
+                return self._on_own_images(operator)(x, kernel)
             return self._on_shares(local, (P("data"), P("data", None)), P("data"))(x, kernel)
 
         return split
@@ -145,8 +145,8 @@ class Layout:
 
         What the layer reads is split by features too, and gathered first, unless the layer has
         groups of its own for each device. Only the first of the layers that are split reads
-        something else: whole pictures (towers), or the device's own pictures (hybrid).
-        The last layer gives each device the logits of its own pictures; classes that do not divide
+        something else: whole images (towers), or the device's own images (hybrid).
+        The last layer gives each device the logits of its own images; classes that do not divide
         are not split, and its input is exchanged instead.
         """
         data, axis = self.mesh.axis_names
@@ -155,7 +155,7 @@ class Layout:
         is_first, is_last = layer.name == first.name, layer.name == self.layers[-1].name
         groups = layer.groups if isinstance(layer, Conv) else 1
 
-        def own_pictures(x: jax.Array) -> jax.Array:
+        def own_images(x: jax.Array) -> jax.Array:
             return lax.all_to_all(x, axis, split_axis=0, concat_axis=x.ndim - 1, tiled=True)
 
         def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -166,16 +166,16 @@ class Layout:
             elif self.name == "hybrid":
                 x = lax.all_gather(x, axis, axis=0, tiled=True)
             y = operator(x, kernel)
-            return own_pictures(y) if is_last else y
+            return own_images(y) if is_last else y
 
         def local_with_whole_kernel(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            return operator(own_pictures(x), kernel)
+            return operator(own_images(x), kernel)
 
         def split(x: jax.Array, kernel: jax.Array) -> jax.Array:
             by_features = P(data, *[None] * (x.ndim - 2), axis)
             whole = kernel.shape[-1] % count != 0
             if whole and is_first:
-                return self._on_own_pictures(operator)(x, kernel)
+                return self._on_own_images(operator)(x, kernel)
             if whole:
                 return self._on_shares(
                     local_with_whole_kernel, (by_features, P()), P((data, axis))
@@ -239,8 +239,8 @@ class Layout:
 @functools.cache
 def _rows(batch: NamedSharding, batch_size: int) -> tuple[int, ...]:
     blocks = batch.addressable_devices_indices_map((batch_size,)).values()
-    held = [np.arange(batch_size)[block] for block in blocks]
-    return tuple(np.unique(np.concatenate(held)).tolist())
+    rows_of_blocks = [np.arange(batch_size)[block] for block in blocks]
+    return tuple(np.unique(np.concatenate(rows_of_blocks)).tolist())
 
 
 def make_layout(
@@ -249,11 +249,11 @@ def make_layout(
     shape: Sequence[int] = (),
     devices: Sequence[jax.Device] | None = None,
 ) -> Layout:
-    """A layout of a net on devices.
+    """A layout of a model on devices.
 
     Args:
       name: "data", "zero", "hybrid" or "towers".
-      layers: the net's, with their features.
+      layers: the model's, with their features.
       shape: devices along each axis of the mesh; none: all along "data", but for "hybrid" those of
         a process along "model", and for "towers" two along "tower".
       devices: on which; None: all, of all processes.
@@ -285,7 +285,7 @@ def make_layout(
             f"many with --parallel.mesh, such as --parallel.mesh 1 {count}"
         )
     if name == "towers" and any(layer.groups % shape[1] for layer in grouped):
-        raise UserError(f"--parallel.layout towers is for 1 or 2 devices a net, not {shape[1]}")
+        raise UserError(f"--parallel.layout towers is for 1 or 2 devices a model, not {shape[1]}")
     for layer in layers[:-1]:
         if isinstance(layer, SPLIT[name]) and (layer.features or 0) % shape[1]:
             raise UserError(

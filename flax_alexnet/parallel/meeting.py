@@ -90,12 +90,12 @@ def place(coordinator: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def difference(said: Mapping[int, Mapping[str, Any]]) -> str:
+def difference(reports: Mapping[int, Mapping[str, Any]]) -> str:
     """What first differs between what processes say of themselves; "" where nothing does.
 
     Such as "seed is 0 on process 0 and 1 on process 2".
     """
-    (first, own), *others = sorted(said.items())
+    (first, own), *others = sorted(reports.items())
     for process, other in others:
         for name in sorted(own.keys() | other.keys()):
             if own.get(name) != other.get(name):
@@ -145,8 +145,8 @@ def _ask(
     )
 
 
-def _tell(connection: socket.socket, **said: Any) -> None:
-    connection.sendall(json.dumps({"name": NAME, **said}).encode() + b"\n")
+def _tell(connection: socket.socket, **message: Any) -> None:
+    connection.sendall(json.dumps({"name": NAME, **message}).encode() + b"\n")
 
 
 def _line(connection: socket.socket) -> bytes:
@@ -162,9 +162,9 @@ def _line(connection: socket.socket) -> bytes:
 def _parse(line: bytes) -> dict[str, Any]:
     """What one of us has said; {} of anybody else."""
     with contextlib.suppress(ValueError):
-        said = parse_json(line)
-        if isinstance(said, dict) and said.get("name") == NAME:
-            return said
+        message = parse_json(line)
+        if isinstance(message, dict) and message.get("name") == NAME:
+            return message
     return {}
 
 
@@ -187,13 +187,13 @@ def _watch(
             while (left := until - time.monotonic()) > 0:
                 connection.settimeout(left)
                 try:
-                    said = connection.recv(LONGEST)
+                    data = connection.recv(LONGEST)
                 except TimeoutError:
                     break
-                if not said:
+                if not data:
                     return
-                if told := _parse(said.strip().rpartition(b"\n")[2]).get("lost"):
-                    lost(str(told))
+                if loss := _parse(data.strip().rpartition(b"\n")[2]).get("lost"):
+                    lost(str(loss))
                 heard = True
             silent = 0.0 if heard else silent + beat
             if silent >= seconds:
@@ -317,9 +317,9 @@ class _Visitor(socketserver.BaseRequestHandler):
         """Hears who it is, waits with it for the answer, and stays with it."""
         room = self.server
         self.request.settimeout(GRACE)
-        said = _parse(_line(self.request))
-        process, about = said.get("process"), said.get("about")
-        seconds, left = said.get("seconds"), said.get("left")
+        message = _parse(_line(self.request))
+        process, about = message.get("process"), message.get("about")
+        seconds, left = message.get("seconds"), message.get("left")
         if not (
             type(process) is int
             and isinstance(about, dict)

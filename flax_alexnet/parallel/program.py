@@ -27,8 +27,8 @@ def settings() -> dict[str, Any]:
 def _sources() -> str:
     """A short digest of the files of this package."""
     folder = Path(__file__).parents[1]
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".txt")):
-        found.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        found.update(hashlib.sha256(read_bytes(path, MB)).digest())
-    return found.hexdigest()[:16]
+        hasher.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        hasher.update(hashlib.sha256(read_bytes(path, MB)).digest())
+    return hasher.hexdigest()[:16]

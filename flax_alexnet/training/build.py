@@ -118,14 +118,15 @@ def initialize(
     key: jax.Array,
     mean: np.ndarray,
     template: TrainState,
-    given: Mapping[str, Any] | None = None,
+    initial: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """The state before the first step, each array made where it stays; see `create_state`."""
     # It runs once: compiled with the fewest optimizations that give the same bits, in a third of
-    # the time (6.9 against 2.5 s for the notebook's net, which then takes 6 s to draw either way).
+    # the time (6.9 against 2.5 s for the notebook's model, which then takes 6 s to draw either
+    # way).
     options = {"xla_backend_optimization_level": 1}
     init = jax.jit(init_fn, out_shardings=shardings(template), compiler_options=options)
-    return init(key, mean, given)
+    return init(key, mean, initial)
 
 
 def empty_totals(layout: Layout) -> Totals:
@@ -147,7 +148,7 @@ def use_compilation_cache() -> None:
     if folder is None:
         print(
             "this user has no home for a cache of compiled programs, so that each start compiles "
-            "anew; XDG_CACHE_HOME can name a folder for it"
+            "again; XDG_CACHE_HOME can name a folder for it"
         )
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))

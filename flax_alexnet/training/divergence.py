@@ -1,4 +1,4 @@
-"""What ails a net that does not train: the layer that explodes, the units that are dead."""
+"""What ails a model that does not train: the layer that explodes, the units that are dead."""
 
 import collections
 import functools
@@ -25,7 +25,7 @@ REMEDY = (
     "start again in a new --workdir with a lower --optimizer.learning-rate or with "
     "--optimizer.clip-norm"
 )
-LARGE_SCALE = 0.1  # of grey levels: more, and what the net sees is far from a deviation of 1
+LARGE_SCALE = 0.1  # of grey levels: more, and what the model sees is far from a deviation of 1
 
 
 # From a state to its parameters and to images float[b, h, w, 3] as the model sees them.
@@ -73,13 +73,15 @@ class DivergenceMonitor:
           UserError: the run is to end, or has gone back three times.
         """
         self._pending.clear()
-        found = largest_activation(self._model, *self._inspect(state))
-        said = divergence(step, rate, *found, saved)
+        largest = largest_activation(self._model, *self._inspect(state))
+        message = divergence(step, rate, *largest, saved)
         if self._stops:
-            raise UserError(f"{said}: {REMEDY}, or go on with --on-divergence rollback")
+            raise UserError(f"{message}: {REMEDY}, or go on with --on-divergence rollback")
         if float(lowered) < LEAST_BACKOFF:
-            raise UserError(f"{said}; it went back three times, down to 1/8 of the rate: {REMEDY}")
-        return said
+            raise UserError(
+                f"{message}; it went back three times, down to 1/8 of the rate: {REMEDY}"
+            )
+        return message
 
 
 class PlateauMonitor:
@@ -122,7 +124,7 @@ def largest_activation(
     from.
 
     Args:
-      model: the net.
+      model: the model.
       params: its parameters.
       images: float[b, h, w, 3] as it sees them.
     """
@@ -138,7 +140,7 @@ def dead_units(model: AlexNet, params: Mapping[str, Any], images: jax.Array) -> 
     """By layer, the share of its units (or channels) that are above zero nowhere in any image.
 
     Such a unit gets no gradient from these images. The last layer, which is linear, is left out,
-    and so are all of a net whose activation function is another than ReLU.
+    and so are all of a model whose activation function is another than ReLU.
     """
     if model.activation is not nn.relu:
         return {}
@@ -166,12 +168,12 @@ def new_plateau(evaluations: Sequence[tuple[float, float]], classes: int) -> boo
     comes later.
     """
     counting = [(epoch, loss) for epoch, loss in evaluations if epoch >= 1]
-    found = [
+    places = [
         place
         for place, (epoch, loss) in enumerate(counting)
         if (place == 0 or epoch <= PLATEAU_EPOCHS) and on_plateau(loss, classes)
     ]
-    return bool(counting) and found == [len(counting) - 1]
+    return bool(counting) and places == [len(counting) - 1]
 
 
 def plateau_warning(classes: int, dead: Mapping[str, float], remedies: Sequence[str]) -> str:
@@ -193,7 +195,7 @@ def plateau_remedies(
     """What may bring a run off the plateau, of what it does not have yet.
 
     Args:
-      pretrained: whether it started from a trained net, whose preprocessing is to stay.
+      pretrained: whether it started from a trained model, whose preprocessing is to stay.
       frozen: whether any layers keep their values.
       initialization: "published" or "he".
       scale: what grey levels are multiplied with.
@@ -231,8 +233,8 @@ def _activations(
 ) -> tuple[jax.Array, ...]:
     """All named activations, in their order."""
     logits, state = model.apply({"params": params}, images, mutable=["intermediates"])
-    found = {**state["intermediates"], "logits": logits}
-    return tuple(found[name] for name in _names(model))
+    activations = {**state["intermediates"], "logits": logits}
+    return tuple(activations[name] for name in _names(model))
 
 
 def _names(model: AlexNet) -> tuple[str, ...]:

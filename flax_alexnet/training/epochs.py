@@ -1,4 +1,4 @@
-"""Steps, pictures and epochs of a run, whose batches may have changed in size on the way."""
+"""Steps, images and epochs of a run, whose batches may have changed in size on the way."""
 
 import dataclasses
 import math
@@ -16,17 +16,17 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Epochs:
-    """How many pictures a run has seen after a step, and which epoch that is.
+    """How many images a run has seen after a step, and which epoch that is.
 
-    The stream of pictures is cut into batches across epochs. An epoch ends with the step that sees
-    its last picture, though the batch may go on with pictures of the next one.
+    The stream of images is cut into batches across epochs. An epoch ends with the step that sees
+    its last image, though the batch may go on with images of the next one.
 
     Attributes:
-      pictures: in an epoch, ≥ 1.
+      images: in an epoch, ≥ 1.
       parts: of the run, by their steps; the first from step 0 on.
     """
 
-    pictures: int
+    images: int
     parts: tuple[Part, ...]
 
     def going_on(self, step: int, batch_size: int) -> "Epochs":
@@ -34,17 +34,17 @@ class Epochs:
         parts = [part for part in self.parts if part.step < step]
         if not parts or parts[-1].batch_size != batch_size:
             parts.append(Part(step, batch_size))
-        return Epochs(self.pictures, tuple(parts))
+        return Epochs(self.images, tuple(parts))
 
     def seen(self, step: int) -> int:
-        """How many pictures the first `step` steps see; one of two epochs counts twice."""
+        """How many images the first `step` steps see; one of two epochs counts twice."""
         return sum(
             part.batch_size * max(min(step, end) - part.step, 0) for part, end in self._spans()
         )
 
     def steps(self, epochs: float) -> int:
         """The fewest steps that see so many epochs."""
-        left = max(math.ceil(epochs * self.pictures - 1e-6), 1)  # 0.1 · 30 is a little more than 3
+        left = max(math.ceil(epochs * self.images - 1e-6), 1)  # 0.1 · 30 is a little more than 3
         for part, end in self._spans():
             step = part.step + -(-left // part.batch_size)
             if step <= end:
@@ -53,12 +53,12 @@ class Epochs:
         raise AssertionError("the last part has no end")
 
     def fraction(self, step: int) -> float:
-        """The epochs that are seen after `step`, to the picture."""
-        return self.seen(step) / self.pictures
+        """The epochs that are seen after `step`, to the image."""
+        return self.seen(step) / self.images
 
     def ends(self, step: int) -> bool:
-        """Whether `step` sees the last picture of an epoch."""
-        return self.seen(step) // self.pictures > self.seen(step - 1) // self.pictures
+        """Whether `step` sees the last image of an epoch."""
+        return self.seen(step) // self.images > self.seen(step - 1) // self.images
 
     def epoch(self, step: int) -> float:
         """The epoch after `step`, to show: a whole number where one ends with it."""
@@ -109,7 +109,7 @@ class Schedule:
 
     def _line(self, step: int) -> bool:
         """The first line shows the start, and each epoch has one."""
-        per_epoch = self.epochs.pictures / self.epochs.parts[-1].batch_size
+        per_epoch = self.epochs.images / self.epochs.parts[-1].batch_size
         short = per_epoch < self.log_every and self.epochs.ends(step)
         return step % self.log_every == 0 or step in (1, self.total_steps) or short
 

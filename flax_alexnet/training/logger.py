@@ -201,7 +201,7 @@ class Lines:
         self._pending = b""
 
     def _put_back(self) -> None:
-        """Writes the file anew where somebody has removed it; it is there as long as it is open."""
+        """Writes the file again where it was removed; while it is open, its lines are there."""
         if not self._pending or self._path.exists() or not self._path.parent.exists():
             return
         with replacing(self._path) as partial:
@@ -318,12 +318,12 @@ class Throughput:
     def lap(self) -> dict[str, float]:
         """Images per second since the last lap; nothing of a first step alone, which compiles."""
         compiled = self._first and self._steps == 1
-        rate = {"images_per_second": self._steps * self._batch_size / self._seconds}
+        throughput = {"images_per_second": self._steps * self._batch_size / self._seconds}
         self._seconds, self._steps, self._first = 0.0, 0, False
-        return {} if compiled else rate
+        return {} if compiled else throughput
 
 
-def average_rate(metrics: Iterable[Mapping[str, Any]]) -> float:
+def average_throughput(metrics: Iterable[Mapping[str, Any]]) -> float:
     """Images per second over all lines of training; each has the rate of what came before it."""
     epochs = time_taken = before = 0.0
     for line in metrics:

@@ -16,7 +16,7 @@ from flax_alexnet.training.logger import Clock, RunLog, SilentLog, Throughput, s
 from flax_alexnet.training.optimizer import (
     applied_rate,
     backoff,
-    reduce_on_plateau,
+    drop_on_plateau,
     with_backoff,
 )
 from flax_alexnet.training.report import RETRY_SECONDS, finish, introduce, stopped_in
@@ -44,10 +44,10 @@ def train(config: Config) -> int:
     started = time.monotonic()
     if config.keep_memory:
         keep_for_reuse()
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as resources:
         # Who looks for transfers in a program of their own (JAX_TRANSFER_GUARD) need not see ours.
-        held.enter_context(jax.transfer_guard("allow"))
-        setup = set_up(config, held)
+        resources.enter_context(jax.transfer_guard("allow"))
+        setup = set_up(config, resources)
         with exit_on_error():
             return run(config, setup, started)
 
@@ -127,13 +127,15 @@ def fit(
             if diverged:
                 rate = float(applied_rate(state.opt_state)) or config.optimizer.learning_rate
                 lowered = backoff(state.opt_state) / 2
-                said = divergence.explain(diverged, rate, state, checkpoints.latest_step(), lowered)
+                message = divergence.explain(
+                    diverged, rate, state, checkpoints.latest_step(), lowered
+                )
                 checkpoints.saved()
                 step, state = trainer.newest()
                 state = state.replace(opt_state=with_backoff(state.opt_state, lowered))
                 batches = trainer.batches_from(step)
                 log.rewind(step)
-                say(f"{said}; back at step {step:,} with {float(lowered):g} of the rate")
+                say(f"{message}; back at step {step:,} with {float(lowered):g} of the rate")
                 continue
             if due.line:
                 means = train_means(state.totals)
@@ -143,7 +145,7 @@ def fit(
                 checkpoints.look()
             if due.evaluation or due.last:
                 log.write({"step": step, "epoch": epoch, **evaluated})
-                for line in (*data.news(), *plateau.look(epoch, evaluated["eval_loss"], state)):
+                for line in (*data.report(), *plateau.look(epoch, evaluated["eval_loss"], state)):
                     say(line)
                 if due.evaluation and config.optimizer.schedule == "plateau":
                     state = lower_rate(state, evaluated, config.optimizer)
@@ -193,7 +195,7 @@ def lower_rate(
     state: TrainState, evaluated: dict[str, float], config: OptimizerConfig
 ) -> TrainState:
     """The state after an evaluation under the "plateau" schedule."""
-    opt_state = reduce_on_plateau(
+    opt_state = drop_on_plateau(
         state.opt_state,
         1 - evaluated["eval_top1"],
         patience=config.patience,

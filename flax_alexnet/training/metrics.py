@@ -23,5 +23,5 @@ def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     earlier = jnp.arange(logits.shape[-1])[None] < labels[:, None]
-    ahead = (logits > own) | ((logits == own) & earlier)
-    return (ahead.sum(axis=-1) < k) & ~jnp.isnan(logits).any(axis=-1)
+    better = (logits > own) | ((logits == own) & earlier)
+    return (better.sum(axis=-1) < k) & ~jnp.isnan(logits).any(axis=-1)

@@ -40,7 +40,7 @@ def create_optimizer(
     multiplies the decay by the rate twice, which makes it 1 / ε times weaker than the paper's.
 
     The rate that was applied last, and the factors by which plateaus and divergence have lowered
-    it, are part of the optimizer's state: see `applied_rate`, `reduce_on_plateau` and
+    it, are part of the optimizer's state: see `applied_rate`, `drop_on_plateau` and
     `with_backoff`.
 
     Args:
@@ -67,13 +67,13 @@ def create_optimizer(
             *clip,
             optax.add_decayed_weights(weight_decay, decay_mask),
             scale_by_rate(schedule, bias_rate, layer_rates),
-            trace(momentum),
+            accumulate_velocity(momentum),
         )
     if rule == "notebook":
         return _chain(
             *clip,
             optax.add_decayed_weights(lambda step: weight_decay * schedule(step), decay_mask),
-            trace(momentum),
+            accumulate_velocity(momentum),
             scale_by_rate(schedule, bias_rate, layer_rates),
         )
     raise ValueError(f"unknown rule {rule!r}; expected 'paper' or 'notebook'")
@@ -106,15 +106,15 @@ def create_schedule(
         )
         rate = learning_rate * jnp.float32(drop_factor) ** drops
         if warmup_steps:
-            made = (step + 1).astype(jnp.float32) - first_step
-            rate = rate * jnp.minimum(1.0, made / warmup_steps)
+            steps = (step + 1).astype(jnp.float32) - first_step
+            rate = rate * jnp.minimum(1.0, steps / warmup_steps)
         return rate
 
     return schedule
 
 
 class RateState(NamedTuple):
-    """State of `scale_by_rate`; `factor`, `best` and `stale` belong to `reduce_on_plateau`."""
+    """State of `scale_by_rate`; `factor`, `best` and `stale` belong to `drop_on_plateau`."""
 
     step: jax.Array  # int32[]
     applied: jax.Array  # float32[]: the rate of the last update
@@ -161,7 +161,7 @@ def scale_by_rate(
     return optax.GradientTransformation(init, update)
 
 
-def trace(momentum: float) -> optax.GradientTransformationExtraArgs:
+def accumulate_velocity(momentum: float) -> optax.GradientTransformationExtraArgs:
     """Update u to the velocity v ← momentum · v + u, where `finite`, an argument of its `update`.
 
     `finite` is a bool[], True by default; where it is False the velocity stays as it is, to the
@@ -194,7 +194,7 @@ def applied_rate(opt_state: optax.OptState) -> jax.Array:
     return _rate_state(opt_state).applied
 
 
-def reduce_on_plateau(
+def drop_on_plateau(
     opt_state: optax.OptState,
     error: float | jax.Array,
     *,
@@ -278,10 +278,10 @@ def only_finite(
 
 
 def _chain(*parts: optax.GradientTransformation) -> OnlyFinite:
-    return only_finite(optax.chain(*parts), keeps_itself=_is_trace)
+    return only_finite(optax.chain(*parts), keeps_itself=_is_velocity)
 
 
-def _is_trace(state: Any) -> bool:
+def _is_velocity(state: Any) -> bool:
     return isinstance(state, optax.TraceState)
 
 

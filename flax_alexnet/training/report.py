@@ -25,7 +25,7 @@ from flax_alexnet.ops.dispatch import current_platform
 from flax_alexnet.parallel.distributed import handles_signals, is_main, stop_requests
 from flax_alexnet.training.build import gather_params
 from flax_alexnet.training.epochs import Schedule
-from flax_alexnet.training.logger import Clock, average_rate, read_metrics
+from flax_alexnet.training.logger import Clock, average_throughput, read_metrics
 from flax_alexnet.training.run_directory import versions, write_json
 from flax_alexnet.training.setup import Setup
 from flax_alexnet.training.step import TrainState
@@ -51,11 +51,11 @@ def introduce(config: Config, setup: Setup, model: AlexNet, schedule: Schedule, 
     if setup.history.changes and start:
         print(
             f"from step {start:,} on, {'; '.join(setup.history.changes)}. {epochs.seen(start):,} "
-            f"pictures have been seen, epoch {epochs.epoch(start):.2f}: the run goes on with the "
+            f"images have been seen, epoch {epochs.epoch(start):.2f}: the run goes on with the "
             "next"
         )
     if setup.start and start == 0:
-        print(setup.start.said)
+        print(setup.start.message)
     if setup.frozen:
         print(f"frozen: {', '.join(sorted(setup.frozen))}")
     if config.model.initialization == "he":
@@ -66,9 +66,9 @@ def introduce(config: Config, setup: Setup, model: AlexNet, schedule: Schedule, 
     mesh = " x ".join(f"{name} {size}" for name, size in setup.layout.mesh.shape.items())
     stops = "Ctrl-C stops" if handles_signals() else "No signal stops it outside the main thread"
     print(
-        f"{config.recipe}: {len(data.train):,} pictures of {data.dataset.name} in "
+        f"{config.recipe}: {len(data.train):,} images of {data.dataset.name} in "
         f"{len(data.dataset.label_names)} classes, {len(data.eval):,} to test on; steps "
-        f"{start:,} to {total_steps:,} with {config.batch_size} pictures each on "
+        f"{start:,} to {total_steps:,} with {config.batch_size} images each on "
         f"{jax.device_count()} {jax.default_backend()} device(s) of {jax.process_count()} "
         f"process(es), layout {setup.layout.name} ({mesh}). {stops}; the same command goes on.",
         flush=True,
@@ -94,7 +94,7 @@ def finish(
         "step": int(state.step),
         **evaluated,
         "seconds": clock.seconds(),
-        "images_per_second": average_rate(metrics),
+        "images_per_second": average_throughput(metrics),
         "peak_memory_bytes": peak_memory(),
         "params_sha256": digest(params),
         "platform": jax.default_backend(),
@@ -182,13 +182,13 @@ def keep_trying(action: Callable[[], None], minutes: float) -> bool:
                 action()
                 return True
             except (UserError, OSError) as error:
-                said = str(error)
+                reason = str(error)
                 if isinstance(error, OSError) and error.filename:
-                    said = f"cannot write {error.filename}: {error.strerror}"
+                    reason = f"cannot write {error.filename}: {error.strerror}"
                 left = until - time.monotonic()
                 if left <= 0:
-                    raise UserError(f"{said}; make room, and the same command goes on") from None
-                print(f"{said}; trying again for {math.ceil(left / 60)} minutes", flush=True)
+                    raise UserError(f"{reason}; make room, and the same command goes on") from None
+                print(f"{reason}; trying again for {math.ceil(left / 60)} minutes", flush=True)
             if stopped_in(min(RETRY_SECONDS, left), stop_requested):
                 return False
 

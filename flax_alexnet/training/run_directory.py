@@ -132,8 +132,8 @@ def record(workdir: Path, config: Mapping[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Those of Python and of the packages that count."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **found}
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **packages}
 
 
 def summarized_step(workdir: Path) -> int | None:

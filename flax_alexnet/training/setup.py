@@ -23,7 +23,7 @@ from flax_alexnet.config.schema import (
 from flax_alexnet.data.bad_records import BadRecords, limits
 from flax_alexnet.data.dataset import Examples, open_examples
 from flax_alexnet.data.sources import Dataset, Source, open_dataset, place_of
-from flax_alexnet.models.architectures import Conv, Dense, Layer, architecture, trace
+from flax_alexnet.models.architectures import Conv, Dense, Layer, architecture, infer_shapes
 from flax_alexnet.parallel.distributed import gather, is_main, say_if_slow
 from flax_alexnet.parallel.layouts import Layout, make_layout
 from flax_alexnet.parallel.meeting import difference, disagreement
@@ -61,9 +61,9 @@ class Data:
     bad: tuple[BadRecords, BadRecords]
     share: slice
 
-    def news(self) -> list[str]:
+    def report(self) -> list[str]:
         """A line on each split in which more images could not be read than was known."""
-        return [line for records in self.bad if (line := records.news())]
+        return [line for records in self.bad if (line := records.report())]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +108,8 @@ class Setup:
     history: History
 
 
-def set_up(config: Config, held: contextlib.ExitStack) -> Setup:
-    """Opens what a run needs, and locks its working directory for as long as `held` is open.
+def set_up(config: Config, resources: contextlib.ExitStack) -> Setup:
+    """Opens what a run needs, and locks its working directory for as long as `resources` is open.
 
     Raises:
       UserError: something in `config`, the data or the working directory does not fit, here or on
@@ -118,7 +118,7 @@ def set_up(config: Config, held: contextlib.ExitStack) -> Setup:
     error, setup, devices = "", None, use_devices()
     about = flatten(config) | program()
     try:
-        setup = _set_up(config, devices, held)
+        setup = _set_up(config, devices, resources)
         about |= setup.identity
     except UserError as mistake:
         error = str(mistake)
@@ -147,22 +147,22 @@ def use_devices() -> int:
 def agree(about: Mapping[str, Any], error: str) -> None:
     """Raises UserError on every process where one has an error, or is not about the same."""
     own = json.dumps({"error": error, "run": about})
-    said = [json.loads(text) for text in gather(own, "open their data and agree on the run")]
-    several = len(said) > 1
-    for process, other in enumerate(said):
+    reports = [json.loads(text) for text in gather(own, "open their data and agree on the run")]
+    several = len(reports) > 1
+    for process, other in enumerate(reports):
         if other["error"]:
             where = f"process {process}: " if several else ""
             raise UserError(where + other["error"])
     digests = {name: f"the digest of {what}" for name, what in CONTENT.items()}
     shared = [
         {digests.get(name, name): v for name, v in other["run"].items() if name not in LOCAL}
-        for other in said
+        for other in reports
     ]
     if differs := difference(dict(enumerate(shared))):
         raise UserError(disagreement(differs))
 
 
-def _set_up(config: Config, devices: int, held: contextlib.ExitStack) -> Setup:
+def _set_up(config: Config, devices: int, resources: contextlib.ExitStack) -> Setup:
     known = recorded(config.workdir)
     dataset = _open_dataset(config, known)
     num_classes = _num_classes(config, dataset)
@@ -174,7 +174,7 @@ def _set_up(config: Config, devices: int, held: contextlib.ExitStack) -> Setup:
     check_batch_size(config.batch_size, devices)
     check_sizes(config, layers)
     identity = _identity(config, dataset) | origin
-    before, changes = _claim(config, identity, known, held)
+    before, changes = _claim(config, identity, known, resources)
     return Setup(
         data=_open_data(config, dataset),
         num_classes=num_classes,
@@ -226,14 +226,14 @@ def _start(
     """What is taken from `--init-from`, and its digest for the identity of the run."""
     if not config.init_from:
         return None, {}
-    net = load(config.init_from)
-    start = start_from(net, config, num_classes, label_names)
-    if frozen & start.anew:
+    pretrained = load(config.init_from)
+    start = start_from(pretrained, config, num_classes, label_names)
+    if random_layers := sorted(frozen & start.random_layers):
         raise UserError(
-            f"--freeze names {', '.join(sorted(frozen & start.anew))}, which --init-from does "
-            "not give and would stay random; freeze others"
+            f"--freeze names {', '.join(random_layers)}, which --init-from does not give and would "
+            "stay random; freeze others"
         )
-    return start, {"init_from.sha256": digest(net.params)}
+    return start, {"init_from.sha256": digest(pretrained.params)}
 
 
 def check_batch_size(batch_size: int, devices: int) -> None:
@@ -249,7 +249,7 @@ def check_sizes(config: Config, layers: tuple[Layer, ...]) -> None:
     """Raises UserError where the crop does not fit the model, or its checkpoints the disk."""
     size = config.augment.crop_size
     try:
-        parameters = sum(info.parameters for info in trace(layers, size, size))
+        parameters = sum(info.parameters for info in infer_shapes(layers, size, size))
     except UserError as error:
         raise UserError(f"--augment.crop-size {size}: {error}") from None
     # Parameters and velocity in float32; two latest, a best and one that is being written.
@@ -276,7 +276,7 @@ def _claim(
     config: Config,
     identity: Mapping[str, Any],
     known: Mapping[str, Any],
-    held: contextlib.ExitStack,
+    resources: contextlib.ExitStack,
 ) -> tuple[Mapping[str, Any], list[str]]:
     """Makes the directory this run's; gives the configuration before, and what has changed."""
     before, changes = claim(
@@ -288,11 +288,11 @@ def _claim(
     if is_main():
         if known.get("dataset.times", identity["dataset.times"]) != identity["dataset.times"]:
             print(
-                "pictures were written anew since the run was here last, with the same sizes, "
+                "images were written again since the run was here last, with the same sizes, "
                 "beginnings and ends: they are taken for the same",
                 flush=True,
             )
-        held.enter_context(locked(config.workdir))
+        resources.enter_context(locked(config.workdir))
         for line in set_aside_damaged(config.workdir / "checkpoints", config.workdir / "damaged"):
             print(line, flush=True)
         check_steps(config.workdir / "checkpoints", config.workdir / SAVED)
@@ -320,8 +320,8 @@ def _open_examples(config: Config, source: Source, share: slice, bad: BadRecords
     """A split's images, tried where they were not before; says how many cannot be read."""
     data = config.data
     examples = open_examples(source, data.image_size, share, data.resize, bad.add)
-    if (said := bad.news()) and is_main():
-        print(said, flush=True)
+    if (line := bad.report()) and is_main():
+        print(line, flush=True)
     return examples
 
 

@@ -37,7 +37,7 @@ def zero_totals() -> Totals:
 def create_state(
     key: jax.Array,
     mean: jax.Array,
-    given: Mapping[str, Any] | None = None,
+    initial: Mapping[str, Any] | None = None,
     *,
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -49,14 +49,14 @@ def create_state(
     Args:
       key: for the parameters that are drawn.
       mean: float32[h, w, 3], in grey levels, as `augment` takes it.
-      given: {"conv1": {"kernel", "bias"}, …}: layers that have these values instead of drawn ones.
-      model: the net, such as an `AlexNet`.
+      initial: {"conv1": {"kernel", "bias"}, …}: values of layers that are not to be drawn.
+      model: the model, such as an `AlexNet`.
       optimizer: of `flax_alexnet.create_optimizer`, or any other of optax.
-      crop_size: side in pixels of what the net sees.
+      crop_size: side in pixels of what the model sees.
       frozen: layers that `train_step` leaves as they are; they have no optimizer state.
     """
     drawn = model.init(key, jnp.zeros((1, crop_size, crop_size, 3)))["params"]
-    params = {layer: (given or {}).get(layer, values) for layer, values in drawn.items()}
+    params = {layer: (initial or {}).get(layer, values) for layer, values in drawn.items()}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

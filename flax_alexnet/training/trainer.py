@@ -74,11 +74,11 @@ class Trainer:
         if latest is not None:
             return latest, self.checkpoints.restore(latest, self.template)
         if self.setup.start:
-            mean, given = self.setup.start.mean, self.setup.start.params
+            mean, initial = self.setup.start.mean, self.setup.start.params
         else:
-            mean, given = mean_image(self.setup.data.train, self.setup.data.share, total), {}
+            mean, initial = mean_image(self.setup.data.train, self.setup.data.share, total), {}
         key = jax.random.fold_in(self.key, 2**32 - 1)
-        return 0, initialize(self.init_fn, key, mean, self.template, given)
+        return 0, initialize(self.init_fn, key, mean, self.template, initial)
 
     def batches_from(self, step: int) -> Iterator[dict[str, jax.Array]]:
         """The batches of the steps after `step`, on their devices ahead of time."""
@@ -120,7 +120,7 @@ def make_trainer(config: Config, setup: Setup, checkpoints: Checkpoints) -> Trai
     model = make_model(**vars(config.model) | {"num_classes": setup.num_classes})
     optimizer = make_optimizer(
         config.optimizer,
-        epochs.pictures / config.batch_size,
+        epochs.images / config.batch_size,
         setup.layer_rates,
         epochs.first_step,
     )

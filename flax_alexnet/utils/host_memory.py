@@ -1,8 +1,8 @@
-"""How JAX's programs get memory on a CPU: from what was used before, and not anew each time.
+"""How JAX's programs get memory on a CPU: from what was used before, and not again each time.
 
 A compiled step of AlexNet takes some gigabytes for the time it runs. glibc maps so large a block
-anew at each call and gives it back afterwards, and the system fills each of its pages with zeros
-when it is first touched: 670,000 page faults a step of the notebook's net in batches of 64, which
+again at each call and gives it back afterwards, and the system fills each of its pages with zeros
+when it is first touched: 670,000 page faults a step of the notebook's model in batches of 64, which
 takes 14.7 images/s so and 18.2 without (two cores; docs/performance.md).
 """
 

@@ -116,7 +116,7 @@ def writing(path: Path, *failures: type[Exception]) -> Iterator[Path]:
     Raises:
       UserError: it cannot be written there; then what was there before is as it was.
     """
-    with _failures_said(path, *failures), replacing(path) as partial:
+    with _explain_failures(path, *failures), replacing(path) as partial:
         yield partial
 
 
@@ -151,7 +151,7 @@ def new_files(
     read = list(inputs)
     for path in chosen:
         check_not_read(path, read)
-        with _failures_said(path):  # as where the working directory has been removed
+        with _explain_failures(path):  # as where the working directory has been removed
             if {_partial(other).absolute() for other in chosen} & {*path.absolute().parents}:
                 raise UserError(f"{path} lies where what is not whole is kept; take another path")
         _check_new(path, overwrite)
@@ -160,21 +160,21 @@ def new_files(
 
     @contextlib.contextmanager
     def write(path: Path, *failures: type[Exception]) -> Iterator[Path]:
-        with _failures_said(path, *failures):
+        with _explain_failures(path, *failures):
             yield folders[path] / path.name
         written.append(path)
 
     def publish() -> None:
         for path in written:
-            with _failures_said(path):
+            with _explain_failures(path):
                 # Where the process is killed, the next one knows the file by this.
                 (folders[path] / LOCK).write_text(_identity(folders[path] / path.name))
                 _publish(folders[path], path)
 
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as resources:
         for path in chosen:
-            with _failures_said(path):
-                folders[path] = held.enter_context(alone(path))
+            with _explain_failures(path):
+                folders[path] = resources.enter_context(alone(path))
                 _check_new(path, overwrite)  # another process may have written it just now
         yield write
         # In a thread, which a signal does not interrupt: all get their names, or none.
@@ -226,7 +226,7 @@ def _identity(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _failures_said(path: Path, *failures: type[Exception]) -> Iterator[None]:
+def _explain_failures(path: Path, *failures: type[Exception]) -> Iterator[None]:
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""Pictures: of a run, of what a net has learned, and of what it makes of photographs.
+"""Images: of a run, of what a model has learned, and of what it makes of photographs.
 
 Functions of plain arrays, each of which writes one PNG; folders on the way to it are made.
 """
@@ -72,8 +72,8 @@ def color_selectivity(kernels: np.ndarray) -> np.ndarray:
 def plot_kernels(kernels: np.ndarray, path: Path, groups: int = 1) -> None:
     """First-layer kernels as colour tiles, as in the paper's Figure 3.
 
-    The towers of a net with groups are drawn apart. In each the kernels stand in the order of their
-    `color_selectivity`, which the bar below a tile shows; the number is the channel's.
+    The towers of a model with groups are drawn apart. In each the kernels stand in the order of
+    their `color_selectivity`, which the bar below a tile shows; the number is the channel's.
 
     Args:
       kernels: float[h, w, 3, n]. Grey is zero, and each is scaled to its own range, so that tiles
@@ -117,13 +117,13 @@ def plot_activations(
     path: Path,
     channels: int = 16,
 ) -> None:
-    """A picture, and what each layer makes of it.
+    """An image, and what each layer makes of it.
 
     Of a map, the channels of the largest mean size are drawn with their numbers, each scaled to
     its own range; of a dense layer, all units in their order.
 
     Args:
-      image: uint8[h, w, 3], what the net saw.
+      image: uint8[h, w, 3], what the model saw.
       activations: {name: float[h, w, c] or float[units]}, as `features` gives them for one image.
       path: the PNG to write.
       channels: how many of a map are drawn.
@@ -131,10 +131,10 @@ def plot_activations(
     columns = min(4, 1 + len(activations))
     rows = -(-(1 + len(activations)) // columns)
     figure = _figure((3 * columns, 3.2 * rows))
-    picture, *panels = figure.subplots(rows, columns, squeeze=False).flat
-    picture.imshow(image)
-    picture.set_title("picture, {}×{}×{}".format(*image.shape), fontsize=10)
-    picture.axis("off")
+    image_axis, *panels = figure.subplots(rows, columns, squeeze=False).flat
+    image_axis.imshow(image)
+    image_axis.set_title("image, {}×{}×{}".format(*image.shape), fontsize=10)
+    image_axis.axis("off")
     for axis in panels[len(activations) :]:
         axis.axis("off")
     for axis, (name, values) in zip(panels, activations.items(), strict=False):
@@ -156,10 +156,10 @@ def plot_activations(
 
 
 def plot_grad_cam(image: np.ndarray, maps: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """A picture, and over it where a net sees each of some classes: red most, blue not at all.
+    """An image, and over it where a model sees each of some classes: red most, blue not at all.
 
     Args:
-      image: uint8[h, w, 3], what the net saw.
+      image: uint8[h, w, 3], what the model saw.
       maps: float[n, h', w'], ≥ 0, as `grad_cam` gives them for that image; brought to its size
         (bilinear), and each scaled to its own range.
       names: what stands above each map.
@@ -168,10 +168,10 @@ def plot_grad_cam(image: np.ndarray, maps: np.ndarray, names: Sequence[str], pat
     columns = min(6, 1 + len(maps))
     rows = -(-(1 + len(maps)) // columns)
     figure = _figure((2.6 * columns, 2.9 * rows))
-    picture, *panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axis in (picture, *panels):
+    image_axis, *panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axis in (image_axis, *panels):
         axis.axis("off")
-    picture.imshow(image)
+    image_axis.imshow(image)
     size = image.shape[1::-1]
     for axis, heat, name in zip(panels, maps, names, strict=False):
         heat = np.asarray(Image.fromarray(np.float32(heat)).resize(size, Image.Resampling.BILINEAR))
@@ -185,16 +185,16 @@ def plot_confusion(matrix: np.ndarray, label_names: Sequence[str], path: Path) -
     """Which classes are taken for which.
 
     Args:
-      matrix: int[n, n], how many pictures of the class of the row were taken for the class of the
-        column. Colours are shares of the row; rows without pictures are grey. Up to 20 classes the
+      matrix: int[n, n], how many images of the class of the row were taken for the class of the
+        column. Colours are shares of the row; rows without images are grey. Up to 20 classes the
         counts are written, and up to 60 the names; beyond, the most frequent confusions are listed.
       label_names: of the classes; a class beyond them is shown by its number.
       path: the PNG to write.
     """
     matrix = np.asarray(matrix)
     count, total = len(matrix), int(matrix.sum())
-    pictures = matrix.sum(1, keepdims=True)
-    shares = np.where(pictures > 0, matrix / np.maximum(pictures, 1), np.nan)
+    image_axes = matrix.sum(1, keepdims=True)
+    shares = np.where(image_axes > 0, matrix / np.maximum(image_axes, 1), np.nan)
     side = float(np.clip(0.45 * count, 3.5, 10))  # inches; 1000 classes have a pixel each
     figure = _figure((side + 2, side + (1 if count <= 60 else 3)))
     from matplotlib.colors import PowerNorm  # after `_figure`, which imports matplotlib first
@@ -204,9 +204,9 @@ def plot_confusion(matrix: np.ndarray, label_names: Sequence[str], path: Path) -
     norm = PowerNorm(1 / 2 if count <= 60 else 1 / 3, 0, 1)
     drawn = axis.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest")
     axis.set_facecolor("gainsboro")  # seen where a row has no shares
-    figure.colorbar(drawn, ax=axis, shrink=0.6, label="share of the pictures of a class")
+    figure.colorbar(drawn, ax=axis, shrink=0.6, label="share of the images of a class")
     axis.set(xlabel="predicted class", ylabel="right class")
-    _title(axis, f"{np.trace(matrix) / max(total, 1):.1%} of {total:,} pictures right", length=60)
+    _title(axis, f"{np.trace(matrix) / max(total, 1):.1%} of {total:,} images right", length=60)
     if count <= 60:
         names = [_short(_name(label_names, label), 24) for label in range(count)]
         style: dict[str, Any] = {"fontsize": 9 if count <= 20 else 6, "parse_math": False}
@@ -227,7 +227,7 @@ def _confusions(matrix: np.ndarray, label_names: Sequence[str], most: int = 10) 
     wrong = matrix * (1 - np.eye(len(matrix), dtype=matrix.dtype))
     order = np.argsort(-wrong, axis=None, kind="stable")[:most]
     lines = [
-        f"{wrong[row, column]} of {matrix[row].sum()} pictures of {_name(label_names, row)} "
+        f"{wrong[row, column]} of {matrix[row].sum()} images of {_name(label_names, row)} "
         f"taken for {_name(label_names, column)}"
         for row, column in zip(*np.unravel_index(order, wrong.shape), strict=True)
         if wrong[row, column]
@@ -243,13 +243,13 @@ def plot_neighbours(
     neighbour_names: Sequence[Sequence[str]],
     path: Path,
 ) -> None:
-    """Pictures with those nearest to them, as in the paper's Figure 4 (right).
+    """Images with those nearest to them, as in the paper's Figure 4 (right).
 
     Args:
       queries: uint8[n, h, w, 3], the first column, in a frame.
       neighbours: uint8[n, k, h, w, 3], the nearest first.
       distances: float[n, k], written below the neighbours.
-      query_names: of files or classes, written above the pictures.
+      query_names: of files or classes, written above the images.
       neighbour_names: likewise, k for each query.
       path: the PNG to write.
     """
@@ -271,7 +271,7 @@ def plot_neighbours(
 
 
 def plot_distance(a: np.ndarray, b: np.ndarray, distance: np.ndarray, path: Path) -> None:
-    """Two pictures, and where they differ.
+    """Two images, and where they differ.
 
     Args:
       a: uint8[h, w, 3].
@@ -280,13 +280,13 @@ def plot_distance(a: np.ndarray, b: np.ndarray, distance: np.ndarray, path: Path
       path: the PNG to write.
     """
     figure = _figure((10, 0.3 + 3 * a.shape[0] / a.shape[1]))
-    *pictures, there = figure.subplots(1, 3)
-    for axis, image, name in zip(pictures, (a, b), "ab", strict=True):
+    *image_axes, there = figure.subplots(1, 3)
+    for axis, image, name in zip(image_axes, (a, b), "ab", strict=True):
         axis.imshow(image)
         _title(axis, name)
     drawn = there.imshow(distance, cmap="magma", vmin=0, vmax=max(float(distance.max()), 1e-12))
     _title(there, f"distance, {distance.mean():.4f} on average")
-    for axis in (*pictures, there):
+    for axis in (*image_axes, there):
         axis.axis("off")
     figure.colorbar(drawn, ax=there, shrink=0.8)
     _save(figure, path)
@@ -300,7 +300,7 @@ def plot_predictions(
     path: Path,
     titles: Sequence[str] | None = None,
 ) -> None:
-    """Pictures with their five likeliest classes as bars, as in the paper's Figure 4 (left).
+    """Images with their five likeliest classes as bars, as in the paper's Figure 4 (left).
 
     Args:
       images: uint8[n, h, w, 3], up to 64 or so.
@@ -308,7 +308,7 @@ def plot_predictions(
       probabilities: float[n, classes].
       label_names: of the classes; a class beyond them is shown by its number.
       path: the PNG to write.
-      titles: what stands above each picture, such as the file's name; none: the right class.
+      titles: what stands above each image, such as the file's name; none: the right class.
     """
     known = [-1] * len(images) if labels is None else labels
     if titles is None:
@@ -321,9 +321,9 @@ def plot_predictions(
         axis.axis("off")
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        picture, bars = axes[2 * row, column], axes[2 * row + 1, column]
-        picture.imshow(image)
-        _title(picture, titles[index])
+        image_axis, bars = axes[2 * row, column], axes[2 * row + 1, column]
+        image_axis.imshow(image)
+        _title(image_axis, titles[index])
         best = np.argsort(-probabilities[index], kind="stable")[:5]
         colors = ["tab:red" if other == known[index] else "lightsteelblue" for other in best]
         bars.barh(range(len(best)), probabilities[index][best], color=colors)
@@ -403,11 +403,11 @@ def _font(character: str) -> str:
     """The font that has a character: `USUAL`, else the first of the system's; "" where none has."""
     from matplotlib.font_manager import FontProperties, fontManager, weight_dict
 
-    def found(name: str) -> bool:
+    def has(name: str) -> bool:
         path = fontManager.findfont(FontProperties(family=[name]))
         return ord(character) in _characters(path)
 
-    if found(USUAL):
+    if has(USUAL):
         return USUAL
     upright = sorted(
         entry.name
@@ -416,7 +416,7 @@ def _font(character: str) -> str:
         and weight_dict.get(str(entry.weight), entry.weight) == weight_dict["normal"]
         and not entry.name.startswith("Last Resort")  # has a box for every character
     )
-    return next((name for name in upright if found(name)), "")
+    return next((name for name in upright if has(name)), "")
 
 
 @functools.cache

@@ -131,7 +131,7 @@ def _end_tidily(number: int, frame: Any) -> NoReturn:
 
 
 def _unraisable(lost: "sys.UnraisableHookArgs") -> None:
-    """Sends a signal anew whose `Terminated` was lost, as what is raised by a finalizer is.
+    """Sends a signal again whose `Terminated` was lost, as what is raised by a finalizer is.
 
     JAX has Python's garbage collector call it, so that this may happen at any moment. What threads
     of TensorStore lose after a save that failed, which has been said, is left out.
@@ -155,17 +155,17 @@ def _watch(heard: Collection[int], patience: float) -> None:
     told of each signal at once; the second one ends its waiting.
     """
 
-    def told() -> int:
+    def next_signal() -> int:
         while (number := os.read(reader, 1)[0]) not in heard:
             pass
         return number
 
     def watch() -> None:
-        number = told()
+        number = next_signal()
         timer = threading.Timer(patience, os._exit, [128 + number])
         timer.daemon = True
         timer.start()
-        os._exit(128 + told())
+        os._exit(128 + next_signal())
 
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -175,7 +175,7 @@ def _watch(heard: Collection[int], patience: float) -> None:
 
 def _take_output() -> list[_Output]:
     """Puts an `_Output` in the place of standard output and error, closed ones too."""
-    found = []
+    outputs = []
     for number, name in ((1, "stdout"), (2, "stderr")):
         before = getattr(sys, name)
         raw = _Output(number, "w", closefd=False)
@@ -187,5 +187,5 @@ def _take_output() -> list[_Output]:
             write_through=bool(before and before.write_through),  # as `python -u` has it
         )
         setattr(sys, name, stream)
-        found.append(raw)
-    return found
+        outputs.append(raw)
+    return outputs

@@ -1,7 +1,7 @@
 """Text that comes from outside, such as names in files, in forms that may be shown and written.
 
 Names of files, classes and sources may hold anything: what clears a terminal, what a spreadsheet
-takes for a formula, what a page shows as a picture. Readers make them `printable` where they come
+takes for a formula, what a page shows as an image. Readers make them `printable` where they come
 in, so that every message is one line. Tables and Markdown have rules of their own.
 """
 

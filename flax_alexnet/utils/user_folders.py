@@ -18,10 +18,10 @@ def cache_folder() -> Path | None:
     It is `flax_alexnet` in XDG_CACHE_HOME, else in `.cache` of the home, and is made here.
     """
     at_home = home()
-    given = os.environ.get("XDG_CACHE_HOME") or (at_home and at_home / ".cache")
-    if not given:
+    parent = os.environ.get("XDG_CACHE_HOME") or (at_home and at_home / ".cache")
+    if not parent:
         return None
-    folder = Path(os.path.expanduser(given)) / "flax_alexnet"
+    folder = Path(os.path.expanduser(parent)) / "flax_alexnet"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:  # a home that is not there, or not the user's

@@ -1,1 +1,1 @@
-"""Trained nets in files: our own safetensors, and those of PyTorch, Caffe and TensorFlow."""
+"""Trained models in files: our own safetensors, and those of PyTorch, Caffe and TensorFlow."""

@@ -1,4 +1,4 @@
-"""Caffe's files: `.caffemodel`, a net with its weights, and `.binaryproto`, a mean image.
+"""Caffe's files: `.caffemodel`, a model with its weights, and `.binaryproto`, a mean image.
 
 Both are protocol buffers: a message is a row of fields, each a number, a kind, and a whole number
 or some bytes, which may be a message again. Of the few fields that matter the places in the file
@@ -29,7 +29,7 @@ from flax_alexnet.weights.stored import (
 
 
 class Numbers(NamedTuple):
-    """The numbers of the fields of a layer, in one of the three generations of Caffe's nets."""
+    """The numbers of the fields of a layer, in one of the three generations of Caffe's models."""
 
     name: int
     type: int
@@ -41,7 +41,7 @@ V1_LAYER = 1  # within one of `layers`, where it is of the first generation
 V0, V1, NEW = Numbers(1, 2, 50), Numbers(4, 5, 6), Numbers(1, 2, 7)
 BLOB_SIDES = (1, 2, 3, 4)  # of old blobs: number, channels, height, width
 BLOB_FLOATS, BLOB_SHAPE, BLOB_DOUBLES, SHAPE_SIDES = 5, 7, 8, 1
-MOST_FIELDS = 50_000  # of a file; a net has some hundred
+MOST_FIELDS = 50_000  # of a file; a model has some hundred
 LONGEST_VARINT = 10  # bytes of a whole number
 NORM, POOL = (b"lrn", 15), (b"pooling", b"pool", 17)  # types by name, and V1's numbers for them
 MOST_LAYERS = 10_000
@@ -132,10 +132,10 @@ class CaffeNet:
 
 
 def read_caffemodel(path: Path) -> CaffeNet:
-    """Reads a net as Caffe writes it, in any of its three generations.
+    """Reads a model as Caffe writes it, in any of its three generations.
 
     Raises:
-      UserError: it is damaged, or no net with weights.
+      UserError: it is damaged, or no model with weights.
     """
     try:
         with open_regular(path, LARGEST) as file:
@@ -150,7 +150,7 @@ def read_caffemodel(path: Path) -> CaffeNet:
 def _read_net(
     path: Path, messages: _Messages
 ) -> tuple[bytes, list[bytes | int], dict[str, Stored]]:
-    """The name of a net, the type of each layer, and the tensors."""
+    """The name of a model, the type of each layer, and the tensors."""
     net_name = b""
     old: list[tuple[Span, Numbers]] = []
     new: list[tuple[Span, Numbers]] = []
@@ -236,8 +236,8 @@ def _blob(path: Path, messages: _Messages, blob: Span, what: str) -> Stored:
     size = sum(span.size for span in spans)
     if not is_shape(sides) or math.prod(sides) * dtype.itemsize != size:
         # What is negative is written as 2⁶⁴ less that.
-        said = "×".join(str(side if side < 2**63 else side - 2**64) for side in sides)
-        raise ValueError(f"a blob of {said} has {size // dtype.itemsize:,} numbers")
+        shown = "×".join(str(side if side < 2**63 else side - 2**64) for side in sides)
+        raise ValueError(f"a blob of {shown} has {size // dtype.itemsize:,} numbers")
     while len(sides) > 1 and sides[0] == 1:
         sides = sides[1:]
 

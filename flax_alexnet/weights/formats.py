@@ -26,7 +26,7 @@ MISTAKEN = {
     b"<html": "is a web page; download the file itself",
 }
 # A message of protocol buffers has no mark; it begins with the number and type of its first field,
-# and of a net that is its name or a layer, old or new.
+# and of a model that is its name or a layer, old or new.
 CAFFE = (b"\x0a", b"\x12", b"\xa2\x06")
 
 

@@ -27,7 +27,7 @@ def _imagenet() -> tuple[tuple[str, str], ...]:
 
 
 def imagenet_labels() -> tuple[str, ...]:
-    """The 1000 classes of ILSVRC-2012 in the order of their synsets, as published nets have them.
+    """The 1000 classes of ILSVRC-2012 in the order of their synsets, as published models have them.
 
     Each is the first of WordNet's words for it, such as "tench"; where two classes share one, a
     word in brackets tells them apart, such as "crane (bird)".
@@ -43,18 +43,18 @@ def imagenet_synsets() -> tuple[str, ...]:
 def match_labels(
     names: Sequence[str], label_names: Sequence[str], num_classes: int
 ) -> tuple[np.ndarray, bool]:
-    """The net's class of each of a dataset's classes, by names or numbers where these agree.
+    """The model's class of each of a dataset's classes, by names or numbers where these agree.
 
-    A dataset may have fewer classes than the net, and in another order, if all its names are the
-    net's, or have WordNet's numbers ("n01440764") that the net's names have too, or that ImageNet's
-    classes have, where the net is one of these. Names that are all of 0 … n − 1 are the numbers of
-    the net's classes, where the net has no names, or such numbers itself, or ImageNet's classes.
-    Else the classes must be as many, and are taken in their order.
+    A dataset may have fewer classes than the model, and in another order, if all its names are the
+    model's, or have WordNet's numbers ("n01440764") that the model's names have too, or that
+    ImageNet's classes have, where the model is one of these. Names that are all of 0 … n − 1 are
+    the numbers of the model's classes, where the model has no names, or such numbers itself, or
+    ImageNet's classes. Else the classes must be as many, and are taken in their order.
 
     Args:
       names: of the dataset's classes.
-      label_names: of the net's; empty where unknown.
-      num_classes: the net's.
+      label_names: of the model's; empty where unknown.
+      num_classes: the model's.
 
     Returns:
       int[len(names)], and whether they were matched by name or number, and not by their order.
@@ -72,14 +72,14 @@ def match_labels(
         return np.array([places[number] for number in numbers]), True
     known = {synset: label for label, synset in enumerate(synsets) if synset}
     known |= {name: label for label, name in enumerate(label_names)}
-    found = [known.get(name, known.get(_synset(name))) for name in names]
-    missing = [name for name, label in zip(names, found, strict=True) if label is None]
+    matches = [known.get(name, known.get(_synset(name))) for name in names]
+    missing = [name for name, label in zip(names, matches, strict=True) if label is None]
     if not missing:
-        return np.array(found), True
+        return np.array(matches), True
     if len(missing) == len(names) == num_classes:
         return np.array(numbers or range(num_classes)), False
     raise UserError(
-        f"{len(missing)} of the dataset's {len(names)} classes are not among the net's "
+        f"{len(missing)} of the dataset's {len(names)} classes are not among the model's "
         f"{num_classes} (the first: {missing[0]!r}); take the dataset it was trained for"
     )
 
@@ -94,12 +94,12 @@ def _numbers(names: Sequence[str], count: int) -> list[int] | None:
 
 def _synset(name: str) -> str:
     """WordNet's number in a name such as "n01440764 tench" or "n02085620-Chihuahua", or ""."""
-    found = re.search(r"(?<![^\W_])n[0-9]{8}(?![0-9])", name)
-    return found[0] if found else ""
+    matches = re.search(r"(?<![^\W_])n[0-9]{8}(?![0-9])", name)
+    return matches[0] if matches else ""
 
 
 def _synsets(label_names: Sequence[str]) -> tuple[str, ...]:
-    """WordNet's numbers of a net's classes, as far as its names say them, or are ImageNet's."""
+    """WordNet's numbers of a model's classes, as far as its names say them, or are ImageNet's."""
     if len(label_names) == len(_imagenet()):
         same = sum(
             _word(a) == _word(b) for a, b in zip(label_names, imagenet_labels(), strict=True)
@@ -118,7 +118,7 @@ def _word(name: str) -> str:
 
 
 def read_labels(path: Path, num_classes: int) -> tuple[str, ...]:
-    """The names of a net's classes in a file.
+    """The names of a model's classes in a file.
 
     It is a text with a name on each line, be it alone, as in Caffe's `synset_words.txt`, or as in
     Python's `{0: 'name', …}`; or JSON: a list, or {"0": name}, in which a name may be a list as in
@@ -126,8 +126,8 @@ def read_labels(path: Path, num_classes: int) -> tuple[str, ...]:
     apart by their numbers in WordNet.
 
     Raises:
-      UserError: it cannot be read, or it has not as many names as the net has classes, or one comes
-        twice.
+      UserError: it cannot be read, or it has not as many names as the model has classes, or one
+        comes twice.
     """
     try:
         text = read_text(path, LARGEST, "utf-8-sig").rstrip()
@@ -139,7 +139,7 @@ def read_labels(path: Path, num_classes: int) -> tuple[str, ...]:
     if len(names) != num_classes or not all(names):
         raise UserError(
             f"{path} has {sum(map(bool, names))} names on {len(names)} lines; expected one on each "
-            f"of {num_classes}, as many as the net has classes"
+            f"of {num_classes}, as many as the model has classes"
         )
     counts = Counter(names)
     if _synsets(names) == imagenet_synsets():
@@ -170,10 +170,10 @@ def _from_json(text: str) -> Sequence[str]:
 def _from_python(lines: Sequence[str]) -> Sequence[str]:
     """The names of lines such as "0: 'tench'," and "{0: 'tench',"; none where one is no such."""
     entry = re.compile(r"""\s*\{?\s*([0-9]+)\s*:\s*(['"])(.*)\2\s*,?\s*\}?\s*""")
-    found = [match for line in lines if (match := entry.fullmatch(line))]
-    if len(found) < len(lines):
+    matches = [match for line in lines if (match := entry.fullmatch(line))]
+    if len(matches) < len(lines):
         return ()
-    return _by_number({match[1]: match[3].replace("\\'", "'") for match in found})
+    return _by_number({match[1]: match[3].replace("\\'", "'") for match in matches})
 
 
 def _by_number(values: Mapping[str, Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Any trained net from a path."""
+"""Any trained model from a path."""
 
 import contextlib
 import dataclasses
@@ -41,7 +41,7 @@ TORCHVISION = Preprocessing(
     mean=255 * np.array([0.485, 0.456, 0.406], np.float32),
     scale=(1 / (255 * 0.229), 1 / (255 * 0.224), 1 / (255 * 0.225)),
 )
-# The mean colour of ImageNet's training pictures, which Caffe's own examples subtract where they do
+# The mean colour of ImageNet's training images, which Caffe's own examples subtract where they do
 # without the mean image.
 CAFFE = Preprocessing(
     image_size=256,
@@ -52,10 +52,10 @@ CAFFE = Preprocessing(
 
 
 def load(path: str | Path, head: str | None = None) -> Pretrained:
-    """The trained net in a file or in the working directory of a run.
+    """The trained model in a file or in the working directory of a run.
 
     Nothing that a file says is run. Weights of other systems come with the preprocessing that they
-    were trained with, for RGB pictures, and with ImageNet's label names where they have 1000
+    were trained with, for RGB images, and with ImageNet's label names where they have 1000
     classes; what is worth knowing of them, such as a wrong digest, goes to the standard error.
 
     Args:
@@ -67,15 +67,15 @@ def load(path: str | Path, head: str | None = None) -> Pretrained:
         - Caffe's bvlc_alexnet or bvlc_reference_caffenet, a `.caffemodel`;
         - the `bvlc_alexnet.npy` of guerzh/tf_weights;
         - an `.npz` of torchvision's layers, named as ours, perhaps with LPIPS heads.
-      head: the name of the last layer, for a net of Caffe's that has several.
+      head: the name of the last layer, for a model of Caffe's that has several.
 
     Raises:
       UserError: there is no such file, it is damaged, or it is none of these.
     """
-    net, notes = read(Path(path).expanduser(), head=head)
+    pretrained, notes = read(Path(path).expanduser(), head=head)
     for note in notes:
         print(note, file=sys.stderr)
-    return net
+    return pretrained
 
 
 def read(
@@ -88,7 +88,7 @@ def read(
 
     Args:
       path: as there.
-      variant: which of Caffe's two nets a file is, where it does not say so itself.
+      variant: which of Caffe's two models a file is, where it does not say so itself.
       mean: for one of these, a `.binaryproto` of the mean image; None for Caffe's mean colour.
       head: as there.
 
@@ -106,35 +106,37 @@ def read(
     kind = format_of(path) if is_file else "run"
     for flag, value in (("mean", mean), ("head", head)):
         if value and kind not in ("caffe", "npy"):
-            raise UserError(f"--{flag} is for Caffe's nets, and {path} is none; leave it out")
+            raise UserError(f"--{flag} is for Caffe's models, and {path} is none; leave it out")
     notes: list[str] = []
     if kind == "run":
-        net, notes = _read_run(path)
+        pretrained, notes = _read_run(path)
     elif kind == "safetensors" and safetensors_files.is_native(path):
-        net = safetensors_files.read(path)
+        pretrained = safetensors_files.read(path)
     else:
-        net, notes = _read_foreign(path, kind, variant, mean, head)
-    if variant not in (None, net.config.variant):
-        raise UserError(f"{path} is of the variant {net.config.variant}, not {variant}")
-    if odd := _not_finite(net):
+        pretrained, notes = _read_foreign(path, kind, variant, mean, head)
+    if variant not in (None, pretrained.config.variant):
+        raise UserError(f"{path} is of the variant {pretrained.config.variant}, not {variant}")
+    if odd := _not_finite(pretrained):
         notes.append(f"warning: {path} has values that are not finite: {odd}")
-    return net, notes
+    return pretrained, notes
 
 
-def with_heads(net: Pretrained, path: Path) -> Pretrained:
-    """The net with LPIPS heads, from the `alex.pth` of the package lpips or a `.safetensors`.
+def with_heads(pretrained: Pretrained, path: Path) -> Pretrained:
+    """The model with LPIPS heads, from the `alex.pth` of the package lpips or a `.safetensors`.
 
     Raises:
-      UserError: the file is damaged or has no such heads, or the net is not torchvision's.
+      UserError: the file is damaged or has no such heads, or the model is not torchvision's.
     """
-    if net.config.variant != "torchvision":
-        raise UserError(f"LPIPS heads are for the variant torchvision, not {net.config.variant}")
+    if pretrained.config.variant != "torchvision":
+        raise UserError(
+            f"LPIPS heads are for the variant torchvision, not {pretrained.config.variant}"
+        )
     if not path.is_file():
         raise UserError(f"no LPIPS heads {path}: expected a .pth or .safetensors")
     read_file = read_safetensors if format_of(path) == "safetensors" else read_pth
     tensors, _ = read_file(path, name_maps.LPIPS.names.values())
-    heads = name_maps.read_heads(name_maps.LPIPS, tensors, net.params, path)
-    return dataclasses.replace(net, lpips_heads=heads)
+    heads = name_maps.read_heads(name_maps.LPIPS, tensors, pretrained.params, path)
+    return dataclasses.replace(pretrained, lpips_heads=heads)
 
 
 def _read_foreign(
@@ -145,42 +147,46 @@ def _read_foreign(
     tensors: Mapping[str, Tensor]
     match kind:
         case "torch" | "safetensors":
-            system, layout = "PyTorch", name_maps.TORCHVISION
+            system, name_map = "PyTorch", name_maps.TORCHVISION
             read_file = read_pth if kind == "torch" else read_safetensors
-            known = (*layout.names.values(), *name_maps.LPIPS.names.values())
+            known = (*name_map.names.values(), *name_maps.LPIPS.names.values())
             tensors, notes = read_file(path, known)
         case "npz":
-            system, layout, tensors = "NumPy", name_maps.FLAX, read_npz(path)
+            system, name_map, tensors = "NumPy", name_maps.FLAX, read_npz(path)
             heads = {name: tensors[name] for name in LPIPS_HEADS if name in tensors}
             tensors = {name: tensors[name] for name in tensors.keys() - heads}
         case "npy":
-            system, layout, tensors = "caffe-tensorflow", name_maps.CAFFE_TENSORFLOW, read_npy(path)
+            system, name_map, tensors = (
+                "caffe-tensorflow",
+                name_maps.CAFFE_TENSORFLOW,
+                read_npy(path),
+            )
             variant = variant or "caffe"
         case _:
             caffe = read_caffemodel(path)
-            system, layout, tensors = "Caffe", name_maps.CAFFE, caffe.tensors
+            system, name_map, tensors = "Caffe", name_maps.CAFFE, caffe.tensors
             variant = caffe.variant or variant
     if name_maps.LPIPS.names["lin0"] in tensors:
         raise UserError(
-            f"{path} has LPIPS heads alone; give it as --heads to convert, with torchvision's net"
+            f"{path} has LPIPS heads alone; give it as --heads to convert, with torchvision's model"
         )
     rule = TORCHVISION
-    tensors, grey = name_maps.read_grey(layout, tensors)
-    if grey and not layout.bgr:
+    tensors, grey = name_maps.read_grey(name_map, tensors)
+    if grey and not name_map.bgr:
         raise UserError(
-            f"{path} reads grey pictures, and does not say how they were normalized; repeat the "
+            f"{path} reads grey images, and does not say how they were normalized; repeat the "
             "kernels of its first layer over three channels, divided by 3, and save it again"
         )
-    if not layout.bgr:
+    if not name_map.bgr:
         variant = "torchvision"
     elif variant is None:
         raise UserError(
-            f"{path} does not say which net it is: use convert with --variant caffe or caffenet"
+            f"{path} does not say which model it is: use convert with --variant caffe or caffenet"
         )
     elif variant not in CAFFE_VARIANTS:
         raise UserError(unknown("variant of Caffe", variant, CAFFE_VARIANTS))
     else:
-        tensors, notes = name_maps.name_dense(layout, tensors, path, head)
+        tensors, notes = name_maps.name_dense(name_map, tensors, path, head)
         notes += grey
         rule = _caffe_rule(mean, is_grey=bool(grey))
         if mean is None:
@@ -189,14 +195,14 @@ def _read_foreign(
                 f"note: no --mean, so Caffe's mean colour is taken: BGR {blue} {green} {red}"
             )
 
-    params, num_classes = name_maps.read_params(layout, tensors, variant, path)
-    found = name_maps.read_heads(name_maps.FLAX_HEADS, heads, params, path) if heads else {}
+    params, num_classes = name_maps.read_params(name_map, tensors, variant, path)
+    lpips_heads = name_maps.read_heads(name_maps.FLAX_HEADS, heads, params, path) if heads else {}
     names = imagenet_labels() if num_classes == len(imagenet_labels()) else ()
     digits = sha256(path)
     notes += [f"warning: {line}" for line in [mismatch(path, digits)] if line]
     source = {"file": printable(path.name), "format": system, "sha256": digits}
     config = ModelConfig(variant=variant, num_classes=num_classes)
-    return Pretrained(config, params, rule, names, source, found), notes
+    return Pretrained(config, params, rule, names, source, lpips_heads), notes
 
 
 def _caffe_rule(mean: Path | None, is_grey: bool) -> Preprocessing:
@@ -205,7 +211,9 @@ def _caffe_rule(mean: Path | None, is_grey: bool) -> Preprocessing:
     image = read_mean(mean)
     height, width, channels = image.shape
     if (channels == 1) != is_grey:
-        raise UserError(f"{mean} has {channels} channels, but the net reads {1 if is_grey else 3}")
+        raise UserError(
+            f"{mean} has {channels} channels, but the model reads {1 if is_grey else 3}"
+        )
     image = np.broadcast_to(image, (height, width, 3))
     if (height, width) == (1, 1):
         return dataclasses.replace(CAFFE, mean=image[0, 0])
@@ -214,10 +222,10 @@ def _caffe_rule(mean: Path | None, is_grey: bool) -> Preprocessing:
     return dataclasses.replace(CAFFE, mean=image, image_size=height)
 
 
-def _not_finite(net: Pretrained) -> str:
+def _not_finite(pretrained: Pretrained) -> str:
     counts = {
         path: np.count_nonzero(~np.isfinite(value))
-        for path, value in flatten_dict(net.params, sep="/").items()
+        for path, value in flatten_dict(pretrained.params, sep="/").items()
     }
     return ", ".join(f"{count} in {path}" for path, count in counts.items() if count)
 
@@ -265,8 +273,8 @@ def _read_run(workdir: Path) -> tuple[Pretrained, list[str]]:
         check_sane(Pretrained(model, {}, rule, ()))  # before memory is taken as it says
         # A run may have more outputs than its data has classes.
         names += tuple(f"class {label}" for label in range(len(names), num_classes))
-        net = Pretrained(model, {}, rule, names)
-        check_sane(net)
+        pretrained = Pretrained(model, {}, rule, names)
+        check_sane(pretrained)
     except (
         OSError,
         ValueError,
@@ -281,9 +289,9 @@ def _read_run(workdir: Path) -> tuple[Pretrained, list[str]]:
             f"({first_line(error)})"
         ) from None
     # Orbax, which takes a while to import, is for runs alone.
-    from flax_alexnet.checkpoint.manager import digest, newest_whole, restore_model
+    from flax_alexnet.checkpoint.manager import digest, newest_intact, restore_model
 
-    step, notes = newest_whole(workdir / "checkpoints")
+    step, notes = newest_intact(workdir / "checkpoints")
     if step is None:
         reason = "; ".join(notes) or "wait for the first evaluation"
         raise UserError(f"{workdir} has no checkpoint that is whole: {reason}")
@@ -291,7 +299,7 @@ def _read_run(workdir: Path) -> tuple[Pretrained, list[str]]:
     file = f"{workdir.resolve().name}, step {step}"
     source = {"file": file, "format": "run", "sha256": digest(params)}
     rule = dataclasses.replace(rule, mean=mean)
-    net = dataclasses.replace(net, params=params, preprocessing=rule, source=source)
-    found = {path: np.shape(value) for path, value in flatten_dict(params, sep="/").items()}
-    check_tensors(found, expected_shapes(net), f"checkpoint {step} of {workdir}")
-    return net, notes
+    pretrained = dataclasses.replace(pretrained, params=params, preprocessing=rule, source=source)
+    actual = {path: np.shape(value) for path, value in flatten_dict(params, sep="/").items()}
+    check_tensors(actual, expected_shapes(pretrained), f"checkpoint {step} of {workdir}")
+    return pretrained, notes

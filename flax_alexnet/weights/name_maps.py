@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_alexnet.models.architectures import architecture, parameter_shapes, trace
+from flax_alexnet.models.architectures import architecture, infer_shapes, parameter_shapes
 from flax_alexnet.utils.errors import UserError, unknown
 from flax_alexnet.weights.pretrained import (
     LPIPS_HEADS,
@@ -36,7 +36,7 @@ GREY = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue, as
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class NameMap:
     """A row of the table above.
 
     Attributes:
@@ -101,25 +101,25 @@ def _names(kernel: str, bias: str, layers: Mapping[str, str]) -> dict[str, str]:
 
 
 _SAME = {layer: layer for layer in LAYERS}
-FLAX = Layout(_names("{}/kernel", "{}/bias", _SAME))
-TORCHVISION = Layout(_names("{}.weight", "{}.bias", _TORCHVISION_LAYERS), channels_first=True)
-CAFFE = Layout(_names("{}.blobs[0]", "{}.blobs[1]", _SAME), channels_first=True, bgr=True)
-CAFFE_TENSORFLOW = Layout(_names("{}[0]", "{}[1]", _SAME), bgr=True)
+FLAX = NameMap(_names("{}/kernel", "{}/bias", _SAME))
+TORCHVISION = NameMap(_names("{}.weight", "{}.bias", _TORCHVISION_LAYERS), channels_first=True)
+CAFFE = NameMap(_names("{}.blobs[0]", "{}.blobs[1]", _SAME), channels_first=True, bgr=True)
+CAFFE_TENSORFLOW = NameMap(_names("{}[0]", "{}[1]", _SAME), bgr=True)
 # LPIPS heads are convolutions of one pixel to one number: of the package lpips, and named as ours.
-LPIPS = Layout({head: f"{head}.model.1.weight" for head in LPIPS_HEADS}, channels_first=True)
-FLAX_HEADS = Layout({head: head for head in LPIPS_HEADS})
+LPIPS = NameMap({head: f"{head}.model.1.weight" for head in LPIPS_HEADS}, channels_first=True)
+FLAX_HEADS = NameMap({head: head for head in LPIPS_HEADS})
 
 
 def name_dense(
-    layout: Layout, tensors: Mapping[str, Tensor], file: object, head: str | None = None
+    name_map: NameMap, tensors: Mapping[str, Tensor], file: object, head: str | None = None
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors of Caffe's nets with fc6, fc7 and fc8 under these names, whatever names they bear.
+    """Tensors of Caffe's models with fc6, fc7 and fc8 under these names, whatever names they bear.
 
     Who fine-tunes in Caffe renames the last layer, and perhaps others, lest they are filled from
     the file that is begun with. A layer of another name is known by its shape.
 
     Args:
-      layout: with layers of the same names as ours.
+      name_map: with layers of the same names as ours.
       tensors: by their names in the file.
       file: for the messages.
       head: the name of the last layer, where several could be it; the others are left out.
@@ -130,7 +130,9 @@ def name_dense(
     Raises:
       UserError: several layers could be one of them, or none is called `head`.
     """
-    kernel, bias = (layout.names[f"fc8/{part}"].removeprefix("fc8") for part in ("kernel", "bias"))
+    kernel, bias = (
+        name_map.names[f"fc8/{part}"].removeprefix("fc8") for part in ("kernel", "bias")
+    )
     layers = [name.removesuffix(kernel) for name in tensors if name.endswith(kernel)]
     shapes, _ = _shapes("caffe", 1000)
 
@@ -139,18 +141,18 @@ def name_dense(
         result = []
         for name in (name for name in layers if name not in (*LAYERS, *known)):
             inputs, outputs = shapes[f"{layer}/kernel"]
-            found = [tensors[name + end].shape for end in (kernel, bias) if name + end in tensors]
+            sides = [tensors[name + end].shape for end in (kernel, bias) if name + end in tensors]
             if layer == "fc8":
-                outputs = math.prod(found[-1])  # as many classes as there are
-            if found == [layout.their_shape((inputs, outputs)), (outputs,)]:
+                outputs = math.prod(sides[-1])  # as many classes as there are
+            if sides == [name_map.their_shape((inputs, outputs)), (outputs,)]:
                 result.append(name)
         return result
 
     named = {}  # ours by theirs
     for layer in ("fc6", "fc7"):
-        found = others(layer, head)
-        if layer not in layers and len(found) == 1:
-            named[found[0]] = layer
+        candidates = others(layer, head)
+        if layer not in layers and len(candidates) == 1:
+            named[candidates[0]] = layer
     last = [name for name in layers if name == "fc8"] + others("fc8", *named)
     if head is None and len(last) > 1:
         raise UserError(
@@ -168,37 +170,39 @@ def name_dense(
         if theirs not in left_out:
             result[named.get(theirs, theirs) + end] = value
     what = {"fc6": "fc6", "fc7": "fc7", "fc8": "the last layer"}
-    said = [f"{name} is taken for {what[ours]}" for name, ours in named.items() if name != ours]
-    said += [f"{name} is left out" for name in left_out]
-    return result, [f"note: {listed(said)}"] if said else []
+    notes = [f"{name} is taken for {what[ours]}" for name, ours in named.items() if name != ours]
+    notes += [f"{name} is left out" for name in left_out]
+    return result, [f"note: {listed(notes)}"] if notes else []
 
 
-def read_grey(layout: Layout, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors of a net of grey pictures as those of one that makes grey of the colours itself.
+def read_grey(
+    name_map: NameMap, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of a model of grey images as those of one that makes grey of the colours itself.
 
     Returns:
       The tensors, and a line that says so; nothing is changed where conv1 reads colours.
     """
-    name = layout.names["conv1/kernel"]
-    axis = 1 if layout.channels_first else 2
+    name = name_map.names["conv1/kernel"]
+    axis = 1 if name_map.channels_first else 2
     kernel = tensors.get(name)
     if kernel is None or kernel.ndim != 4 or kernel.shape[axis] != 1:
         return dict(tensors), []
-    colors = GREY[::-1] if layout.bgr else GREY
+    colors = GREY[::-1] if name_map.bgr else GREY
 
     def colored() -> np.ndarray:
         grey = numbers(kernel)
         return np.concatenate([grey * color for color in colors], axis)
 
     shape = (*kernel.shape[:axis], len(colors), *kernel.shape[axis + 1 :])
-    said = "note: it reads grey pictures; conv1 makes grey of colours by R .299 G .587 B .114"
-    return {**tensors, name: Stored(shape, kernel.dtype, colored)}, [said]
+    note = "note: it reads grey images; conv1 makes grey of colours by R .299 G .587 B .114"
+    return {**tensors, name: Stored(shape, kernel.dtype, colored)}, [note]
 
 
 def read_params(
-    layout: Layout, tensors: Mapping[str, Tensor], variant: str, file: object
+    name_map: NameMap, tensors: Mapping[str, Tensor], variant: str, file: object
 ) -> tuple[Params, int]:
-    """Parameters in our layout, and the number of classes, which the last layer tells.
+    """Parameters in our name_map, and the number of classes, which the last layer tells.
 
     A trunk, from which the last dense layers are missing, or all, is counted as of the published
     classes.
@@ -207,19 +211,19 @@ def read_params(
       UserError: names every tensor that is missing, surplus, misshaped, or not of floating-point
         numbers.
     """
-    last = tensors.get(layout.names["fc8/bias"])
+    last = tensors.get(name_map.names["fc8/bias"])
     published = architecture(variant)
     num_classes = published.num_classes
     if last is not None and last.ndim == 1 and 1 <= last.shape[0] <= MOST_CLASSES:
         num_classes = last.shape[0]
     shapes, flattened = _shapes(variant, num_classes)
-    optional = [frozenset(layout.names[path] for path in last) for last in last_layers(shapes)]
-    params = _read(layout, tensors, shapes, file, optional, flattened)
+    optional = [frozenset(name_map.names[path] for path in last) for last in last_layers(shapes)]
+    params = _read(name_map, tensors, shapes, file, optional, flattened)
     return unflatten_dict(params, sep="/"), num_classes
 
 
 def read_heads(
-    layout: Layout, tensors: Mapping[str, Tensor], params: Params, file: object
+    name_map: NameMap, tensors: Mapping[str, Tensor], params: Params, file: object
 ) -> dict[str, np.ndarray]:
     """LPIPS heads, {"lin0": float32[1, 1, c, 1], …}, for the convolutions of `params`.
 
@@ -228,11 +232,11 @@ def read_heads(
     """
     features = [params[layer]["bias"].shape[0] for layer in LAYERS if layer not in DENSE]
     shapes = {head: (1, 1, n, 1) for head, n in zip(LPIPS_HEADS, features, strict=True)}
-    return _read(layout, tensors, shapes, file)
+    return _read(name_map, tensors, shapes, file)
 
 
 def _read(
-    layout: Layout,
+    name_map: NameMap,
     tensors: Mapping[str, Tensor],
     shapes: Mapping[str, Sequence[int]],
     file: object,
@@ -241,7 +245,7 @@ def _read(
 ) -> dict[str, np.ndarray]:
     check_tensors(
         {name: value.shape for name, value in tensors.items()},
-        {layout.names[path]: layout.their_shape(shape) for path, shape in shapes.items()},
+        {name_map.names[path]: name_map.their_shape(shape) for path, shape in shapes.items()},
         file,
         optional,
     )
@@ -251,16 +255,16 @@ def _read(
             f"{file} does not fit: not floating-point numbers are {listed(whole)}; take weights "
             "that have not been quantized"
         )
-    found = {path: tensors[name] for path, name in layout.names.items() if name in tensors}
-    # Now that all of it is a net's, and one after another.
-    return {path: layout.ours(path, numbers(value), flattened) for path, value in found.items()}
+    values = {path: tensors[name] for path, name in name_map.names.items() if name in tensors}
+    # Now that all of it is a model's, and one after another.
+    return {path: name_map.ours(path, numbers(value), flattened) for path, value in values.items()}
 
 
-def write_params(layout: Layout, params: Params, variant: str) -> dict[str, np.ndarray]:
+def write_params(name_map: NameMap, params: Params, variant: str) -> dict[str, np.ndarray]:
     """The inverse of `read_params`: tensors by their names."""
     _, flattened = _shapes(variant, 2)
     return {
-        layout.names[path]: layout.theirs(path, np.asarray(value), flattened)
+        name_map.names[path]: name_map.theirs(path, np.asarray(value), flattened)
         for path, value in flatten_dict(params, sep="/").items()
     }
 
@@ -269,7 +273,7 @@ def _shapes(variant: str, num_classes: int) -> tuple[dict[str, tuple[int, ...]],
     """Our shapes of the parameters, and the (h, w, c) that fc6 reads."""
     table = architecture(variant)
     layers = table.scaled(num_classes)
-    infos = trace(layers, table.image_size, table.image_size)
+    infos = infer_shapes(layers, table.image_size, table.image_size)
     flattened = next(
         before.shape for before, info in itertools.pairwise(infos) if info.layer.name == "fc6"
     )

@@ -22,9 +22,9 @@ DAMAGED = (
     tokenize.TokenError,  # of a header
 )
 LONGEST_HEADER = 10_000  # bytes, as NumPy has it, which would read any length before it refuses
-# Bytes of a pickled dictionary with those that are made of them: two and a half times the net's 244
-# million, since Python 3 writes for Python 2 texts of half as many bytes more, of which the bytes
-# are made. Numbers of 64 bits have twice as many.
+# Bytes of a pickled dictionary with those that are made of them: two and a half times the model's
+# 244 million, since Python 3 writes for Python 2 texts of half as many bytes more, of which the
+# bytes are made. Numbers of 64 bits have twice as many.
 LARGEST_PICKLE = 620 * 10**6
 
 

@@ -1,4 +1,4 @@
-"""A trained net with everything that its use takes."""
+"""A trained model with everything that its use takes."""
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -32,18 +32,19 @@ LPIPS_HEADS = tuple(f"lin{stage}" for stage in range(5))
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pretrained:
-    """A trained net: parameters, preprocessing and label names, as `flax_alexnet.load` reads it.
+    """A trained model: parameters, preprocessing and label names, as `flax_alexnet.load` reads it.
 
     Example:
-      >>> net = flax_alexnet.load("alexnet.safetensors")
-      >>> images = net.open("cat.jpg")[None]  # uint8[1, 256, 256, 3]
-      >>> logits = net.model.apply({"params": net.params}, net.preprocess(images))
+      >>> pretrained = flax_alexnet.load("alexnet.safetensors")
+      >>> images = pretrained.open("cat.jpg")[None]  # uint8[1, 256, 256, 3]
+      >>> seen = pretrained.preprocess(images)
+      >>> logits = pretrained.model.apply({"params": pretrained.params}, seen)
 
     Attributes:
-      config: the net; `num_classes` is set.
+      config: the model; `num_classes` is set.
       params: {"conv1": {"kernel": float32[…], "bias": float32[…]}, …}; a trunk, without the dense
         layers or the last of them, has features but no logits.
-      preprocessing: what is done to a picture first.
+      preprocessing: what is done to an image first.
       label_names: of the classes in order; empty where unknown.
       source: where it comes from: "file", "format", "sha256" of that file.
       lpips_heads: {"lin0": float32[1, 1, c, 1], … "lin4"} where it has LPIPS heads, else empty.
@@ -58,7 +59,7 @@ class Pretrained:
 
     @property
     def num_classes(self) -> int:
-        """Outputs of the net."""
+        """Outputs of the model."""
         assert self.config.num_classes is not None, "it is set in every Pretrained"
         return self.config.num_classes
 
@@ -73,7 +74,7 @@ class Pretrained:
         return not missing_layers(self)
 
     def open(self, path: str | Path) -> np.ndarray:
-        """A picture from a file, brought to this net's size: uint8[image_size, image_size, 3].
+        """An image from a file, brought to this model's size: uint8[image_size, image_size, 3].
 
         Raises:
           UserError: there is no such file, or it cannot be decoded.
@@ -82,10 +83,10 @@ class Pretrained:
         try:
             return decode(read_file(Path(path).expanduser()), rule.image_size, rule.resize)
         except DecodeError as error:
-            raise UserError(f"cannot read picture {path}: {error}") from None
+            raise UserError(f"cannot read image {path}: {error}") from None
 
     def preprocess(self, images: jax.Array | np.ndarray) -> jax.Array:
-        """uint8[b, image_size, image_size, 3] to what the net sees: float32[b, crop, crop, 3].
+        """uint8[b, image_size, image_size, 3] to what the model sees: float32[b, crop, crop, 3].
 
         Floats in grey levels, 0 … 255, are taken too.
 
@@ -106,20 +107,19 @@ class Pretrained:
     def _check_images(self, images: Any) -> None:
         size = self.preprocessing.image_size
         expected = f"expected uint8[b, {size}, {size}, 3]"
+        such = "such as pretrained.open(path)[None]"
         if not hasattr(images, "shape") or not hasattr(images, "dtype"):
-            raise UserError(
-                f"images are a {type(images).__name__}; {expected}, such as net.open(path)[None]"
-            )
-        found = f"{images.dtype}[{', '.join(map(str, images.shape))}]"
+            raise UserError(f"images are a {type(images).__name__}; {expected}, {such}")
+        actual = f"{images.dtype}[{', '.join(map(str, images.shape))}]"
         if images.ndim == 3:
-            raise UserError(f"images are {found}, without a batch axis; {expected}: image[None]")
+            raise UserError(f"images are {actual}, without a batch axis; {expected}: image[None]")
         if images.shape[1:] != (size, size, 3):
-            raise UserError(f"images are {found}; {expected}, such as net.open(path)[None]")
+            raise UserError(f"images are {actual}; {expected}, {such}")
         if jnp.issubdtype(images.dtype, jnp.floating):
             if not isinstance(images, jax.core.Tracer) and 0 < images.max(initial=0) <= 1:
                 raise UserError(f"images are from 0 to 1; {expected}, grey levels of 0 … 255")
         elif images.dtype != np.uint8:
-            raise UserError(f"images are {found}; {expected}: images.astype(np.uint8)")
+            raise UserError(f"images are {actual}; {expected}: images.astype(np.uint8)")
 
     def __repr__(self) -> str:
         count = sum(np.size(value) for value in jax.tree.leaves(self.params))
@@ -135,10 +135,14 @@ class Pretrained:
         return self.label_names[label] if label < len(self.label_names) else f"class {label}"
 
 
-def expected_shapes(net: Pretrained) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter of the whole net by its path, such as "conv1/kernel"."""
-    layers = architecture(net.config.variant).scaled(net.num_classes, net.config.width)
-    return parameter_shapes(layers, net.preprocessing.crop_size, net.preprocessing.crop_size)
+def expected_shapes(pretrained: Pretrained) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of the whole model by its path, such as "conv1/kernel"."""
+    layers = architecture(pretrained.config.variant).scaled(
+        pretrained.num_classes, pretrained.config.width
+    )
+    return parameter_shapes(
+        layers, pretrained.preprocessing.crop_size, pretrained.preprocessing.crop_size
+    )
 
 
 def last_layers(paths: Iterable[str]) -> list[frozenset[str]]:
@@ -151,39 +155,40 @@ def last_layers(paths: Iterable[str]) -> list[frozenset[str]]:
     ]
 
 
-def missing_layers(net: Pretrained) -> list[str]:
+def missing_layers(pretrained: Pretrained) -> list[str]:
     """The layers that a trunk lacks."""
-    return sorted({path.partition("/")[0] for path in expected_shapes(net)} - net.params.keys())
+    return sorted(
+        {path.partition("/")[0] for path in expected_shapes(pretrained)} - pretrained.params.keys()
+    )
 
 
-def check_classifier(net: Pretrained) -> None:
+def check_classifier(pretrained: Pretrained) -> None:
     """Raises UserError for a trunk, which has no logits."""
-    if not net.is_classifier:
-        missing = ", ".join(missing_layers(net))
+    if not pretrained.is_classifier:
+        file, missing = pretrained.source.get("file", "this model"), missing_layers(pretrained)
         raise UserError(
-            f"{net.source.get('file', 'this net')} has no {missing}: it gives features, but no "
-            "classes; take a whole net"
+            f"{file} has no {', '.join(missing)}: it gives features, but no classes; take a whole "
+            "model"
         )
 
 
-def check_layers(net: Pretrained, layers: Iterable[str]) -> None:
-    """Raises UserError for an activation that the net has not, or has no parameters for."""
-    table = architecture(net.config.variant).layers
+def check_layers(pretrained: Pretrained, layers: Iterable[str]) -> None:
+    """Raises UserError for an activation that the model has not, or has no parameters for."""
+    table = architecture(pretrained.config.variant).layers
     for name in layers:
         for layer in layers_until(table, name):
-            if isinstance(layer, Conv | Dense) and layer.name not in net.params:
-                raise UserError(
-                    f"{net.source.get('file', 'this net')} has no {layer.name}, which {name} needs"
-                )
+            if isinstance(layer, Conv | Dense) and layer.name not in pretrained.params:
+                file = pretrained.source.get("file", "this model")
+                raise UserError(f"{file} has no {layer.name}, which {name} needs")
 
 
-def check_sane(net: Pretrained) -> None:
-    """Raises ValueError for a configuration or preprocessing that no net has."""
-    config, rule = net.config, net.preprocessing
+def check_sane(pretrained: Pretrained) -> None:
+    """Raises ValueError for a configuration or preprocessing that no model has."""
+    config, rule = pretrained.config, pretrained.preprocessing
     if config.variant not in ARCHITECTURES:
         raise ValueError(unknown("variant", str(config.variant), ARCHITECTURES))
     sizes = (rule.image_size, rule.crop_size, config.num_classes)
-    square = (rule.image_size, rule.image_size, 3)
+    sides = (rule.image_size, rule.image_size, 3)
     for name, sane in (
         ("sizes", all(type(n) is int and 1 <= n <= MOST_CLASSES for n in sizes)),
         ("crop_size", rule.crop_size <= rule.image_size),
@@ -193,17 +198,17 @@ def check_sane(net: Pretrained) -> None:
         ("relu_logits", isinstance(config.relu_logits, bool)),
         ("resize", rule.resize in get_args(ResizeRule)),
         ("scale", np.isfinite(rule.scale).all() and np.min(rule.scale) > 0),
-        ("mean", rule.mean.shape in ((3,), square)),
-        ("source", isinstance(net.source, dict)),
-        ("label_names", len(net.label_names) in (0, config.num_classes)),
-        ("label_names", all(isinstance(label, str) for label in net.label_names)),
+        ("mean", rule.mean.shape in ((3,), sides)),
+        ("source", isinstance(pretrained.source, dict)),
+        ("label_names", len(pretrained.label_names) in (0, config.num_classes)),
+        ("label_names", all(isinstance(label, str) for label in pretrained.label_names)),
     ):
         if not sane:
-            raise ValueError(f"no net has such a value of {name}")
+            raise ValueError(f"no model has such a value of {name}")
 
 
 def check_tensors(
-    found: Mapping[str, Sequence[int]],
+    actual: Mapping[str, Sequence[int]],
     expected: Mapping[str, Sequence[int]],
     file: object,
     optional: Collection[frozenset[str]] = (),
@@ -211,23 +216,23 @@ def check_tensors(
     """Raises UserError that lists every missing, surplus or misshaped tensor of a file at once.
 
     Args:
-      found: shapes by the names of the file's own format.
+      actual: shapes by the names of the file's own format.
       expected: likewise.
       file: for the message.
       optional: sets of names; those of one of them may be missing, but only all together.
     """
-    missing = expected.keys() - found.keys()
+    missing = expected.keys() - actual.keys()
     if missing in optional:
         missing = set()
     problems = [f"{name} is missing, expected {_shape(expected[name])}" for name in sorted(missing)]
     problems += [
-        f"{name} {_shape(found[name])} is not expected"
-        for name in sorted(found.keys() - expected.keys())
+        f"{name} {_shape(actual[name])} is not expected"
+        for name in sorted(actual.keys() - expected.keys())
     ]
     problems += [
-        f"{name} is {_shape(found[name])}, expected {_shape(expected[name])}"
-        for name in sorted(found.keys() & expected.keys())
-        if tuple(found[name]) != tuple(expected[name])
+        f"{name} is {_shape(actual[name])}, expected {_shape(expected[name])}"
+        for name in sorted(actual.keys() & expected.keys())
+        if tuple(actual[name]) != tuple(expected[name])
     ]
     if problems:
         raise UserError(f"{file} does not fit: {listed(problems, '; ')}")

@@ -38,34 +38,34 @@ KEY, FORMAT = "flax_alexnet", 1
 MODEL_FIELDS = ("variant", "num_classes", "width", "activation", "relu_logits")
 
 
-def save(net: Pretrained, path: str | Path) -> None:
-    """Writes a net; the file is whole even if the program is killed meanwhile.
+def save(pretrained: Pretrained, path: str | Path) -> None:
+    """Writes a model; the file is whole even if the program is killed meanwhile.
 
     Raises:
       UserError: it cannot be written there.
     """
     path = Path(path).expanduser()
     with writing(path, SafetensorError) as partial:
-        write(net, partial)
+        write(pretrained, partial)
 
 
-def write(net: Pretrained, path: Path) -> None:
-    """Writes a net into a file that nobody else knows yet.
+def write(pretrained: Pretrained, path: Path) -> None:
+    """Writes a model into a file that nobody else knows yet.
 
     Raises:
       UserError: the disk has no room for it.
       OSError, SafetensorError: it cannot be written.
     """
-    rule = net.preprocessing
+    rule = pretrained.preprocessing
     tensors = {
         f"params/{path}": np.asarray(value, np.float32)
-        for path, value in flatten_dict(net.params, sep="/").items()
+        for path, value in flatten_dict(pretrained.params, sep="/").items()
     }
     tensors["preprocessing/mean"] = np.asarray(rule.mean, np.float32)
-    tensors |= {f"lpips/{k}": np.asarray(v, np.float32) for k, v in net.lpips_heads.items()}
+    tensors |= {f"lpips/{k}": np.asarray(v, np.float32) for k, v in pretrained.lpips_heads.items()}
     metadata = {
         "format": FORMAT,
-        "model": {name: getattr(net.config, name) for name in MODEL_FIELDS},
+        "model": {name: getattr(pretrained.config, name) for name in MODEL_FIELDS},
         "preprocessing": {
             "image_size": rule.image_size,
             "resize": rule.resize,
@@ -73,15 +73,15 @@ def write(net: Pretrained, path: Path) -> None:
             "scale": rule.scale,
             "channel_order": "RGB",
         },
-        "label_names": net.label_names,
-        "source": dict(net.source),
+        "label_names": pretrained.label_names,
+        "source": dict(pretrained.source),
     }
-    said = json.dumps(metadata)
-    if len(said) > LARGEST_HEADER // 2:  # it is written as a text within JSON, with quotes escaped
+    text = json.dumps(metadata)
+    if len(text) > LARGEST_HEADER // 2:  # it is written as a text within JSON, with quotes escaped
         raise UserError(f"{path} would not be read again: its label names have too many letters")
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     check_room(path, sum(value.nbytes for value in contiguous.values()))
-    save_file(contiguous, path, {KEY: said})
+    save_file(contiguous, path, {KEY: text})
 
 
 def is_native(path: Path) -> bool:
@@ -98,25 +98,27 @@ def read(path: Path) -> Pretrained:
     """
     metadata, stored = read_header(path)
     try:
-        said = parse_json(metadata[KEY])
-        if said["format"] != FORMAT:
-            raise UserError(f"{path} has the format {str(said['format'])[:20]}; expected {FORMAT}")
-        rule = dict(said["preprocessing"])
+        content = parse_json(metadata[KEY])
+        if content["format"] != FORMAT:
+            raise UserError(
+                f"{path} has the format {str(content['format'])[:20]}; expected {FORMAT}"
+            )
+        rule = dict(content["preprocessing"])
         if rule.pop("channel_order") != "RGB":
             raise UserError(f"{path} is not for RGB images; convert its source once more")
-        scale, labels, source = rule.pop("scale"), said["label_names"], said["source"]
+        scale, labels, source = rule.pop("scale"), content["label_names"], content["source"]
         _check_texts("label_names", labels if isinstance(labels, list) else [None])
         _check_texts("source", source.values() if isinstance(source, dict) else [None])
         mean: Any = stored["preprocessing/mean"]  # of which the shape is enough here
-        net = Pretrained(
-            ModelConfig(**said["model"]),
+        pretrained = Pretrained(
+            ModelConfig(**content["model"]),
             {},
             Preprocessing(**rule, mean=mean, scale=_scale(scale)),
             tuple(printable(name) for name in labels),
             {printable(key): printable(value) for key, value in source.items()},
         )
-        check_sane(net)
-        shapes = expected_shapes(net)
+        check_sane(pretrained)
+        shapes = expected_shapes(pretrained)
     except NONSENSE as error:
         if isinstance(error, UserError):
             raise
@@ -136,16 +138,18 @@ def read(path: Path) -> Pretrained:
         raise UserError(f"{path} does not fit: not floating-point numbers are {', '.join(whole)}")
     tensors = {name: value.read() for name, value in stored.items()}
     return dataclasses.replace(
-        net,
+        pretrained,
         params=unflatten_dict(_under("params/", tensors), sep="/"),
-        preprocessing=dataclasses.replace(net.preprocessing, mean=tensors["preprocessing/mean"]),
+        preprocessing=dataclasses.replace(
+            pretrained.preprocessing, mean=tensors["preprocessing/mean"]
+        ),
         lpips_heads=_under("lpips/", tensors),
     )
 
 
 def _check_texts(name: str, values: Iterable[object]) -> None:
     if not all(isinstance(value, str) for value in values):
-        raise ValueError(f"no net has such a value of {name}")
+        raise ValueError(f"no model has such a value of {name}")
 
 
 def _under(prefix: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

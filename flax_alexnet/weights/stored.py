@@ -1,7 +1,7 @@
-"""Tensors in files, whose numbers are read once their shapes are known to be a net's.
+"""Tensors in files, whose numbers are read once their shapes are known to be a model's.
 
 What a file says of a tensor takes next to no memory, whatever it says; its numbers then take what
-the net takes.
+the model takes.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ LARGEST = 2**31  # bytes of a weight file; the parameters of AlexNet are 244 mil
 MOST_TENSORS = 10_000  # in a file; a training's checkpoint has some hundred
 PIECE = 2**20  # bytes that are read at once
 MOST_AXES = 8
-MOST_SHOWN = 100  # names in a message; a whole net has 16 tensors
+MOST_SHOWN = 100  # names in a message; a whole model has 16 tensors
 
 
 @dataclasses.dataclass(frozen=True)

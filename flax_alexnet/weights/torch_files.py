@@ -7,7 +7,7 @@ each storage its length as an int64 and its numbers. A tensor is a window of a s
 a shape and strides, all counted in numbers.
 
 What people have is often more: a checkpoint of a training, in which the state dict is one entry of
-several, and the net in a wrapper that puts its own name before those of the tensors.
+several, and the model in a wrapper that puts its own name before those of the tensors.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ STORAGES: dict[str, np.dtype] = {
 }
 
 
-# Numbers that a storage may have beside those of a tensor, which it is read for: the whole net.
+# Numbers that a storage may have beside those of a tensor, which it is read for: the whole model.
 MOST_BESIDE = 2**26
 
 
@@ -82,8 +82,8 @@ class _Storage:
     def numbers(self) -> np.ndarray:
         if self.read is None:
             raise PickleError("a storage is not there")
-        found = np.frombuffer(self.read(), self.dtype)
-        return found.byteswap() if self.big_endian else found
+        values = np.frombuffer(self.read(), self.dtype)
+        return values.byteswap() if self.big_endian else values
 
 
 class _Storages(dict[str, _Storage]):
@@ -134,11 +134,11 @@ class _Tensor:
             try:
                 if self.storage.count - math.prod(self.shape) > MOST_BESIDE:
                     raise PickleError("a tensor is a small part of its storage; save a copy of it")
-                found = self.storage.numbers()
+                values = self.storage.numbers()
             except DAMAGED as error:
                 raise _refusal(path, error) from None
-            in_bytes = [step * found.itemsize for step in self.strides]
-            return np.lib.stride_tricks.as_strided(found[self.offset :], self.shape, in_bytes)
+            in_bytes = [step * values.itemsize for step in self.strides]
+            return np.lib.stride_tricks.as_strided(values[self.offset :], self.shape, in_bytes)
 
         return Stored(self.shape, self.storage.dtype, read)
 
@@ -162,7 +162,7 @@ ADMITTED = {
 }
 
 
-# Where checkpoints have the net itself, the first that is there, or else beside everything.
+# Where checkpoints have the model itself, the first that is there, or else beside everything.
 ENTRIES = ("state_dict", "model_state_dict", "model", "")
 DEPTH = 3  # of dictionaries in which a state dict is looked for
 WRAPPER = re.compile(r"(?<![^.])(?:module|_orig_mod)\.")  # of DataParallel, and of torch.compile
@@ -175,7 +175,7 @@ def read_pth(path: Path, known: Collection[str]) -> tuple[dict[str, Stored], lis
 
     Args:
       path: of a file that `torch.save` wrote.
-      known: names of the net that is looked for.
+      known: names of the model that is looked for.
 
     Returns:
       The tensors by the names that they have without a wrapper's; and lines that say what was taken
@@ -283,30 +283,34 @@ def _piece(path: Path, place: int, size: int) -> bytearray:
 
 
 def _state_dict(value: Any, known: Collection[str]) -> tuple[dict[str, _Tensor], list[str]]:
-    """The tensors in what was saved, by their names, and a line where there are several nets."""
+    """The tensors in what was saved, by their names, and a line where there are several models."""
     if not isinstance(value, dict):
         raise PickleError("it holds no dictionary of tensors")
-    found = dict(_with_tensors(value))
-    nets = {where: found[where] for where in found if _prefixes(found[where], known)} or found
-    if not nets:
+    entries_of = dict(_with_tensors(value))
+    models = {
+        where: entries_of[where] for where in entries_of if _prefixes(entries_of[where], known)
+    } or entries_of
+    if not models:
         entries = (*(value.get(entry) for entry in ENTRIES), *value.values())
         objects = [entry for entry in entries if isinstance(entry, Skipped)]
         raise objects[0].refusal() if objects else PickleError("it holds no tensors")
-    where = next((entry for entry in ENTRIES if entry in nets), None)
-    if where is None and len(nets) > 1:
-        raise PickleError(f"it holds several nets, {listed(list(nets))}; save one of them alone")
-    where = next(iter(nets)) if where is None else where
-    others = [other for other in nets if other != where]
+    where = next((entry for entry in ENTRIES if entry in models), None)
+    if where is None and len(models) > 1:
+        raise PickleError(
+            f"it holds several models, {listed(list(models))}; save one of them alone"
+        )
+    where = next(iter(models)) if where is None else where
+    others = [other for other in models if other != where]
     result = {}
-    for name, tensor in nets[where].items():
+    for name, tensor in models[where].items():
         if isinstance(tensor, _Tensor):
             result[printable(str(name))] = tensor
         elif _prefixes([name], known):
             if isinstance(tensor, Skipped):
                 raise tensor.refusal()
             raise PickleError(f"its entry {name!r} is no tensor; expected a state dict")
-    said = f"note: its {where or 'top'} is taken, and not {listed(others)}"
-    return result, [said] if others else []
+    note = f"note: its {where or 'top'} is taken, and not {listed(others)}"
+    return result, [note] if others else []
 
 
 def _with_tensors(value: dict[Any, Any]) -> Iterator[tuple[str, dict[Any, Any]]]:
@@ -328,7 +332,7 @@ def _with_tensors(value: dict[Any, Any]) -> Iterator[tuple[str, dict[Any, Any]]]
 
 
 def _prefixes(names: Iterable[Any], known: Collection[str]) -> set[str]:
-    """What stands before the names of a net that is looked for, where there is one."""
+    """What stands before the names of a model that is looked for, where there is one."""
     bare = [WRAPPER.sub("", str(name)) for name in names]
     prefixes = {name.removesuffix(end) for name in bare for end in known if name.endswith(end)}
     return {prefix for prefix in prefixes if prefix == "" or prefix.endswith(".")}
@@ -340,7 +344,7 @@ def _unwrapped(
     """Tensors by the names that they have without a wrapper's, and a line that says so."""
     prefix, *others = sorted(_prefixes(tensors, known)) or [""]
     if others:
-        raise PickleError(f"it holds several nets, {listed([prefix, *others])}; save one alone")
+        raise PickleError(f"it holds several models, {listed([prefix, *others])}; save one alone")
     result, changed, left_out = {}, [], []
     for name, value in tensors.items():
         bare = WRAPPER.sub("", name)
@@ -352,9 +356,9 @@ def _unwrapped(
             raise PickleError(f"it has {bare} twice, in a wrapper and without")
         result[bare] = value
         changed += [f"{name} is read as {bare}"] * (name != bare)
-    said = [f"{changed[0]}, and all others likewise"] if changed else []
-    said += [f"left out is what has not this prefix: {listed(left_out)}"] if left_out else []
-    return result, [f"note: {'; '.join(said)}"] if said else []
+    parts = [f"{changed[0]}, and all others likewise"] if changed else []
+    parts += [f"left out is what has not this prefix: {listed(left_out)}"] if left_out else []
+    return result, [f"note: {'; '.join(parts)}"] if parts else []
 
 
 def write(tensors: Mapping[str, np.ndarray], path: Path) -> None:

@@ -16,7 +16,7 @@ from flax_alexnet.checkpoint.manager import (
     check_steps,
     digest,
     manifest,
-    newest_whole,
+    newest_intact,
     restore_model,
     set_aside_damaged,
 )
@@ -123,7 +123,7 @@ def test_a_relative_path_is_as_good_as_any(pristine, tmp_path, monkeypatch, spel
     (tmp_path / "link").symlink_to("two")
     monkeypatch.chdir(tmp_path)
     folder = Path(spelling.format(here=tmp_path.name))
-    assert newest_whole(folder) == (2, [])
+    assert newest_intact(folder) == (2, [])
     params, mean = restore_model(folder / "2")
     assert_is({"params": params, "mean": mean, "step": jnp.int32(2)}, 2)
     assert set_aside_damaged(folder, Path("aside")) == []
@@ -157,7 +157,7 @@ def test_two_hundred_flipped_bits_and_no_wrong_restore(two, tmp_path):
         flipped = bytearray(whole)
         flipped[rng.integers(len(whole))] ^= 1 << rng.integers(8)
         path.write_bytes(flipped)
-        step, said = newest_whole(two)
+        step, said = newest_intact(two)
         if step == 1:
             assert len(said) == 1
             seen += 1
@@ -171,7 +171,7 @@ def test_two_hundred_flipped_bits_and_no_wrong_restore(two, tmp_path):
             assert_is(restore(two)[1], 2)
         path.write_bytes(whole)
     assert seen > 100
-    assert newest_whole(two) == (2, [])
+    assert newest_intact(two) == (2, [])
 
 
 def data(step):
@@ -244,7 +244,7 @@ def test_a_folder_that_orbax_takes_for_a_step_is_damage(two, tmp_path, name):
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_named_and_set_aside_and_the_step_before_used(two, tmp_path, kind):
     DAMAGE[kind](two / "2")
-    assert newest_whole(two)[0] == 1
+    assert newest_intact(two)[0] == 1
     (said,) = set_aside_damaged(two, tmp_path / "aside")
     assert said.startswith("checkpoint 2 is damaged (")
     assert "\n" not in said

@@ -32,7 +32,7 @@ def test_back_to_torchvision(trunk, tmp_path, capsys):
 
 
 def test_only_torchvision_goes_back(tmp_path, capsys):
-    path = caffemodel(tmp_path / "net.caffemodel")
+    path = caffemodel(tmp_path / "model.caffemodel")
     assert main([str(path), str(tmp_path / "ours.safetensors")]) == 0
     capsys.readouterr()
     argv = (tmp_path / "ours.safetensors", tmp_path / "back.safetensors", "--format", "torchvision")
@@ -41,7 +41,7 @@ def test_only_torchvision_goes_back(tmp_path, capsys):
 
 
 def test_flags(trunk, tmp_path, capsys):
-    path, out = tmp_path / "net.safetensors", tmp_path / "out.safetensors"
+    path, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
     assert "no weights" in refused(capsys, path, out)
     save_file(trunk, path)
     assert "expected a .safetensors" in refused(capsys, path, tmp_path / "out.pth")
@@ -60,7 +60,7 @@ def test_flags(trunk, tmp_path, capsys):
 
 
 def test_heads(trunk, tmp_path, capsys):
-    path, out = tmp_path / "net.safetensors", tmp_path / "out.safetensors"
+    path, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
     save_file(trunk, path)
     rng = np.random.default_rng(0)
     heads = {

@@ -14,18 +14,18 @@ from flax_alexnet.data.examples import find_images
 from flax_alexnet.data.sources import Record, open_splits
 from flax_alexnet.train import main as train
 from flax_alexnet.weights import safetensors_files
-from tests.images import pictures
-from tests.small_models import by_hand, make_net
+from tests.images import image_files
+from tests.small_models import by_hand, make_pretrained
 
 
-def test_evaluate_counts_every_picture_once(net, weights, photographs, tmp_path, capsys):
+def test_evaluate_counts_every_image_once(pretrained, weights, photographs, tmp_path, capsys):
     flags = ["--data.name", f"folder:{photographs}", "--data.split", "all", "--batch-size", "8"]
     output = tmp_path / "out"
     assert evaluate.main([str(weights), *flags, "--output", str(output)]) == 0
     source = find_images([str(photographs)])
     files = [Path(source.name(index)) for index in range(len(source))]
-    labels = np.array([net.label_names.index(file.parent.name) for file in files])
-    expected = by_hand(net, files)
+    labels = np.array([pretrained.label_names.index(file.parent.name) for file in files])
+    expected = by_hand(pretrained, files)
     best = expected.argmax(-1)
     report = json.loads((output / "evaluation.json").read_text())
     assert report["images"] == len(files) == 12
@@ -68,7 +68,7 @@ def test_a_run_is_evaluated_on_its_own_dataset(run, weights, photographs, capsys
     assert not (run / "evaluation-5").exists()
     assert not capsys.readouterr().err
     assert evaluate.main([str(run), str(weights)]) == 2
-    assert f"{weights} does not say which pictures it was" in capsys.readouterr().err
+    assert f"{weights} does not say which images it was" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -76,10 +76,10 @@ def test_a_run_on_a_relative_folder_is_evaluated_from_everywhere(
     photographs, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "pictures").symlink_to(photographs)
+    (tmp_path / "home" / "images").symlink_to(photographs)
     monkeypatch.chdir(tmp_path / "home")
     flags = ["--model.width", "0.05", "--batch-size", "8", "--steps", "1"]
-    flags += ["--no-compilation-cache", "--workdir", "runs/mine", "--data.name", "folder:pictures"]
+    flags += ["--no-compilation-cache", "--workdir", "runs/mine", "--data.name", "folder:images"]
     assert train(flags) == 0
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -88,24 +88,24 @@ def test_a_run_on_a_relative_folder_is_evaluated_from_everywhere(
     assert not capsys.readouterr().err
 
 
-def test_held_out_pictures_that_are_others_now_are_said(run, capsys):
+def test_held_out_images_that_are_others_now_are_said(run, capsys):
     config = json.loads((run / "config.json").read_text())
     config["config"]["dataset.eval"] = 2
     (run / "config.json").write_text(json.dumps(config))
     assert evaluate.main([str(run)]) == 0
     said = capsys.readouterr().err
-    assert "has changed: 2 pictures were held out in training, and 1 are now" in said
+    assert "has changed: 2 images were held out in training, and 1 are now" in said
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_held_out_pictures_of_the_same_number_are_compared(run, photographs, capsys, same):
+def test_held_out_images_of_the_same_number_are_compared(run, photographs, capsys, same):
     digest = open_splits(f"folder:{photographs}").open("test").digest().content
     config = json.loads((run / "config.json").read_text())
     config["config"]["dataset.eval_digest"] = digest if same else digest[::-1]
     (run / "config.json").write_text(json.dumps(config))
     assert evaluate.main([str(run)]) == 0
     said = capsys.readouterr().err
-    assert said.count("has changed: other pictures were held out in training than are now") == (
+    assert said.count("has changed: other images were held out in training than are now") == (
         0 if same else 1
     )
 
@@ -116,7 +116,7 @@ def test_classes_are_matched_by_order_only_where_that_is_wanted(
     for letter, name in zip("abcd", "wxyz", strict=True):
         (tmp_path / "others").mkdir(exist_ok=True)
         (tmp_path / "others" / name).symlink_to(photographs / f"class {letter}")
-    copy = tmp_path / "net.safetensors"
+    copy = tmp_path / "model.safetensors"
     copy.write_bytes(weights.read_bytes())
     flags = [str(copy), "--data.name", f"folder:{tmp_path}/others"]
     assert evaluate.main(flags) == 2
@@ -125,26 +125,26 @@ def test_classes_are_matched_by_order_only_where_that_is_wanted(
     assert evaluate.main([*flags, "--match-by-order"]) == 0
     said = capsys.readouterr().err
     assert said.startswith("warning: the classes are matched by their order alone: w → class a, x")
-    assert (tmp_path / "net-evaluation" / "evaluation.json").exists()
+    assert (tmp_path / "model-evaluation" / "evaluation.json").exists()
 
 
-def test_several_nets_are_averaged_though_their_preprocessing_differs(
-    net, weights, photographs, tmp_path
+def test_several_models_are_averaged_though_their_preprocessing_differs(
+    pretrained, weights, photographs, tmp_path
 ):
-    other = make_net(seed=7)
+    other = make_pretrained(seed=7)
     rule = dataclasses.replace(other.preprocessing, resize="caffe", image_size=80)
     other = dataclasses.replace(other, preprocessing=rule)
     safetensors_files.save(other, tmp_path / "other.safetensors")
     flags = ["--data.name", f"folder:{photographs}", "--crops", "10", "--output", str(tmp_path)]
     assert evaluate.main([str(weights), str(tmp_path / "other.safetensors"), *flags]) == 0
-    held_out = [pictures(photographs)[9]]
-    expected = np.mean([by_hand(n, held_out, crops=10) for n in (net, other)], axis=0)
+    held_out = [image_files(photographs)[9]]
+    expected = np.mean([by_hand(n, held_out, crops=10) for n in (pretrained, other)], axis=0)
     report = json.loads((tmp_path / "evaluation.json").read_text())
     np.testing.assert_allclose(report["loss"], -np.log(expected[0, 3]), rtol=1e-4)
     assert len(report["weights"]) == 2
 
 
-def test_what_is_counted_of_a_picture():
+def test_what_is_counted_of_an_image():
     """Of seven classes, with ties: equal values are taken in the order of the classes."""
     counted = importlib.import_module("flax_alexnet.commands.evaluate").Evaluation(
         np.zeros((7, 7), int), np.zeros(7, int)
@@ -162,7 +162,7 @@ def test_what_is_counted_of_a_picture():
     assert summary["loss"] == pytest.approx(-rows.sum() / 14)
 
 
-def test_a_picture_without_a_label_and_a_net_without_numbers_are_refused(
+def test_an_image_without_a_label_and_a_model_without_numbers_are_refused(
     weights, photographs, tmp_path, capsys
 ):
     flags = ["--data.name", f"folder:{photographs}", "--output", str(tmp_path)]
@@ -170,7 +170,7 @@ def test_a_picture_without_a_label_and_a_net_without_numbers_are_refused(
         patch.setattr("flax_alexnet.data.sources.FolderSource.read", unlabelled)
         assert evaluate.main([str(weights), *flags]) == 2
     assert "has no label" in capsys.readouterr().err
-    broken = make_net()
+    broken = make_pretrained()
     broken.params["fc7"]["bias"][0] = np.nan
     safetensors_files.save(broken, tmp_path / "nan.safetensors")
     assert evaluate.main([str(tmp_path / "nan.safetensors"), *flags]) == 2

@@ -16,13 +16,13 @@ from flax_alexnet.models.architectures import ARCHITECTURES
 from flax_alexnet.ops import onednn
 from flax_alexnet.utils.errors import UserError
 from flax_alexnet.weights import safetensors_files
-from tests.small_models import random_pictures, small_net
+from tests.small_models import random_images, small_pretrained
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "net.safetensors"
-    safetensors_files.save(small_net("cuda_convnet_cifar10"), path)
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    safetensors_files.save(small_pretrained("cuda_convnet_cifar10"), path)
     return path
 
 
@@ -33,39 +33,47 @@ def weights(tmp_path_factory):
         for variant in ARCHITECTURES
     ],
 )
-def test_stablehlo_gives_what_the_net_gives(variant, tmp_path, monkeypatch):
+def test_stablehlo_gives_what_the_model_gives(variant, tmp_path, monkeypatch):
     monkeypatch.setattr(onednn, "_passed", lambda: False)  # no program for others has it
-    net = small_net(variant)
-    path = tmp_path / "net.stablehlo"
+    pretrained = small_pretrained(variant)
+    path = tmp_path / "model.stablehlo"
     write, _ = export.FORMATS["stablehlo"]
-    write(net, "logits", path)
-    images = random_pictures(net, 2)
-    logits = jax.jit(lambda x: net.model.apply({"params": net.params}, net.preprocess(x)))(images)
+    write(pretrained, "logits", path)
+    images = random_images(pretrained, 2)
+    logits = jax.jit(
+        lambda x: pretrained.model.apply({"params": pretrained.params}, pretrained.preprocess(x))
+    )(images)
     np.testing.assert_array_equal(export.load_exported(path)(images), logits)
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
     assert exported.platforms == ("cpu", "cuda", "tpu")
 
 
 def test_a_program_needs_nothing_of_this_package(tmp_path):
-    net = small_net("cuda_convnet_cifar10", dtype="bfloat16")
-    export.export(net, tmp_path / "net.stablehlo", layer="conv2")
-    images = random_pictures(net, 2)
+    pretrained = small_pretrained("cuda_convnet_cifar10", dtype="bfloat16")
+    export.export(pretrained, tmp_path / "model.stablehlo", layer="conv2")
+    images = random_images(pretrained, 2)
     np.save(tmp_path / "images.npy", images)
     code = """if True:
         import sys, jax, jax.export, numpy as np
-        program = jax.export.deserialize(bytearray(open("net.stablehlo", "rb").read()))
+        program = jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read()))
         np.save("features.npy", program.call(np.load("images.npy")))
         assert "flax_alexnet" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
-    full = dataclasses.replace(net, config=dataclasses.replace(net.config, dtype="float32"))
-    expected = full.model.apply({"params": net.params}, net.preprocess(images), last="conv2")
+    full = dataclasses.replace(
+        pretrained, config=dataclasses.replace(pretrained.config, dtype="float32")
+    )
+    expected = full.model.apply(
+        {"params": pretrained.params}, pretrained.preprocess(images), last="conv2"
+    )
     np.testing.assert_allclose(np.load(tmp_path / "features.npy"), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_command_writes_a_trunk_up_to_a_layer(weights, tmp_path, capsys):
-    net = safetensors_files.read(weights)
-    trunk = dataclasses.replace(net, params={k: v for k, v in net.params.items() if k != "fc10"})
+    pretrained = safetensors_files.read(weights)
+    trunk = dataclasses.replace(
+        pretrained, params={k: v for k, v in pretrained.params.items() if k != "fc10"}
+    )
     safetensors_files.save(trunk, tmp_path / "trunk.safetensors")
     arguments = [str(tmp_path / "trunk.safetensors"), str(tmp_path / "new" / "trunk.stablehlo")]
     assert export.main([*arguments, "--layer", "pool1"]) == 0
@@ -75,8 +83,8 @@ def test_the_command_writes_a_trunk_up_to_a_layer(weights, tmp_path, capsys):
 
 
 def test_a_program_that_is_wrong_is_not_left_behind(tmp_path, monkeypatch):
-    net = small_net("cuda_convnet_cifar10")
-    path = tmp_path / "net.stablehlo"
+    pretrained = small_pretrained("cuda_convnet_cifar10")
+    path = tmp_path / "model.stablehlo"
     path.write_text("an older one")
     right = export.FORMATS["stablehlo"][0]
 
@@ -86,7 +94,7 @@ def test_a_program_that_is_wrong_is_not_left_behind(tmp_path, monkeypatch):
 
     monkeypatch.setitem(export.FORMATS, "stablehlo", (wrong, ""))
     with pytest.raises(UserError, match="was not written"):
-        export.export(net, path)
+        export.export(pretrained, path)
     assert [*tmp_path.iterdir()] == [path]
     assert path.read_text() == "an older one"
 
@@ -95,13 +103,13 @@ def test_a_program_that_is_wrong_is_not_left_behind(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["{weights}"], "Missing from flax_alexnet export"),
-        (["{weights}", "net.zip"], "unknown ending '.zip'"),
-        (["{weights}", "net.onnx", "--format", "zip"], "invalid choice 'zip'"),
-        (["{weights}", "net.stablehlo", "--layer", "conv9"], "did you mean 'conv"),
-        (["{weights}", "net.stablehlo", "--layers", "conv1"], "did you mean --layer?"),
+        (["{weights}", "model.zip"], "unknown ending '.zip'"),
+        (["{weights}", "model.onnx", "--format", "zip"], "invalid choice 'zip'"),
+        (["{weights}", "model.stablehlo", "--layer", "conv9"], "did you mean 'conv"),
+        (["{weights}", "model.stablehlo", "--layers", "conv1"], "did you mean --layer?"),
         (["{weights}", "folder"], "it is a folder; take another path"),
-        (["{weights}", "file/net.stablehlo"], "cannot write file/net.stablehlo"),
-        (["nowhere.safetensors", "net.onnx"], "no weights nowhere.safetensors"),
+        (["{weights}", "file/model.stablehlo"], "cannot write file/model.stablehlo"),
+        (["nowhere.safetensors", "model.onnx"], "no weights nowhere.safetensors"),
     ],
 )
 def test_mistakes_get_one_line(arguments, message, weights, tmp_path, monkeypatch, capsys):
@@ -117,18 +125,18 @@ def test_mistakes_get_one_line(arguments, message, weights, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("package", "output", "extra"),
-    [("onnx", "net.onnx", "onnx"), ("tensorflow", "net", "prepare")],
+    [("onnx", "model.onnx", "onnx"), ("tensorflow", "model", "prepare")],
 )
 def test_a_package_that_is_missing(package, output, extra, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError) as caught:
-        export.export(small_net("cuda_convnet_cifar10"), tmp_path / output)
+        export.export(small_pretrained("cuda_convnet_cifar10"), tmp_path / output)
     assert f"needs the package {package}: pip install 'flax-alexnet[{extra}]'" in str(caught.value)
 
 
 def test_a_damaged_program(tmp_path):
-    path = tmp_path / "net.stablehlo"
-    export.export(small_net("cuda_convnet_cifar10"), path, layer="conv1")
+    path = tmp_path / "model.stablehlo"
+    export.export(small_pretrained("cuda_convnet_cifar10"), path, layer="conv1")
     for data in (b"", path.read_bytes()[:1000], b"no program at all, but a text that is longer"):
         path.write_bytes(data)
         with pytest.raises(UserError, match="no exported StableHLO program"):

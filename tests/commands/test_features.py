@@ -14,19 +14,19 @@ import pytest
 from flax_alexnet.commands import features
 from flax_alexnet.inference.feature_file import READ, FeatureFile
 from flax_alexnet.weights import safetensors_files
-from tests.images import pictures
-from tests.small_models import make_net
+from tests.images import image_files
+from tests.small_models import make_pretrained
 
 
 def test_features_that_are_not_finite_are_said(huge, photographs, tmp_path, capsys):
-    """Their rows tell them from those of pictures that could not be read."""
+    """Their rows tell them from those of images that could not be read."""
     (tmp_path / "bad.png").write_bytes(b"bad")
     output = tmp_path / "features.npy"
     flags = ["--output", str(output), "--batch-size", "8"]
     assert features.main([str(huge), str(photographs), str(tmp_path / "bad.png"), *flags]) == 0
     said = capsys.readouterr()
-    assert "warning: the net gives what is not a finite number for 12 pictures (the" in said.err
-    assert "12 of 13 pictures read" in said.out
+    assert "warning: the model gives what is not a finite number for 12 images (the" in said.err
+    assert "12 of 13 images read" in said.out
     assert (column(output, "status") == READ).sum() == 12
 
 
@@ -38,18 +38,20 @@ def column(path, name):
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".npy"])
-def test_features_of_a_folder_are_in_one_file(net, weights, photographs, tmp_path, suffix):
+def test_features_of_a_folder_are_in_one_file(pretrained, weights, photographs, tmp_path, suffix):
     (tmp_path / "bad.png").write_bytes(b"bad")
     output = tmp_path / f"features{suffix}"
     flags = ["--layers", "conv5", "fc7", "--output", str(output), "--batch-size", "8"]
     assert features.main([str(weights), str(tmp_path / "bad.png"), str(photographs), *flags]) == 0
-    files = pictures(photographs)
+    files = image_files(photographs)
     names = [name.decode() for name in column(output, "name")]
     assert names == [str(tmp_path / "bad.png"), *map(str, files)]
     assert column(output, "status").tolist() == [2] + [1] * 12
-    assert column(output, "problem")[0] == b"it is no picture in a known format"
-    images = net.preprocess(np.stack([net.open(file) for file in files]))
-    _, state = net.model.apply({"params": net.params}, images, mutable=["intermediates"])
+    assert column(output, "problem")[0] == b"it is no image in a known format"
+    images = pretrained.preprocess(np.stack([pretrained.open(file) for file in files]))
+    _, state = pretrained.model.apply(
+        {"params": pretrained.params}, images, mutable=["intermediates"]
+    )
     for layer in ("conv5", "fc7"):
         values = column(output, layer)
         assert np.isnan(values[0]).all()
@@ -103,12 +105,12 @@ main(sys.argv[1:])
         np.testing.assert_array_equal(column(killed, name), column(whole, name))
 
 
-def test_pictures_that_have_changed_or_could_not_be_read_are_tried_again(
+def test_images_that_have_changed_or_could_not_be_read_are_tried_again(
     weights, photographs, tmp_path, capsys
 ):
     folder = tmp_path / "photographs"
     shutil.copytree(photographs, folder)
-    files = pictures(folder)
+    files = image_files(folder)
     whole = files[5].read_bytes()
     files[5].write_bytes(b"bad")
     flags = [str(weights), str(folder), "--layers", "fc7", "--output"]
@@ -119,8 +121,8 @@ def test_pictures_that_have_changed_or_could_not_be_read_are_tried_again(
     capsys.readouterr()
     assert features.main([*flags, output]) == 0
     said = capsys.readouterr().out
-    assert "1 pictures have changed since they were read, and are read again" in said
-    assert "fc7 of 12 pictures (10 were there)" in said
+    assert "1 images have changed since they were read, and are read again" in said
+    assert "fc7 of 12 images (10 were there)" in said
     assert features.main([*flags, fresh]) == 0
     assert Path(output).read_bytes() == Path(fresh).read_bytes()
     values = column(Path(output), "fc7")
@@ -128,15 +130,15 @@ def test_pictures_that_have_changed_or_could_not_be_read_are_tried_again(
     assert np.isfinite(values[5]).all()
 
 
-def test_pictures_of_any_time_have_features(weights, photographs, tmp_path, capsys):
+def test_images_of_any_time_have_features(weights, photographs, tmp_path, capsys):
     """A stamp has 64 bits, which end with the year 2262."""
-    picture = tmp_path / "a.png"
-    shutil.copy(photographs / "class a" / "0.png", picture)
+    image = tmp_path / "a.png"
+    shutil.copy(photographs / "class a" / "0.png", image)
     for seconds in (-(2**31), 2**34):
-        os.utime(picture, (seconds, seconds))
+        os.utime(image, (seconds, seconds))
         flags = ["--output", str(tmp_path / f"{seconds}.npy")]
         for _ in range(2):
-            assert features.main([str(weights), str(picture), *flags]) == 0
+            assert features.main([str(weights), str(image), *flags]) == 0
         assert "(1 were there)" in capsys.readouterr().out
 
 
@@ -145,13 +147,13 @@ def test_a_file_of_other_features_is_left_alone(weights, photographs, tmp_path, 
     flags = ["--layers", "fc7", "--output", str(output)]
     assert features.main([str(weights), str(photographs), *flags]) == 0
     before = output.read_bytes()
-    safetensors_files.save(make_net(seed=3), tmp_path / "other.safetensors")
+    safetensors_files.save(make_pretrained(seed=3), tmp_path / "other.safetensors")
     for weights_of, where, more, says in (
-        (tmp_path / "other.safetensors", photographs, [], "of another net"),
+        (tmp_path / "other.safetensors", photographs, [], "of another model"),
         (weights, photographs / "class a", [], "other columns or rows"),
         (weights, photographs, ["--layers", "fc6"], "other columns or rows"),
         (weights, photographs, ["--layers", "fc9"], "did you mean 'fc"),
-        (weights, photographs, ["--queries", "nobody"], "0 pictures have names"),
+        (weights, photographs, ["--queries", "nobody"], "0 images have names"),
     ):
         assert features.main([str(weights_of), str(where), *flags, *more]) == 2
         assert says in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Nets to and from the Hugging Face Hub: a folder, and a client that only notes what it is told."""
+"""Models to and from the Hugging Face Hub: a folder, and a client that notes what it is told."""
 
 import dataclasses
 import shutil
@@ -24,22 +24,22 @@ from safetensors.numpy import save_file
 from flax_alexnet.commands import hub
 from flax_alexnet.utils.errors import UserError
 from flax_alexnet.weights import safetensors_files
-from tests.small_models import small_net
+from tests.small_models import small_pretrained
 
 
 @pytest.fixture
-def net():
+def pretrained():
     named = {"label_names": tuple("abcdefg"), "source": {"file": "x", "format": "y", "sha256": "z"}}
-    return dataclasses.replace(small_net("cuda_convnet_cifar10"), **named)
+    return dataclasses.replace(small_pretrained("cuda_convnet_cifar10"), **named)
 
 
 @pytest.fixture
-def weights(net, tmp_path):
-    safetensors_files.save(net, tmp_path / "net.safetensors")
-    return str(tmp_path / "net.safetensors")
+def weights(pretrained, tmp_path):
+    safetensors_files.save(pretrained, tmp_path / "model.safetensors")
+    return str(tmp_path / "model.safetensors")
 
 
-def assert_same_net(ours, theirs):
+def assert_same_model(ours, theirs):
     assert (ours.config, ours.label_names, ours.source) == (
         theirs.config,
         theirs.label_names,
@@ -51,18 +51,18 @@ def assert_same_net(ours, theirs):
     np.testing.assert_array_equal(ours.preprocessing.mean, theirs.preprocessing.mean)
 
 
-def test_through_a_folder(net, weights, tmp_path, capsys):
+def test_through_a_folder(pretrained, weights, tmp_path, capsys):
     folder, pulled = str(tmp_path / "folder"), tmp_path / "pulled.safetensors"
     assert hub.main(["push", weights, "me/alexnet", "--folder", folder]) == 0
     assert hub.main(["pull", folder, str(pulled)]) == 0
-    assert_same_net(safetensors_files.read(pulled), net)
-    assert_same_net(hub.from_hub(folder), net)
+    assert_same_model(safetensors_files.read(pulled), pretrained)
+    assert_same_model(hub.from_hub(folder), pretrained)
     assert hub.main(["push", weights, "me/alexnet", "--folder", folder]) == 2
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_the_card_says_what_a_user_needs(net, tmp_path):
-    hub.save_folder(net, tmp_path / "whole", "me/alexnet", "cc-by-4.0", "57.1 % top-1")
+def test_the_card_says_what_a_user_needs(pretrained, tmp_path):
+    hub.save_folder(pretrained, tmp_path / "whole", "me/alexnet", "cc-by-4.0", "57.1 % top-1")
     card = (tmp_path / "whole" / "README.md").read_text()
     _, metadata, text = card.split("---\n", 2)
     assert yaml.safe_load(metadata) == {
@@ -71,22 +71,24 @@ def test_the_card_says_what_a_user_needs(net, tmp_path):
         "pipeline_tag": "image-classification",
         "tags": ["alexnet", "flax", "jax", "cuda_convnet_cifar10"],
     }
-    parameters = sum(value.size for layer in net.params.values() for value in layer.values())
+    parameters = sum(value.size for layer in pretrained.params.values() for value in layer.values())
     for fact in (f"{parameters:,}", "7 classes, named", "57.1 % top-1", "23×23", "SHA-256 z"):
         assert fact in text
     assert "times (0.02, 0.03, 0.01)" in text
 
-    trunk = dataclasses.replace(net, params={k: v for k, v in net.params.items() if k != "fc10"})
+    trunk = dataclasses.replace(
+        pretrained, params={k: v for k, v in pretrained.params.items() if k != "fc10"}
+    )
     card = hub.model_card(trunk, "me/trunk")
     assert "pipeline_tag: image-feature-extraction" in card
     assert "license: unknown" in card
     assert "Accuracy" not in card
 
 
-def test_the_python_of_the_card_runs(net, tmp_path, monkeypatch):
-    hub.save_folder(net, tmp_path / "me" / "alexnet", "me/alexnet")
+def test_the_python_of_the_card_runs(pretrained, tmp_path, monkeypatch):
+    hub.save_folder(pretrained, tmp_path / "me" / "alexnet", "me/alexnet")
     monkeypatch.chdir(tmp_path)
-    Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save("picture.jpg")
+    Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save("image.jpg")
     code = (tmp_path / "me" / "alexnet" / "README.md").read_text().split("```")[1]
     names = {}
     exec(code.removeprefix("python\n"), names)
@@ -116,12 +118,12 @@ def test_what_is_uploaded(weights, tmp_path, monkeypatch, capsys):
         "README.md",
         "model.safetensors",
     }
-    assert_same_net(
-        hub.from_hub(tmp_path / "hub"), safetensors_files.read(tmp_path / "net.safetensors")
+    assert_same_model(
+        hub.from_hub(tmp_path / "hub"), safetensors_files.read(tmp_path / "model.safetensors")
     )
 
 
-def test_only_the_weights_are_downloaded(net, weights, monkeypatch):
+def test_only_the_weights_are_downloaded(pretrained, weights, monkeypatch):
     asked = []
 
     def download(*arguments, **options):
@@ -129,7 +131,7 @@ def test_only_the_weights_are_downloaded(net, weights, monkeypatch):
         return weights
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert_same_net(hub.from_hub("me/alexnet", "v1"), net)
+    assert_same_model(hub.from_hub("me/alexnet", "v1"), pretrained)
     assert asked == [(("me/alexnet", "model.safetensors"), {"revision": "v1"})]
 
 
@@ -170,7 +172,7 @@ def test_what_the_hub_refuses_is_said_in_one_line(
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
-    for command in (["pull", "me/net", "pulled.safetensors"], ["push", weights, "me/net"]):
+    for command in (["pull", "me/model", "pulled.safetensors"], ["push", weights, "me/model"]):
         assert hub.main(command) == 2
         said = capsys.readouterr().err
         assert message in said
@@ -181,10 +183,13 @@ def test_what_the_hub_refuses_is_said_in_one_line(
     ("arguments", "message"),
     [
         (["pusch"], "did you mean 'push'?"),
-        (["push", "net.safetensors"], "USER/NAME"),
-        (["push", "nowhere.safetensors", "me/net"], "no weights nowhere.safetensors"),
-        (["push", "nowhere.safetensors", "me/net", "--licence", "mit"], "did you mean --license?"),
-        (["pull", "me/net", "net.onnx"], "does not end in .safetensors"),
+        (["push", "model.safetensors"], "USER/NAME"),
+        (["push", "nowhere.safetensors", "me/model"], "no weights nowhere.safetensors"),
+        (
+            ["push", "nowhere.safetensors", "me/model", "--licence", "mit"],
+            "did you mean --license?",
+        ),
+        (["pull", "me/model", "model.onnx"], "does not end in .safetensors"),
     ],
 )
 def test_mistakes_get_one_line(arguments, message, capsys):

@@ -11,7 +11,7 @@ from PIL import Image
 from flax_alexnet import lpips
 from flax_alexnet.utils.errors import UserError
 from flax_alexnet.weights import safetensors_files
-from tests.small_models import make_net
+from tests.small_models import make_pretrained
 
 distance = jax.jit(lpips, static_argnames="spatial")
 main = importlib.import_module("flax_alexnet.commands.lpips").main
@@ -20,26 +20,26 @@ main = importlib.import_module("flax_alexnet.commands.lpips").main
 @pytest.fixture(scope="module")
 def full(lpips_trunk, tmp_path_factory):
     params, heads, _ = lpips_trunk
-    net = make_net(width=1.0, num_classes=1000, image_size=256, crop_size=224)
+    pretrained = make_pretrained(width=1.0, num_classes=1000, image_size=256, crop_size=224)
     path = tmp_path_factory.mktemp("lpips") / "lpips_trunk.safetensors"
     safetensors_files.save(
-        dataclasses.replace(net, params=params, lpips_heads=heads, label_names=()), path
+        dataclasses.replace(pretrained, params=params, lpips_heads=heads, label_names=()), path
     )
     return path
 
 
-def test_a_net_of_huge_weights_gives_no_distance(lpips_trunk, full, tmp_path, capsys):
-    _, _, pictures = lpips_trunk
-    net = safetensors_files.read(full)
-    net.params["conv1"]["kernel"] *= np.float32(1e38)
-    safetensors_files.save(net, tmp_path / "huge.safetensors")
-    files = [str(pictures[name]) for name in ("ref", "p0")]
+def test_a_model_of_huge_weights_gives_no_distance(lpips_trunk, full, tmp_path, capsys):
+    _, _, images = lpips_trunk
+    pretrained = safetensors_files.read(full)
+    pretrained.params["conv1"]["kernel"] *= np.float32(1e38)
+    safetensors_files.save(pretrained, tmp_path / "huge.safetensors")
+    files = [str(images[name]) for name in ("ref", "p0")]
     table = tmp_path / "distances.csv"
     assert main([str(tmp_path / "huge.safetensors"), *files, "--output", str(table)]) == 2
     said = capsys.readouterr()
-    assert said.err == "error: no pair of pictures could be compared\n"
-    assert "the net gives what is not a number for these pictures" in said.out
-    assert "the net gives what is not a number" in table.read_text()
+    assert said.err == "error: no pair of images could be compared\n"
+    assert "the model gives what is not a number for these images" in said.out
+    assert "the model gives what is not a number" in table.read_text()
 
 
 def test_the_least_size(lpips_trunk, full, tmp_path, capsys):
@@ -59,15 +59,15 @@ def test_the_least_size(lpips_trunk, full, tmp_path, capsys):
     assert "an image of 30×31 does not fit" in "".join(capsys.readouterr())
 
 
-def test_the_command_for_two_pictures_and_for_two_folders(lpips_trunk, full, tmp_path, capsys):
-    *_, pictures = lpips_trunk
+def test_the_command_for_two_images_and_for_two_folders(lpips_trunk, full, tmp_path, capsys):
+    *_, images = lpips_trunk
     a, b = tmp_path / "a", tmp_path / "b"
     for folder, names in ((a, ("ref", "ref")), (b, ("p0", "p1"))):
         folder.mkdir()
         for target, name in zip(("first.png", "second.png"), names, strict=True):
-            (folder / target).write_bytes(pictures[name].read_bytes())
+            (folder / target).write_bytes(images[name].read_bytes())
     plot = tmp_path / "where.png"
-    one = [str(full), str(pictures["ref"]), str(pictures["p0"]), "--plot", str(plot)]
+    one = [str(full), str(images["ref"]), str(images["p0"]), "--plot", str(plot)]
     assert main(one) == 0
     assert ": 0.72188\n" in capsys.readouterr().out
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -81,21 +81,21 @@ def test_the_command_for_two_pictures_and_for_two_folders(lpips_trunk, full, tmp
     lines = output.read_text().splitlines()
     assert lines[0] == "pair,lpips"
     assert lines[2].startswith("second,0.1375")
-    assert lines[3] == "third,it is no picture in a known format"
+    assert lines[3] == "third,it is no image in a known format"
 
 
 def test_mistakes_are_one_line(lpips_trunk, full, tmp_path, capsys, weights):
-    *_, pictures = lpips_trunk
-    ref, small = str(pictures["ref"]), tmp_path / "small.png"
+    *_, images = lpips_trunk
+    ref, small = str(images["ref"]), tmp_path / "small.png"
     Image.new("RGB", (80, 64)).save(small)
     (tmp_path / "x").mkdir()
     (tmp_path / "y").mkdir()
     (tmp_path / "x" / "alone.png").write_bytes(small.read_bytes())
     for arguments, says in (
-        ([str(full), ref, "nothing.png"], "no picture or folder nothing.png"),
+        ([str(full), ref, "nothing.png"], "no image or folder nothing.png"),
         ([str(full), ref, str(tmp_path)], "give two of a kind"),
-        ([str(full), str(tmp_path / "x"), str(tmp_path / "y")], "no pictures"),
-        ([str(full), ref, str(small)], "no pair of pictures could be compared"),
+        ([str(full), str(tmp_path / "x"), str(tmp_path / "y")], "no images"),
+        ([str(full), ref, str(small)], "no pair of images could be compared"),
         ([str(weights), ref, ref], "LPIPS takes torchvision's"),
         ([str(full), ref], "Missing"),
     ):

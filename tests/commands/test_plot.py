@@ -11,7 +11,7 @@ from PIL import Image
 
 from flax_alexnet.commands.plot import main
 from flax_alexnet.weights import safetensors_files
-from tests.small_models import make_net
+from tests.small_models import make_pretrained
 
 
 def titles(figure):
@@ -20,13 +20,15 @@ def titles(figure):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small net, its trunk, and two pictures."""
+    """A small model, its trunk, and two images."""
     folder = tmp_path_factory.mktemp("plot")
-    net = make_net("cuda_convnet_cifar10", 3, 16, 20, width=0.2)
-    net = dataclasses.replace(net, label_names=("cat", "dog", "cow"))
-    safetensors_files.save(net, folder / "net.safetensors")
-    trunk = {name: values for name, values in net.params.items() if name.startswith("conv")}
-    safetensors_files.save(dataclasses.replace(net, params=trunk), folder / "trunk.safetensors")
+    pretrained = make_pretrained("cuda_convnet_cifar10", 3, 16, 20, width=0.2)
+    pretrained = dataclasses.replace(pretrained, label_names=("cat", "dog", "cow"))
+    safetensors_files.save(pretrained, folder / "model.safetensors")
+    trunk = {name: values for name, values in pretrained.params.items() if name.startswith("conv")}
+    safetensors_files.save(
+        dataclasses.replace(pretrained, params=trunk), folder / "trunk.safetensors"
+    )
     for name in ("one.png", "two.png"):
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)).save(
             folder / name
@@ -35,8 +37,8 @@ def folder(tmp_path_factory):
 
 
 def test_command(folder, figures, tmp_path, capsys):
-    pictures = [str(folder / "one.png"), str(folder / "two.png")]
-    assert main([str(folder / "net.safetensors"), *pictures, "--output", str(tmp_path)]) == 0
+    images = [str(folder / "one.png"), str(folder / "two.png")]
+    assert main([str(folder / "model.safetensors"), *images, "--output", str(tmp_path)]) == 0
     written = [
         f"{stem}_{kind}.png" for stem in ("one", "two") for kind in ("activations", "grad_cam")
     ]
@@ -45,20 +47,22 @@ def test_command(folder, figures, tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == sorted(expected)
     _, activations, grad_cam, *_ = figures
     assert titles(activations)[-2:] == ["pool3, 2×2×13", "logits, 3"]
-    net = safetensors_files.read(folder / "net.safetensors")
-    image = net.open(pictures[0])
+    pretrained = safetensors_files.read(folder / "model.safetensors")
+    image = pretrained.open(images[0])
     np.testing.assert_array_equal(grad_cam.axes[0].images[0].get_array(), image[2:18, 2:18])
-    logits = np.asarray(net.model.apply({"params": net.params}, net.preprocess(image[None])))[0]
+    logits = np.asarray(
+        pretrained.model.apply({"params": pretrained.params}, pretrained.preprocess(image[None]))
+    )[0]
     probabilities = np.exp(logits) / np.exp(logits).sum()
     order = np.argsort(-probabilities)
-    shown = [f"{net.label_names[label]} ({probabilities[label]:.1%})" for label in order]
+    shown = [f"{pretrained.label_names[label]} ({probabilities[label]:.1%})" for label in order]
     assert titles(grad_cam)[1:] == shown
 
 
 def test_command_with_chosen_layers_and_classes(folder, figures, tmp_path):
-    arguments = [str(folder / "net.safetensors"), str(folder / "one.png"), f"--output={tmp_path}"]
+    arguments = [str(folder / "model.safetensors"), str(folder / "one.png"), f"--output={tmp_path}"]
     assert main([*arguments, "--layers", "pool2", "--classes", "cow", "0"]) == 0
-    assert [title.split(",")[0] for title in titles(figures[1])] == ["picture", "pool2"]
+    assert [title.split(",")[0] for title in titles(figures[1])] == ["image", "pool2"]
     assert [title.split()[0] for title in titles(figures[2])[1:]] == ["cow", "cat"]
 
 
@@ -73,17 +77,17 @@ def test_command_on_a_trunk(folder, tmp_path):
     [
         ([], "WEIGHTS|PATH"),
         (["none.safetensors"], "no weights none.safetensors"),
-        (["net.safetensors", "none.png"], "cannot read picture none.png"),
-        (["net.safetensors", "net.safetensors"], "it is no picture"),
-        (["net.safetensors", "one.png", "./one.png"], "2 pictures are called one"),
-        (["net.safetensors", "--layers", "conv4"], "'conv4': did you mean 'conv"),
+        (["model.safetensors", "none.png"], "cannot read image none.png"),
+        (["model.safetensors", "model.safetensors"], "it is no image"),
+        (["model.safetensors", "one.png", "./one.png"], "2 images are called one"),
+        (["model.safetensors", "--layers", "conv4"], "'conv4': did you mean 'conv"),
         (["trunk.safetensors", "--layers", "logits"], "no fc10, which logits needs"),
-        (["net.safetensors", "--classes", "cats"], "'cats': did you mean 'cat'"),
-        (["net.safetensors", "--classes", "3"], "cat, dog, cow, a number up to 2"),
-        (["net.safetensors", "--classes", "1" * 5000], "cat, dog, cow, a number up to 2"),
+        (["model.safetensors", "--classes", "cats"], "'cats': did you mean 'cat'"),
+        (["model.safetensors", "--classes", "3"], "cat, dog, cow, a number up to 2"),
+        (["model.safetensors", "--classes", "1" * 5000], "cat, dog, cow, a number up to 2"),
         (["trunk.safetensors", "--classes", "0"], "has no fc10"),
-        (["net.safetensors", "--output", "one.png"], "cannot write one.png/conv1.png"),
-        (["net.safetensors", "--outptu", "x"], "did you mean --output"),
+        (["model.safetensors", "--output", "one.png"], "cannot write one.png/conv1.png"),
+        (["model.safetensors", "--outptu", "x"], "did you mean --output"),
     ],
 )
 def test_mistakes_are_said_in_one_line(folder, monkeypatch, capsys, arguments, message):
@@ -104,7 +108,7 @@ def test_mistakes_are_said_in_one_line(folder, monkeypatch, capsys, arguments, m
 )
 def test_a_matplotlibrc_that_cannot_be_read_is_said(folder, tmp_path, make, said):
     make(tmp_path / "matplotlibrc")
-    command = [sys.executable, "-m", "flax_alexnet", "plot", folder / "net.safetensors"]
+    command = [sys.executable, "-m", "flax_alexnet", "plot", folder / "model.safetensors"]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100
     )

@@ -1,4 +1,4 @@
-"""`prepare`: every picture has an outcome, and what was interrupted goes on."""
+"""`prepare`: every image has an outcome, and what was interrupted goes on."""
 
 import io
 import os
@@ -19,7 +19,7 @@ from flax_alexnet.data.decode import decode
 from flax_alexnet.data.sources import open_dataset
 from flax_alexnet.utils.errors import UserError
 from tests.datasets import contents, outcomes, stored
-from tests.images import encoded, make_folder, picture
+from tests.images import encoded, make_folder, random_image
 
 
 class TestPrepare:
@@ -28,11 +28,11 @@ class TestPrepare:
         said = prepare(f"folder:{folder}", tmp_path / "data", image_size=16).splitlines()
         written = tmp_path / "data" / "prepared_folder" / "pets" / "1.0.0"
         size = sum(path.stat().st_size for path in written.glob("*.array_record-*"))
-        beginning = f"prepared_folder/pets: 23 train, 2 test pictures in {written}, "
+        beginning = f"prepared_folder/pets: 23 train, 2 test images in {written}, "
         rate = re.fullmatch(rf"{re.escape(beginning)}{size / 1e6:,.1f} MB, (\S+) images/s", said[0])
         assert int(rate[1].replace(",", "")) > 0
         assert said[1:] == [
-            "25 of 25 pictures read",
+            "25 of 25 images read",
             f"what became of each: {written}/outcomes.csv",
         ]
         dataset = open_dataset("prepared_folder/pets", tmp_path / "data")
@@ -40,7 +40,7 @@ class TestPrepare:
         assert (len(dataset.train), len(dataset.eval)) == (23, 2)
         assert not list(tmp_path.rglob("*.incomplete"))
 
-    def test_records_hold_the_pictures_of_their_names(self, tmp_path):
+    def test_records_hold_the_images_of_their_names(self, tmp_path):
         folder = make_folder(tmp_path / "pets", {"cat": 12, "dog": 13}, size=40)
         prepare(f"folder:{folder}", tmp_path / "data", image_size=16)
         dataset = tmp_path / "data" / "prepared_folder" / "pets" / "1.0.0"
@@ -87,7 +87,7 @@ class TestPrepare:
         ]
         assert [process.communicate()[0].split()[-1] for process in started] == ["40"] * 3
 
-    def test_a_dataset_among_its_own_pictures_is_refused(self, tmp_path, capsys):
+    def test_a_dataset_among_its_own_images_is_refused(self, tmp_path, capsys):
         folder = make_folder(tmp_path / "pets", {"cat": 10, "dog": 10})
         for place in (folder, folder / "prepared"):
             flags = ["--data.name", f"folder:{folder}", "--data.data-dir", str(place)]
@@ -122,13 +122,13 @@ class TestPrepare:
 
 
 class TestOutcomes:
-    def test_every_picture_has_one_and_none_stops_the_others(self, tmp_path, capsys):
+    def test_every_image_has_one_and_none_stops_the_others(self, tmp_path, capsys):
         folder = make_folder(tmp_path / "pets", {"cat": 20, "dog": 20})
-        whole = encoded(picture(1, 40, 50))
+        whole = encoded(random_image(1, 40, 50))
         expected = {
             "cut.png": (whole[:1000], "image file is truncated"),
             "empty.png": (b"", "it is empty"),
-            "notes.txt": (b"Buy a cat.", "it is no picture in a known format"),
+            "notes.txt": (b"Buy a cat.", "it is no image in a known format"),
             "named wrongly.txt": (whole, "ok"),
             os.fsdecode(b"caf\xe9.png"): (whole, "ok"),
             "x.jpg/inside.png": (whole, "ok"),
@@ -150,15 +150,15 @@ class TestOutcomes:
             name = name.replace(os.fsdecode(b"\xe9"), r"\xe9")
             assert found.pop(f"cat/{name}").startswith(outcome)
         assert found.pop("cat/pipe.png") == "it is no regular file"
-        assert found.pop("cat/huge.png") == "it is no picture in a known format"  # but zeros
+        assert found.pop("cat/huge.png") == "it is no image in a known format"  # but zeros
         assert found.pop("cat/all dogs") == "it is a link to a folder"
         assert found.pop("cat/link") == "No such file or directory"
         assert set(found.values()) == {"ok"}
         pets = open_dataset("prepared_folder/pets", tmp_path / "data")
         assert len(pets.train) + len(pets.eval) == 43
         said = capsys.readouterr().out
-        assert "43 of 47 pictures read; 4 not:" in said
-        assert "\n2 other files: it is no picture in a known format, such as" in said
+        assert "43 of 47 images read; 4 not:" in said
+        assert "\n2 other files: it is no image in a known format, such as" in said
         assert f"{folder}/cat/empty.png: it is empty" in said
 
     @pytest.mark.parametrize("splits", [("",), ("train/", "val/")])
@@ -225,14 +225,14 @@ class TestOutcomes:
         assert prepare_main([*flags, "--name", "mine"]) == 0
         assert len(open_dataset("prepared_folder/mine", tmp_path / "data").train) == 23
 
-    def test_a_split_without_a_picture_is_a_mistake_that_can_be_mended(self, tmp_path):
+    def test_a_split_without_an_image_is_a_mistake_that_can_be_mended(self, tmp_path):
         folder = make_folder(tmp_path / "pets", {"cat": 12, "dog": 13})
-        pictures = contents(folder)
-        for name in pictures:
+        images = contents(folder)
+        for name in images:
             (folder / name).write_bytes(b"")
-        with pytest.raises(UserError, match=r"no picture of the split 'train' .*: it is empty"):
+        with pytest.raises(UserError, match=r"no image of the split 'train' .*: it is empty"):
             prepare(f"folder:{folder}", tmp_path / "data", image_size=16)
-        for name, data in pictures.items():
+        for name, data in images.items():
             (folder / name).write_bytes(data)
         assert "25 of 25" in prepare(f"folder:{folder}", tmp_path / "data", image_size=16)
 

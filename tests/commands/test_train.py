@@ -15,10 +15,10 @@ def test_training_imports_neither_tensorflow_nor_torch(finished):
 def test_photographs_in_class_folders_train(shared_data, tmp_path):
     """Two hundred ImageNet photographs of many sizes, ten a class."""
     for index, path in enumerate(sorted((shared_data / "imagenet_samples").glob("*.JPEG"))):
-        folder = tmp_path / "pictures" / f"class{index // 20}"
+        folder = tmp_path / "images" / f"class{index // 20}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / path.name).symlink_to(path)
-    argv = arguments(tmp_path / "runs", tmp_path, "--data.name", f"folder:{tmp_path / 'pictures'}")
+    argv = arguments(tmp_path / "runs", tmp_path, "--data.name", f"folder:{tmp_path / 'images'}")
     assert main([*argv, "--steps", "999", "--epochs", "2.5", "--log-every", "99"]) == 0
     assert np.isfinite(read(tmp_path / "runs", "summary.json")["eval_loss"])
     training = [line for line in lines(tmp_path / "runs") if "train_loss" in line]

@@ -22,14 +22,14 @@ from flax_alexnet.commands import evaluate, export, features, plot, predict
         (plot.main, ["{photographs}/class a/0.png", "--output", ".", "--layers", "pool5"]),
     ],
 )
-def test_a_net_of_huge_weights_is_refused(
+def test_a_model_of_huge_weights_is_refused(
     huge, photographs, tmp_path, monkeypatch, capsys, command, arguments
 ):
     monkeypatch.chdir(tmp_path)
     assert command([str(huge), *(a.format(photographs=photographs) for a in arguments)]) == 2
     said = capsys.readouterr()
     *warnings, error = said.err.splitlines()
-    assert error.startswith("error: the net gives what is not a number for ")
+    assert error.startswith("error: the model gives what is not a number for ")
     assert len(warnings) == (command is features.main)
     assert "nan" not in said.out
     # Features that are there stay, and the kernels are drawn before anything is computed.
@@ -66,30 +66,30 @@ def test_names_need_not_be_unicode(weights, photographs, tmp_path, capsys):
     for suffix in ("h5", "npy"):
         flags = ["--output", str(tmp_path / f"features.{suffix}")]
         assert features.main([str(weights), str(folder), *flags]) == 0
-    assert "1 of 2 pictures read; 1 not" in capsys.readouterr().out
+    assert "1 of 2 images read; 1 not" in capsys.readouterr().out
 
 
 def test_what_is_read_is_not_written_over(weights, photographs, tmp_path, capsys):
-    picture = tmp_path / "picture.png"
-    picture.write_bytes((photographs / "class a" / "0.png").read_bytes())
-    before = picture.read_bytes()
+    image = tmp_path / "image.png"
+    image.write_bytes((photographs / "class a" / "0.png").read_bytes())
+    before = image.read_bytes()
     for command, flag in ((predict.main, "--plot"), (features.main, "--nearest")):
         more = [] if command is predict.main else ["--output", str(tmp_path / "f.npy")]
-        assert command([str(weights), str(picture), flag, str(picture), *more]) == 2
+        assert command([str(weights), str(image), flag, str(image), *more]) == 2
         assert "would be written over" in capsys.readouterr().err
-    assert picture.read_bytes() == before
+    assert image.read_bytes() == before
 
 
 def test_outputs_into_a_run_or_a_dataset_replace_nothing(run, photographs, tmp_path, capsys):
     dataset = tmp_path / "dataset"
     shutil.copytree(photographs, dataset)
-    picture = dataset / "class a" / "confusion.png"
-    (dataset / "class a" / "0.png").rename(picture)
+    image = dataset / "class a" / "confusion.png"
+    (dataset / "class a" / "0.png").rename(image)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     data = ["--data.name", f"folder:{dataset}", "--data.split", "all"]
     for command, flags, output in (
         (predict.main, [str(dataset), "--output", str(run / "config.json")], run / "config.json"),
-        (evaluate.main, [*data, "--output", str(picture.parent)], picture),
+        (evaluate.main, [*data, "--output", str(image.parent)], image),
     ):
         for more in ([], ["--overwrite"]):
             assert command([str(run), *flags, *more]) == 2
@@ -98,7 +98,7 @@ def test_outputs_into_a_run_or_a_dataset_replace_nothing(run, photographs, tmp_p
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_pictures_of_predictions_and_neighbours_are_drawn(weights, photographs, tmp_path):
+def test_images_of_predictions_and_neighbours_are_drawn(weights, photographs, tmp_path):
     plot, near = tmp_path / "predictions.png", tmp_path / "near.png"
     assert predict.main([str(weights), str(photographs), "--plot", str(plot)]) == 0
     flags = ["--output", str(tmp_path / "f.npy"), "--nearest", str(near), "--neighbours", "3"]
@@ -113,7 +113,7 @@ def test_pictures_of_predictions_and_neighbours_are_drawn(weights, photographs, 
 @pytest.mark.parametrize(
     ("command", "arguments", "says"),
     [
-        (predict.main, ["{weights}"], "no pictures"),
+        (predict.main, ["{weights}"], "no images"),
         (predict.main, ["nothing.safetensors", "{photographs}"], "no weights"),
         (predict.main, ["{weights}", "{photographs}", "--crops", "3"], "crops"),
         (predict.main, ["{weights}", "{photographs}", "--output", "x.txt"], "a .json or .csv file"),
@@ -127,7 +127,7 @@ def test_pictures_of_predictions_and_neighbours_are_drawn(weights, photographs, 
             ["{weights}", "--data.name", "folder:{photographs}", "--data.split", "x"],
             "all",
         ),
-        (features.main, ["{weights}"], "name either pictures or a dataset"),
+        (features.main, ["{weights}"], "name either images or a dataset"),
         (features.main, ["{weights}", "{photographs}", "--output", "x.csv"], "a .h5 or .npy file"),
         (
             features.main,

@@ -6,7 +6,7 @@ import pytest
 
 from flax_alexnet.config.recipes import RECIPES, parse_config
 from flax_alexnet.config.schema import validate
-from flax_alexnet.models.architectures import architecture, trace
+from flax_alexnet.models.architectures import architecture, infer_shapes
 
 
 def test_a_recipe_is_a_value_and_flags_override_it():
@@ -27,4 +27,4 @@ def test_every_recipe_is_valid_and_its_images_fit(name):
     config = RECIPES[name]
     validate(config)
     layers = architecture(config.model.variant).scaled(1000, config.model.width)
-    trace(layers, config.augment.crop_size, config.augment.crop_size)
+    infer_shapes(layers, config.augment.crop_size, config.augment.crop_size)

@@ -1,4 +1,4 @@
-"""Pictures that cannot be read, in training: skipped, counted, named, and the same every time."""
+"""Images that cannot be read, in training: skipped, counted, named, and the same every time."""
 
 import contextlib
 import io
@@ -25,11 +25,11 @@ from flax_alexnet.training.run_directory import record
 from flax_alexnet.training.setup import set_up
 from flax_alexnet.utils.errors import UserError
 
-BAD = {4: "it is on fire", 5: "", 17: "", 29: "it is on fire"}  # 5 and 17 are no pictures
+BAD = {4: "it is on fire", 5: "", 17: "", 29: "it is on fire"}  # 5 and 17 are no images
 
 
 class Damaged:
-    """Thirty pictures whose grey level and label say their index; some cannot be read."""
+    """Thirty images whose grey level and label say their index; some cannot be read."""
 
     prepared = False
     label_names = tuple("class") * 6
@@ -41,7 +41,7 @@ class Damaged:
         return 30
 
     def name(self, index):
-        return f"picture {index}"
+        return f"image {index}"
 
     def label(self, index):
         del index
@@ -54,7 +54,7 @@ class Damaged:
 
     def bytes(self, index):
         if index in self.bad:
-            return b"no picture"
+            return b"no image"
         data = io.BytesIO()
         Image.fromarray(np.full((2, 2, 3), index, np.uint8)).save(data, "png")
         return data.getvalue()
@@ -65,7 +65,7 @@ def ignore(name, problem, label):
 
 
 def ledger(tmp_path, max_bad=1.0, total=30, **options):
-    limit = Limit({NO_LABEL: ("train pictures", total)}, max_bad)
+    limit = Limit({NO_LABEL: ("train images", total)}, max_bad)
     return BadRecords(tmp_path, "train", total, limit, **options)
 
 
@@ -112,13 +112,13 @@ class TestSkipping:
         bad = ledger(tmp_path)
         labels(training_batches(kind(Damaged(), 2, on_bad=bad.add), 8, seed=1), 5)
         assert {line["name"]: line["problem"] for line in lines(tmp_path)} == {
-            f"picture {index}": problem or "it is no picture in a known format"
+            f"image {index}": problem or "it is no image in a known format"
             for index, problem in BAD.items()
         }
 
     def test_none_that_can_be_read(self, kind):
         examples = kind(Damaged(dict.fromkeys(range(30), "")), 2, on_bad=ignore)
-        with pytest.raises(UserError, match="none of the 30 pictures can be read"):
+        with pytest.raises(UserError, match="none of the 30 images can be read"):
             next(training_batches(examples, 8, seed=1))
 
 
@@ -128,9 +128,7 @@ def test_too_many_end_the_training(tmp_path, threads):
     batches = training_batches(
         DecodedExamples(Damaged(), 2, on_bad=bad.add), 8, seed=1, threads=threads
     )
-    with pytest.raises(
-        UserError, match=r"with it 4 of 30 train pictures are bad, more than .* 0\.1"
-    ):
+    with pytest.raises(UserError, match=r"with it 4 of 30 train images are bad, more than .* 0\.1"):
         labels(batches, 5)
     assert len(lines(tmp_path)) == 4
     examples = DecodedExamples(Damaged(), 2, on_bad=ledger(tmp_path, max_bad=4 / 30).add)
@@ -141,25 +139,25 @@ def test_too_many_end_the_training(tmp_path, threads):
 def test_the_trial_at_the_start_names_the_first(tmp_path, monkeypatch, cached):
     if not cached:
         monkeypatch.setattr("flax_alexnet.data.dataset.CACHE_BYTES", 0)
-    with pytest.raises(UserError, match="cannot read picture picture 4: it is on fire; remove or"):
+    with pytest.raises(UserError, match="cannot read image image 4: it is on fire; remove or"):
         open_examples(Damaged(), 2)
-    with pytest.raises(UserError, match="picture 4: it is on fire; with it 1 of 30"):
+    with pytest.raises(UserError, match="image 4: it is on fire; with it 1 of 30"):
         open_examples(Damaged(), 2, on_bad=ledger(tmp_path, max_bad=0.001).add)
     bad = ledger(tmp_path)
     open_examples(Damaged(), 2, slice(1, None, 2), on_bad=bad.add)
-    assert bad.news().startswith("3 of 30 train pictures cannot be read and are skipped")
-    assert bad.news() == ""
+    assert bad.report().startswith("3 of 30 train images cannot be read and are skipped")
+    assert bad.report() == ""
     bad.add("another", "torn")
-    assert bad.news().startswith("4 of 30")
+    assert bad.report().startswith("4 of 30")
     names = [line["name"] for line in lines(tmp_path)]
-    assert names == [*(f"picture {i}" for i in (4, 5, 17, 29)), "another"]
+    assert names == [*(f"image {i}" for i in (4, 5, 17, 29)), "another"]
 
 
 def test_a_label_out_of_range_is_a_mistake_in_the_split(tmp_path):
     source = Damaged()
     source.label_names = tuple("class")
     for make in (CachedExamples, DecodedExamples):
-        with pytest.raises(UserError, match="picture 6 has the label 6, but there are only 5"):
+        with pytest.raises(UserError, match="image 6 has the label 6, but there are only 5"):
             make(source, 2, on_bad=ledger(tmp_path).add).take([5])
 
 
@@ -168,7 +166,7 @@ class TestLedger:
         assert len(ledger(tmp_path)) == 0
         assert not any(tmp_path.iterdir())
 
-    def test_a_picture_is_named_once_by_any_thread(self, tmp_path):
+    def test_an_image_is_named_once_by_any_thread(self, tmp_path):
         bad = ledger(tmp_path, process=3)
         several = [
             threading.Thread(target=lambda: [bad.add(f"{i}\n", "torn") for i in range(30)])
@@ -184,7 +182,7 @@ class TestLedger:
 
     @pytest.mark.parametrize("cut", [0, 1, 30])
     def test_a_later_start_repeats_nothing(self, tmp_path, cut):
-        """What it knows from the file does not count: those pictures may be repaired by now."""
+        """What it knows from the file does not count: those images may be repaired by now."""
         path = tmp_path / "bad_records.jsonl"
         first = ledger(tmp_path)
         for name in "abc":
@@ -205,7 +203,7 @@ class TestLedger:
             bad.add(f"{index}", "torn")
         if allowed < 200:
             with pytest.raises(
-                UserError, match=f"cannot read picture x: torn.* {allowed + 1} of 200"
+                UserError, match=f"cannot read image x: torn.* {allowed + 1} of 200"
             ):
                 bad.add("x", "torn")
             with pytest.raises(UserError):  # whoever comes later hears it too
@@ -225,7 +223,7 @@ class TestLedger:
 
 @pytest.fixture
 def pets(tmp_path):
-    """200 pictures in two classes, of which every tenth is held out."""
+    """200 images in two classes, of which every tenth is held out."""
     rng = np.random.default_rng(0)
     for label in ("cat", "dog"):
         (tmp_path / "pets" / label).mkdir(parents=True)
@@ -252,8 +250,8 @@ class TestFolders:
         (held_out, *_) = evaluation_batches(ready.data.eval, 24)
         assert held_out["mask"].sum() == 19
         said = capsys.readouterr().out
-        assert "1 of 180 train pictures cannot be read and are skipped" in said
-        assert "1 of 20 eval pictures cannot be read and are skipped" in said
+        assert "1 of 180 train images cannot be read and are skipped" in said
+        assert "1 of 20 eval images cannot be read and are skipped" in said
         found = {line["name"]: line["problem"] for line in lines(tmp_path / "run")}
         assert found.keys() == {f"{pets}/cat/003.png", f"{pets}/dog/009.png"}
         assert found[f"{pets}/cat/003.png"] == "it is empty"
@@ -263,7 +261,7 @@ class TestFolders:
             (pets / "cat" / f"{index:03}.png").write_bytes(b"")
         self.open(tmp_path, pets)
         (pets / "cat" / "010.png").write_bytes(b"")
-        too_many = "11 of 100 pictures of cat are bad, more than --data.max-bad 0.1 allows"
+        too_many = "11 of 100 images of cat are bad, more than --data.max-bad 0.1 allows"
         with pytest.raises(UserError, match=re.escape(too_many)):
             self.open(tmp_path, pets)
         self.open(tmp_path, pets, "--data.max-bad", "0.2")
@@ -281,7 +279,7 @@ class TestFolders:
 
 
 def train_flags(workdir, data_dir):
-    """A small net, evaluated after 5, 9 and 12 steps."""
+    """A small model, evaluated after 5, 9 and 12 steps."""
     return [
         *("--workdir", str(workdir), "--data.data-dir", str(data_dir), "--no-compilation-cache"),
         *("--data.name", "prepared_folder/pets", "--data.image-size", "16", "--data.threads", "4"),
@@ -325,7 +323,7 @@ class TestPrepared:
         prepare(f"folder:{tmp_path / 'pets'}", tmp_path / "data", image_size=16)
         return tmp_path / "data"
 
-    def test_a_flipped_bit_costs_one_picture(self, data_dir, tmp_path):
+    def test_a_flipped_bit_costs_one_image(self, data_dir, tmp_path):
         source = open_dataset("prepared_folder/pets", data_dir).train
         image = source.read(7).image
         before = DecodedExamples(source, 16).take(range(len(source)))
@@ -347,14 +345,14 @@ class TestPrepared:
 
     @pytest.fixture
     def damaged(self, data_dir):
-        """Two pictures to train on and one to test on are bad."""
+        """Two images to train on and one to test on are bad."""
         for split, indices in (("train", (7, 20)), ("test", (2,))):
             dataset = open_dataset("prepared_folder/pets", data_dir)
             source = dataset.train if split == "train" else dataset.eval
             (path,) = data_dir.rglob(f"*-{split}.*")
             data = path.read_bytes()
-            for picture in map(source.read, indices):
-                data = data.replace(picture.image, bytes(len(picture.image)))
+            for image in map(source.read, indices):
+                data = data.replace(image.image, bytes(len(image.image)))
             path.write_bytes(data)
         return data_dir
 
@@ -362,7 +360,7 @@ class TestPrepared:
     def test_a_run_that_is_killed_ends_with_the_same_bits(
         self, damaged, tmp_path, monkeypatch, capsys
     ):
-        """Whether pictures are decoded once, or each time that they are asked for, in threads."""
+        """Whether images are decoded once, or each time that they are asked for, in threads."""
         whole, parts = tmp_path / "whole", tmp_path / "parts"
         assert train(train_flags(whole, damaged)) == 0
         said = capsys.readouterr().out
@@ -375,7 +373,7 @@ class TestPrepared:
         for run, text in ((whole, said), (parts, said_later)):
             before, _, after = text.partition("\nstep ")
             for count in ("2 of 36 train", "1 of 4 eval"):
-                line = f"{count} pictures cannot be read and are skipped; see {run}/bad_records."
+                line = f"{count} images cannot be read and are skipped; see {run}/bad_records."
                 assert text.count(line) == 1
                 assert line in (before if run == whole else after), "it is said when it is found"
             assert sorted(line["name"] for line in lines(run)) == NAMES
@@ -386,12 +384,12 @@ class TestPrepared:
     def test_too_many_end_the_run(self, damaged, tmp_path, capsys):
         assert train([*train_flags(tmp_path / "run", damaged), "--data.max-bad", "0.04"]) == 2
         said = capsys.readouterr().err
-        assert "with it 2 of 36 train pictures are bad, more than --data.max-bad 0.04" in said
+        assert "with it 2 of 36 train images are bad, more than --data.max-bad 0.04" in said
         assert said.count("\n") == 1
 
     def test_a_missing_file_ends_the_run(self, data_dir, tmp_path):
         source = open_dataset("prepared_folder/pets", data_dir).train
         next(data_dir.rglob("*-train.*")).unlink()
         bad = ledger(tmp_path, 0.1, len(source))
-        with pytest.raises(UserError, match=r"is damaged \(.*with it 4 of 36 train pictures"):
+        with pytest.raises(UserError, match=r"is damaged \(.*with it 4 of 36 train images"):
             open_examples(source, 16, on_bad=bad.add)

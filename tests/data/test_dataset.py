@@ -36,5 +36,5 @@ class TestExamples:
         monkeypatch.setattr("flax_alexnet.data.dataset.CACHE_BYTES", 1000)
         assert isinstance(open_examples(dataset.train, 9), DecodedExamples)
         (tmp_path / "a" / "003.png").write_bytes(b"damaged")
-        with pytest.raises(UserError, match=r"cannot read picture .*003\.png"):
+        with pytest.raises(UserError, match=r"cannot read image .*003\.png"):
             open_examples(dataset.train, 9)

@@ -1,4 +1,4 @@
-"""Pictures of every kind, from bytes to squares: a stated outcome for each, and bounded memory."""
+"""Images of every kind, from bytes to squares: a stated outcome for each, and bounded memory."""
 
 import errno
 import io
@@ -17,12 +17,12 @@ from flax_alexnet.data.decode import (
     DecodeError,
     decode,
     decode_whole,
-    is_picture,
+    is_image_file,
     read_file,
-    to_square,
+    resize_to,
 )
 from flax_alexnet.utils.inputs import read_bytes
-from tests.images import picture
+from tests.images import random_image
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (40, 60, 3), np.uint8)
@@ -57,7 +57,7 @@ def linear(image, size):
 @pytest.mark.parametrize("size", [16, 97])
 def test_caffes_rule_warps_without_antialiasing(size):
     # Pillow cuts off fractions where OpenCV rounds: less than one grey level apart.
-    assert np.abs(to_square(NOISE, size, "caffe") - linear(NOISE, size)).max() < 1
+    assert np.abs(resize_to(NOISE, size, "caffe") - linear(NOISE, size)).max() < 1
 
 
 @pytest.mark.parametrize("shape", [(256, 300), (375, 500), (500, 333)])
@@ -68,13 +68,13 @@ def test_torchvisions_rule_is_resize_and_center_crop(shape):
     width, height = (int(256 * side / short) for side in image.size)
     resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
     top, left = round((height - 224) / 2.0), round((width - 224) / 2.0)
-    ours = to_square(np.asarray(image), 256, "torchvision")[16:240, 16:240]
+    ours = resize_to(np.asarray(image), 256, "torchvision")[16:240, 16:240]
     np.testing.assert_array_equal(ours, resized[top : top + 224, left : left + 224])
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_turned_as_its_exif_data_says(orientation, kind):
+def test_an_image_is_turned_as_its_exif_data_says(orientation, kind):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(FLAG, kind, exif=exif)
@@ -87,7 +87,7 @@ def test_a_picture_is_turned_as_its_exif_data_says(orientation, kind):
 @pytest.mark.parametrize("size", [40, 16])
 @pytest.mark.parametrize("orientation", [1, 2, 6])
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
-def test_a_row_of_a_batch_takes_the_picture(kind, orientation, size):
+def test_a_row_of_a_batch_takes_the_image(kind, orientation, size):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(NOISE[:, :40], kind, exif=exif)
@@ -122,7 +122,7 @@ def test_of_an_animation_the_first_frame_is_taken():
     ("data", "says"),
     [
         pytest.param(b"", "empty", id="empty"),
-        pytest.param(b"no picture", "no picture", id="mislabelled"),
+        pytest.param(b"no image", "no image", id="mislabelled"),
         *(
             pytest.param(
                 encoded(NOISE, kind)[: int(part * len(encoded(NOISE, kind)))], ".", id=kind
@@ -165,14 +165,14 @@ def test_a_progressive_jpeg_that_would_take_too_much_is_refused():
 
 def test_a_strip_is_cut_before_it_is_scaled():
     strip = RNG.integers(0, 256, (1, 200_000, 3), np.uint8)
-    square = to_square(strip, 256, "torchvision")
+    square = resize_to(strip, 256, "torchvision")
     assert square.shape == (256, 256, 3)
-    np.testing.assert_array_equal(square, to_square(strip[:, 99_996:100_004], 256, "torchvision"))
+    np.testing.assert_array_equal(square, resize_to(strip[:, 99_996:100_004], 256, "torchvision"))
 
 
 def test_no_program_is_started():
-    """Pillow hands PostScript to Ghostscript; here it is no picture."""
-    with pytest.raises(DecodeError, match="no picture in a known format"):
+    """Pillow hands PostScript to Ghostscript; here it is no image."""
+    with pytest.raises(DecodeError, match="no image in a known format"):
         decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", 16)
 
 
@@ -259,7 +259,7 @@ def test_lengths_of_strips_below_0_make_up_for_no_others():
         image_files.check_decodable(tiff)
 
 
-def test_what_lies_behind_a_picture_is_not_looked_at():
+def test_what_lies_behind_an_image_is_not_looked_at():
     """Some programs leave something there, and some file systems zeros."""
     for kind in ("png", "webp", "gif", "bmp", "ppm", "jpeg"):
         data = encoded(FLAG, kind)
@@ -293,7 +293,7 @@ def test_what_is_no_file_is_said_at_once(make, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a socket's path may not be long
     path = tmp_path.relative_to(tmp_path) / "a.jpg"
     make(path)
-    assert is_picture(path) is None
+    assert is_image_file(path) is None
     with pytest.raises(DecodeError, match=says):
         read_file(path)
 
@@ -308,12 +308,12 @@ def test_a_file_that_is_larger_than_it_says_is_refused():
 
 class TestDecoding:
     def test_a_square_of_the_right_size_keeps_its_pixels(self):
-        image = picture(0)
+        image = random_image(0)
         np.testing.assert_array_equal(decode(encoded(image), 20), image)
 
     @pytest.mark.parametrize(("height", "width"), [(40, 90), (90, 40), (31, 33)])
     def test_the_shorter_side_is_scaled_and_the_centre_kept(self, height, width):
-        """A picture whose colours say where they were: bands along both axes."""
+        """An image whose colours say where they were: bands along both axes."""
         rows, columns = np.mgrid[:height, :width]
         image = np.stack([rows * 2, columns * 2, rows * 0], -1).astype(np.uint8)
         small = decode(encoded(image), 16).astype(float)
@@ -329,24 +329,24 @@ class TestDecoding:
     @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1", "I;16"])
     def test_other_colour_modes_become_rgb(self, mode):
         if mode == "I;16":
-            image = Image.fromarray(picture(0)[..., 0].astype(np.uint16) * 256)
+            image = Image.fromarray(random_image(0)[..., 0].astype(np.uint16) * 256)
         else:
-            image = Image.fromarray(picture(0)).convert(mode)
+            image = Image.fromarray(random_image(0)).convert(mode)
         buffer = io.BytesIO()
         image.save(buffer, "jpeg" if mode in ("L", "CMYK") else "png")
         assert decode(buffer.getvalue(), 20).shape == (20, 20, 3)
 
     @pytest.mark.parametrize("kind", ["jpeg", "png"])
     def test_damage_is_an_error(self, kind):
-        whole = encoded(picture(0, 64, 64), kind)
-        for data in (b"", b"not a picture", whole[:100], whole[: len(whole) // 2]):
+        whole = encoded(random_image(0, 64, 64), kind)
+        for data in (b"", b"not an image", whole[:100], whole[: len(whole) // 2]):
             with pytest.raises(DecodeError):
                 decode(data, 16)
 
     @pytest.mark.parametrize("kind", ["jpeg", "png"])
-    def test_a_picture_without_measure_is_refused_before_it_is_decoded(self, kind, monkeypatch):
-        data = encoded(picture(0, 200, 300), kind)
-        monkeypatch.setattr("flax_alexnet.data.decode.LARGEST_PICTURE", 200 * 300 - 1)
+    def test_an_image_without_measure_is_refused_before_it_is_decoded(self, kind, monkeypatch):
+        data = encoded(random_image(0, 200, 300), kind)
+        monkeypatch.setattr("flax_alexnet.data.decode.LARGEST_IMAGE", 200 * 300 - 1)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", (200 * 300 - 1) // 2)
         with pytest.raises(DecodeError, match=r"60,?000 pixels"):
             decode(data, 20)

@@ -1,4 +1,4 @@
-"""Prepared datasets that lie about themselves: each is one line, at once, before any picture."""
+"""Prepared datasets that lie about themselves: each is one line, at once, before any image."""
 
 import json
 import os
@@ -109,19 +109,19 @@ def code_in_old_json(folder):
 
 
 ATTACKS = {
-    "fewer pictures": (train_split(shardLengths=["10"]), f"{SHARD} holds 23 pictures, where .* 10"),
-    "more pictures": (train_split(shardLengths=["5000"]), "holds 23 pictures, where .* 5,000"),
-    "no pictures": (train_split(shardLengths=["0"]), "holds 23 pictures, where .* 0"),
-    "fewer than none": (train_split(shardLengths=["-5"]), "holds 23 pictures, where .* -5"),
-    "2**62 pictures": (train_split(shardLengths=[str(2**62)]), "4,611,686,018,427,387,904"),
-    "2**70 pictures": (train_split(shardLengths=[str(2**70)]), "Value out of range"),
+    "fewer images": (train_split(shardLengths=["10"]), f"{SHARD} holds 23 images, where .* 10"),
+    "more images": (train_split(shardLengths=["5000"]), "holds 23 images, where .* 5,000"),
+    "no images": (train_split(shardLengths=["0"]), "holds 23 images, where .* 0"),
+    "fewer than none": (train_split(shardLengths=["-5"]), "holds 23 images, where .* -5"),
+    "2**62 images": (train_split(shardLengths=[str(2**62)]), "4,611,686,018,427,387,904"),
+    "2**70 images": (train_split(shardLengths=[str(2**70)]), "Value out of range"),
     "100,000 files": (train_split(shardLengths=["1"] * 100_000), "train has 100,000 files"),
     "a file that is not there": (train_split(shardLengths=["12", "11"]), "No such file"),
     "a file elsewhere": (train_split(filepathTemplate="../../../etc/passwd"), "is a part of it"),
     "a name elsewhere": (edit(INFO, lambda info: info.update(name="../../x")), "is a part of it"),
     "the file of another split": (
         train_split(filepathTemplate="{DATASET}-test.{FILEFORMAT}-{SHARD_X_OF_Y}"),
-        "holds 2 pictures, where .* 23",
+        "holds 2 images, where .* 23",
     ),
     "an unknown format": (edit(INFO, lambda info: info.update(fileFormat="x")), "not a valid"),
     "a list": (write(INFO, b"[]"), "Invalid version"),
@@ -161,7 +161,7 @@ def test_a_command_ends_with_2(data_dir, tmp_path, capsys):
     assert train([*flags, "--data.data-dir", str(data_dir)]) == 2
     said = capsys.readouterr().err
     assert said == (
-        f"error: the dataset in {data_dir / NAME / '1.0.0'} is damaged ({SHARD} holds 23 pictures, "
+        f"error: the dataset in {data_dir / NAME / '1.0.0'} is damaged ({SHARD} holds 23 images, "
         f"where {INFO} says 10): remove that folder and prepare it once more\n"
     )
 

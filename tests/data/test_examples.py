@@ -9,7 +9,7 @@ import pytest
 from flax_alexnet.data.decode import decode
 from flax_alexnet.data.examples import find_images
 from flax_alexnet.utils.errors import UserError
-from tests.images import pictures
+from tests.images import image_files
 
 
 def test_photographs_are_brought_to_256(shared_data):
@@ -20,7 +20,7 @@ def test_photographs_are_brought_to_256(shared_data):
 
 
 def test_arguments_are_files_folders_and_globs(photographs):
-    files = pictures(photographs)
+    files = image_files(photographs)
 
     def found(*arguments):
         source = find_images(arguments)
@@ -32,7 +32,7 @@ def test_arguments_are_files_folders_and_globs(photographs):
         *(str(file) for file in files[1:3]),
     ]
     for wrong in ([], [f"{photographs}/*.jpg"], ["nothing"]):
-        with pytest.raises(UserError, match="no pictures"):
+        with pytest.raises(UserError, match="no images"):
             found(*wrong)
     odd = photographs.parent / "[odd].png"
     odd.write_bytes(files[0].read_bytes())
@@ -45,7 +45,7 @@ def test_arguments_are_files_folders_and_globs(photographs):
 def test_links_that_lead_back_are_not_followed_for_ever(
     photographs, tmp_path, monkeypatch, pattern
 ):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     shutil.copytree(photographs, folder)
     for inside in (folder, *folder.iterdir()):
         for number in range(3):  # 3 ** 40 ways

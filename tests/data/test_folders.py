@@ -9,14 +9,14 @@ from flax_alexnet.data.dataset import (
     open_examples,
 )
 from flax_alexnet.data.examples import open_split
-from flax_alexnet.data.folders import list_pictures, natural
+from flax_alexnet.data.folders import list_image_files, natural
 from flax_alexnet.data.sources import FolderSource, open_dataset
 from flax_alexnet.utils.errors import UserError
-from tests.images import encoded, make_folder, picture
+from tests.images import encoded, make_folder, random_image
 
 
 class TestFolders:
-    def test_every_tenth_picture_is_held_out(self, tmp_path):
+    def test_every_tenth_image_is_held_out(self, tmp_path):
         dataset = open_dataset(f"folder:{make_folder(tmp_path, {'cat': 23, 'dog': 17})}")
         assert dataset.label_names == ["cat", "dog"]
         names = [
@@ -40,7 +40,7 @@ class TestFolders:
             (lambda _: None, "0 class folders"),
             (lambda p: make_folder(p, {"cat": 20}), "1 class folders"),
             (lambda p: make_folder(p, {"cat": 4, "dog": 5}), "at least 10"),
-            (lambda p: make_folder(p, {"cat": 20, "dog": 0}), "dog has no pictures"),
+            (lambda p: make_folder(p, {"cat": 20, "dog": 0}), "dog has no images"),
             (
                 lambda p: make_folder(p, {"cat": 20, "dog": 20}) / "cat/007.png",
                 r"cat/007\.png: it is empty",
@@ -48,7 +48,7 @@ class TestFolders:
         ],
     )
     def test_mistakes_are_named(self, tmp_path, make, message):
-        path = tmp_path / "pictures"
+        path = tmp_path / "images"
         path.mkdir()
         damaged = make(path)
         if damaged is not None and damaged.suffix:
@@ -56,7 +56,7 @@ class TestFolders:
         with pytest.raises(UserError, match=message):
             open_examples(open_dataset(f"folder:{path}").train, 16)
 
-    def test_what_is_no_picture_by_its_first_bytes_is_set_aside(self, tmp_path):
+    def test_what_is_no_image_by_its_first_bytes_is_set_aside(self, tmp_path):
         """In the order of the parts of their paths; hidden files are passed over."""
         make_folder(tmp_path, {"cat": 9, "dog": 9})
         names = ("a.jpg/b.png", "a.png", "named wrongly.txt", "none.jpg", "pipe.jpg", "empty.png")
@@ -64,7 +64,7 @@ class TestFolders:
         (tmp_path / "cat" / "a.jpg").mkdir()
         for name in (*names[:3], names[6], ".hidden.png", "@eaDir/small.png"):
             (tmp_path / "cat" / name).parent.mkdir(exist_ok=True)
-            (tmp_path / "cat" / name).write_bytes(encoded(picture(0)))
+            (tmp_path / "cat" / name).write_bytes(encoded(random_image(0)))
         (tmp_path / "cat" / ".hidden").mkdir()
         (tmp_path / "cat" / ".hidden" / "a.png").write_bytes(b"")
         (tmp_path / "cat" / "none.jpg").symlink_to("nowhere")
@@ -77,14 +77,14 @@ class TestFolders:
         strays |= {"car.txt": b"BMW of a sort, and blue", "snake.txt": b"Python, a snake"}
         for name, data in strays.items():
             (tmp_path / "cat" / name).write_bytes(data)
-        pictures, others = list_pictures(tmp_path, ["cat", "dog"])
-        files, _ = zip(*pictures, strict=True)
+        images, others = list_image_files(tmp_path, ["cat", "dog"])
+        files, _ = zip(*images, strict=True)
         assert files == tuple(map(str, sorted(map(Path, files))))
         found = {os.path.relpath(file, tmp_path / "cat") for file in files[:16]}
         assert found == {*names, *(f"{i:03}.png" for i in range(9))}
         assert {Path(other).name for other in others} == {*strays, "film.mp4"}
 
-    def test_held_out_pictures_are_pictures(self, tmp_path):
+    def test_held_out_images_are_images(self, tmp_path):
         """With as many other files beside them; which ones are held out stays."""
         folder = make_folder(tmp_path / "pets", {"cat": 20, "dog": 20})
         names = [open_dataset(f"folder:{folder}").eval.name(index) for index in range(4)]
@@ -93,7 +93,7 @@ class TestFolders:
         (folder / "__MACOSX" / "cat").mkdir(parents=True)
         dataset = open_dataset(f"folder:{folder}")
         assert [dataset.eval.name(index) for index in range(4)] == names
-        assert dataset.note.startswith("40 files in the class folders are no pictures and are set")
+        assert dataset.note.startswith("40 files in the class folders are no images and are set")
         assert f"(40 .xml), such as {folder}/cat/000.xml" in dataset.note
 
     @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ class TestFolders:
             open_dataset(f"folder:{tmp_path}")
 
     def test_numbers_in_names_are_in_their_order(self, tmp_path):
-        """Which pictures are held out does not depend on it, and a run keeps its own order."""
+        """Which images are held out does not depend on it, and a run keeps its own order."""
         assert natural(["a10", "a9", "b", "a", "a09"]) == ["a", "a09", "a9", "a10", "b"]
         folder = make_folder(tmp_path, {str(label): 10 for label in range(12)}, size=2)
         dataset = open_dataset(f"folder:{folder}")

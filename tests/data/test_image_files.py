@@ -15,11 +15,11 @@ from flax_alexnet.data.image_files import (
     jpeg_segments,
     plain_jpeg,
 )
-from tests.images import encoded, picture
+from tests.images import encoded, random_image
 
 
 def jpeg(**options):
-    return encoded(picture(0), "jpeg", **options)
+    return encoded(random_image(0), "jpeg", **options)
 
 
 def test_segments_end_with_the_first_scan():
@@ -54,7 +54,7 @@ def test_without_comments_and_profiles_the_pixels_are_the_same():
 
 @pytest.mark.parametrize("kind", ["png", "tiff", "webp", "bmp", "gif", "ppm"])
 def test_what_programs_write_is_decodable(kind):
-    check_decodable(encoded(picture(0), kind))
+    check_decodable(encoded(random_image(0), kind))
 
 
 def test_a_png_of_chunks_alone_is_refused():

@@ -32,7 +32,7 @@ def archive(members):
 
 
 def photograph(seed, mode="RGB", kind="jpeg"):
-    """A smooth picture, which survives JPEG."""
+    """A smooth image, which survives JPEG."""
     coarse = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(coarse).resize((60, 45)).convert(mode).save(buffer, kind)
@@ -48,7 +48,7 @@ class TestImageNet:
         f"{FISH}_4.JPEG": photograph(4, "L"),
         f"{SHARK}_5.JPEG": photograph(5),
     }
-    STRANGE = "by its name it is no picture of this archive"
+    STRANGE = "by its name it is no image of this archive"
 
     @pytest.fixture
     def data_dir(self, tmp_path):
@@ -83,7 +83,7 @@ class TestImageNet:
     def test_archives_become_the_dataset_of_that_name(self, tmp_path, data_dir):
         before = contents(tmp_path)
         said = prepare("imagenet2012", data_dir, image_size=32)
-        assert said.startswith("imagenet2012: 5 train, 2 validation pictures in ")
+        assert said.startswith("imagenet2012: 5 train, 2 validation images in ")
         made = contents(tmp_path).keys() - before.keys()
         assert all(name.startswith("a/b/data/imagenet2012/5.1.0/") for name in made)
         dataset = open_dataset("imagenet2012", data_dir)
@@ -98,7 +98,7 @@ class TestImageNet:
             image = simplejpeg.decode_jpeg(record["image"]).astype(int)
             assert image.shape == (32, 32, 3)
             assert np.abs(image - decode(self.TRAIN[name], 32)).mean() < 4
-        # What TFDS says of the first and the third picture of the validation set.
+        # What TFDS says of the first and the third image of the validation set.
         labels = {
             record["file_name"].decode(): dataset.label_names[record["label"]]
             for record in stored(data_dir / "imagenet2012" / "5.1.0", "validation")

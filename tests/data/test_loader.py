@@ -12,7 +12,7 @@ from flax_alexnet.data.loader import evaluation_batches, training_batches
 
 
 class Numbers(Examples):
-    """Examples whose picture and label say their index."""
+    """Examples whose image and label say their index."""
 
     def __init__(self, length):
         self.length = length
@@ -50,7 +50,7 @@ class TestOrder:
             assert labels(resumed, 15 - step) == whole[step:]
         assert whole != labels(training_batches(Numbers(30), 8, seed=2), 15)
 
-    def test_batches_of_another_size_go_on_with_the_next_picture(self):
+    def test_batches_of_another_size_go_on_with_the_next_image(self):
         stream = joined(labels(training_batches(Numbers(30), 8, seed=1), 15))
         for start in (5, 40):
             resumed = labels(training_batches(Numbers(30), 20, seed=1, start=start), 4)
@@ -69,7 +69,7 @@ class TestOrder:
         assert [joined(rows) for rows in zip(*parts, strict=True)] == whole
 
     @pytest.mark.parametrize("processes", [1, 2])
-    def test_evaluation_gives_each_picture_once(self, processes):
+    def test_evaluation_gives_each_image_once(self, processes):
         seen = []
         for block in np.split(np.arange(8), processes):
             for batch in evaluation_batches(Numbers(21), 8, rows=block):

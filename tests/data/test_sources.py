@@ -16,7 +16,7 @@ from tests.images import encoded, make_folder
 
 
 class Catalogued(tfds.core.GeneratorBasedBuilder):
-    """A dataset of TFDS in one of the forms of its catalogue, of 20 grey pictures a split."""
+    """A dataset of TFDS in one of the forms of its catalogue, of 20 grey images a split."""
 
     VERSION = tfds.core.Version("1.0.0")
     name = "catalogued"

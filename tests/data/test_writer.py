@@ -87,7 +87,7 @@ def full_disk(shards):
 class TestInterruption:
     @pytest.fixture
     def pets(self, tmp_path, monkeypatch):
-        """A folder of 9 shards, with one picture that cannot be read."""
+        """A folder of 9 shards, with one image that cannot be read."""
         monkeypatch.setattr(writer, "SHARD", 4)
         folder = make_folder(tmp_path / "pets", {"cat": 17, "dog": 18})
         (folder / "cat" / "003.png").write_bytes(b"")
@@ -141,7 +141,7 @@ class TestInterruption:
         prepare(f"folder:{pets}", tmp_path / "reference", image_size=16)
         assert contents(tmp_path / "data") == contents(tmp_path / "reference")
 
-    @pytest.mark.parametrize("change", ["other pictures", "another size"])
+    @pytest.mark.parametrize("change", ["other images", "another size"])
     def test_what_was_begun_otherwise_is_not_mixed_in(self, tmp_path, pets, capsys, change):
         with full_disk(5), pytest.raises(UserError, match="the same command goes on where it"):
             prepare(f"folder:{pets}", tmp_path / "data", image_size=12)
@@ -152,7 +152,7 @@ class TestInterruption:
             (pets / "dog" / "000.png").rename(pets / "dog" / "100.png")
         prepare(f"folder:{pets}", tmp_path / "data", image_size=size)
         said = capsys.readouterr().out
-        assert said.count("was begun with other pictures or another size; it is begun anew") == 1
+        assert said.count("was begun with other images or another size; it is begun again") == 1
         prepare(f"folder:{pets}", tmp_path / "reference", image_size=size)
         assert contents(tmp_path / "data") == contents(tmp_path / "reference")
 
@@ -175,7 +175,7 @@ class TestInterruption:
         assert (tmp_path / "precious").read_text() == "mine"
 
     @pytest.mark.parametrize("where", ["data", "data/prepared_folder/pets/1.0.0.incomplete"])
-    @pytest.mark.parametrize("what", ["moved", "deleted", "made anew"])
+    @pytest.mark.parametrize("what", ["moved", "deleted", "made again"])
     def test_a_place_that_is_gone_meanwhile_is_one_line(self, tmp_path, pets, where, what, capsys):
         """Nothing is written into what is there now, which may be another process's."""
 
@@ -183,7 +183,7 @@ class TestInterruption:
             (tmp_path / where).rename(tmp_path / "elsewhere")
             if what == "deleted":
                 shutil.rmtree(tmp_path / "elsewhere")
-            elif what == "made anew":
+            elif what == "made again":
                 shutil.copytree(tmp_path / "elsewhere", tmp_path / where)
 
         flags = ["--data.data-dir", str(tmp_path / "data"), "--data.image-size", "16"]
@@ -193,7 +193,7 @@ class TestInterruption:
         said = capsys.readouterr().err
         assert said.startswith(f"error: cannot write to {work}: ")
         assert said.count("\n") == 1
-        assert what != "made anew" or "it was moved or removed, and made once more" in said
+        assert what != "made again" or "it was moved or removed, and made once more" in said
         if what == "moved":
             assert not (tmp_path / where).exists()
         assert prepare_main(["--data.name", f"folder:{pets}", *flags]) == 0
@@ -234,7 +234,7 @@ class TestInterruption:
             with pytest.raises(UserError, match="cannot write to "):
                 prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
 
-    def test_what_a_kill_left_does_not_keep_other_pictures_out(self, tmp_path, pets):
+    def test_what_a_kill_left_does_not_keep_other_images_out(self, tmp_path, pets):
         with full_disk(2), pytest.raises(UserError):
             prepare(f"folder:{pets}", tmp_path / "data", image_size=12)
         work = tmp_path / "data" / "prepared_folder" / "pets" / "1.0.0.incomplete"
@@ -361,7 +361,7 @@ def kill_and_go_on(pets, tmp_path, numbers, shards=None):
     """Sends signals to the command, each to one of its own, and starts it again undisturbed.
 
     Args:
-      pets: the pictures.
+      pets: the images.
       tmp_path: where datasets go.
       numbers: of the signals.
       shards: after how many of nine each is sent; None: within the time that it all takes.
@@ -409,7 +409,7 @@ def kill_and_go_on(pets, tmp_path, numbers, shards=None):
 
 
 class TestProgress:
-    """Pictures a second and the time left, at a terminal and in a log."""
+    """Images a second and the time left, at a terminal and in a log."""
 
     @pytest.fixture
     def pets(self, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Every command and every block of Python in the README and the docs, as it is written there.
 
 Each page is read by Sybil and runs top to bottom, in a folder of its own that holds what a reader
-is said to have: pictures, a weight file. `NOT_RUN` lists what needs more than that, with the
+is said to have: images, a weight file. `NOT_RUN` lists what needs more than that, with the
 reason; of these the flags are read all the same.
 """
 
@@ -27,7 +27,7 @@ from flax_alexnet.data.sources import FolderSource
 from flax_alexnet.data.writer import write_dataset
 from flax_alexnet.weights import name_maps, safetensors_files
 from flax_alexnet.weights.labels import imagenet_labels, imagenet_synsets
-from tests.small_models import make_net
+from tests.small_models import make_pretrained
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
@@ -95,18 +95,18 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     rng = np.random.default_rng(0)
 
-    def picture(path, size=72):
+    def image(path, size=72):
         path = folder / path
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(path)
 
-    for name in ("pictures/cat", "pictures/dog"):
+    for name in ("images/cat", "images/dog"):
         for number in range(12):
-            picture(f"{name}/{number:03}.jpg")
+            image(f"{name}/{number:03}.jpg")
     for name in ("photos/1", "photos/2", "cat", "originals/1", "compressed/1"):
-        picture(f"{name}.jpg")
+        image(f"{name}.jpg")
     for name in ("a.png", "b.png"):
-        picture(name)
+        image(name)
     # ImageNet, as TFDS has it once it is prepared.
     listed = [(path, label) for label, path in enumerate(sorted(folder.glob("photos/*")))]
     source = FolderSource(listed, imagenet_synsets())
@@ -115,33 +115,33 @@ def made(tmp_path_factory):
     return folder
 
 
-def net(width, seed=0, variant="torchvision"):
-    """A net of ImageNet's classes; a narrow one for small pictures."""
+def pretrained(width, seed=0, variant="torchvision"):
+    """A model of ImageNet's classes; a narrow one for small images."""
     sizes = (224, 256) if width == 1 else (67, 72)
-    made = make_net(variant, 1000, *sizes, seed=seed, width=width)
+    made = make_pretrained(variant, 1000, *sizes, seed=seed, width=width)
     return dataclasses.replace(made, label_names=imagenet_labels())
 
 
-def write_nets(folder, width):
+def write_models(folder, width):
     """The weight files of the pages; torchvision's by PyTorch's names where it is whole."""
     downloaded = folder / "alexnet-owt-7be5be79.pth"
     if width == 1:
-        params = net(1).params
+        params = pretrained(1).params
         save_file(name_maps.write_params(name_maps.TORCHVISION, params, "torchvision"), downloaded)
         heads = zip(name_maps.LPIPS.names.values(), (64, 192, 384, 256, 256), strict=True)
         save_file({n: np.ones((1, c, 1, 1), np.float32) for n, c in heads}, folder / "alex.pth")
     else:
         whole = folder / "whole.safetensors"
-        safetensors_files.save(net(width), whole)
+        safetensors_files.save(pretrained(width), whole)
         whole.rename(downloaded)
     for seed, name in enumerate(("one", "two", "three")):
-        safetensors_files.save(net(0.02, seed), folder / f"{name}.safetensors")
-    safetensors_files.save(net(0.02, variant="caffe"), folder / "caffe.safetensors")
+        safetensors_files.save(pretrained(0.02, seed), folder / f"{name}.safetensors")
+    safetensors_files.save(pretrained(0.02, variant="caffe"), folder / "caffe.safetensors")
 
 
 @pytest.fixture
 def reader(made, tmp_path, monkeypatch):
-    """The reader's folder, in which recipes take a few steps of a small net."""
+    """The reader's folder, in which recipes take a few steps of a small model."""
     folder = tmp_path / "reader"
     shutil.copytree(made, folder)
     monkeypatch.chdir(folder)
@@ -258,15 +258,15 @@ def test_every_command_has_flags_and_files_that_are_there(monkeypatch):
 @pytest.mark.parametrize("page", sorted({*PAGES} - {"docs/pretrained.md"}))
 @pytest.mark.filterwarnings("ignore::UserWarning:flax_alexnet.models.lpips")
 def test_a_page_runs_from_top_to_bottom(page, reader, monkeypatch, capfd):
-    write_nets(reader, 1 / 16)
+    write_models(reader, 1 / 16)
     namespace = run_page(page, monkeypatch, capfd)
     if page == "README.md":  # the loop of one's own has learnt what it was given
         assert namespace["totals"]["top1"] > 0.5 * namespace["totals"]["images"]
 
 
 @pytest.mark.slow
-def test_the_page_of_trained_nets_runs_from_top_to_bottom(reader, monkeypatch, capfd):
-    write_nets(reader, 1)
+def test_the_page_of_trained_models_runs_from_top_to_bottom(reader, monkeypatch, capfd):
+    write_models(reader, 1)
     run_page("docs/pretrained.md", monkeypatch, capfd)
 
 

@@ -16,7 +16,7 @@ from flax_alexnet.__main__ import COMMANDS
 from flax_alexnet.config.cli import known_flags
 from flax_alexnet.config.recipes import RECIPES
 from flax_alexnet.config.schema import Config
-from flax_alexnet.models.architectures import ARCHITECTURES, trace
+from flax_alexnet.models.architectures import ARCHITECTURES, infer_shapes
 from flax_alexnet.weights.load import load
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -68,7 +68,7 @@ def test_the_readme_names_what_exists():
     for variant, table in ARCHITECTURES.items():
         assert f"`{variant}`" in text
         layers = table.scaled(table.num_classes)
-        infos = trace(layers, table.image_size, table.image_size)
+        infos = infer_shapes(layers, table.image_size, table.image_size)
         assert f"{sum(info.parameters for info in infos):,}" in text
         assert f"{sum(info.macs for info in infos):,}" in text
     assert all(f"`{recipe}`" in text for recipe in RECIPES)

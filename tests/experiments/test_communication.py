@@ -65,7 +65,7 @@ def test_layers_with_groups_need_nothing_of_the_other_tower(variant):
         assert not of(forward, layer)
     assert [c.kind for c in of(forward, "conv3")] == ["all-gather"]
     assert [c.kind for c in of(forward, "fc6")] == ["all-gather"]
-    # Towards their inputs neither: what is left is the sum of gradients over pictures.
+    # Towards their inputs neither: what is left is the sum of gradients over images.
     for layer in ("conv2", "conv4", "conv5"):
         assert {c.kind for c in of(found, layer)} <= {"all-reduce"}
 

@@ -42,9 +42,9 @@ def test_results_go_to_the_working_directory(load, name):
     ],
 )
 def test_missing_data_is_one_line(load, tmp_path, capsys, name, flags, says):
-    for picture in ("one.JPEG", "ex_ref.png", "ex_p0.png", "ex_p1.png"):
+    for image in ("one.JPEG", "ex_ref.png", "ex_p0.png", "ex_p1.png"):
         (tmp_path / "there").mkdir(exist_ok=True)
-        Image.new("RGB", (64, 64)).save(tmp_path / "there" / picture)
+        Image.new("RGB", (64, 64)).save(tmp_path / "there" / image)
     assert load(name)["main"](flags) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -115,7 +115,7 @@ def test_the_real_trunk(shared_data, load, tmp_path):
     flags += ["--photographs", str(shared_data / "imagenet_samples")]
     assert load("real_trunk")["main"](["--quick", *flags, "--output", str(tmp_path)]) == 0
     with (tmp_path / "trunk_quick_lpips.csv").open() as file:
-        rows = {row["pictures"]: float(row["lpips"]) for row in csv.DictReader(file)}
+        rows = {row["images"]: float(row["lpips"]) for row in csv.DictReader(file)}
     examples = [round(value, 5) for name, value in rows.items() if name.startswith("example")]
     assert examples == [0.72188, 0.13757]
     assert rows["JPEG, quality 10"] > rows["JPEG, quality 50"]

@@ -90,7 +90,7 @@ class TestDifferences:
 
 def test_phases_are_told_from_what_a_run_leaves(soak, tmp_path):
     """The moments of a run, one after the other."""
-    introduction = "quickstart: 96 pictures, 128 to test on; steps 12 to 72 with 8 pictures each\n"
+    introduction = "quickstart: 96 images, 128 to test on; steps 12 to 72 with 8 images each\n"
     metrics, checkpoints = tmp_path / "metrics.jsonl", tmp_path / "checkpoints"
     said = ""
     left_over = set()

@@ -6,25 +6,25 @@ import pytest
 from flax_alexnet.models.activations import features, grad_cam, map_names
 from flax_alexnet.models.architectures import activation_names, architecture
 from flax_alexnet.utils.errors import UserError
-from tests.small_models import make_net
+from tests.small_models import make_pretrained
 
 SIZES = {"cuda_convnet_cifar10": 16, "notebook": 48, "torchvision": 64}
 
 
-def _net(variant):
-    """A small net, its parameters and two images as it sees them."""
+def _pretrained(variant):
+    """A small model, its parameters and two images as it sees them."""
     size = SIZES[variant]
-    net = make_net(variant, 7, size, size)
+    pretrained = make_pretrained(variant, 7, size, size)
     images = np.random.default_rng(0).standard_normal((2, size, size, 3)).astype(np.float32)
-    return net.model, net.params, images
+    return pretrained.model, pretrained.params, images
 
 
 @pytest.fixture(scope="module")
 def small():
-    return _net("cuda_convnet_cifar10")
+    return _pretrained("cuda_convnet_cifar10")
 
 
-def test_features_are_the_activations_of_the_whole_net(small):
+def test_features_are_the_activations_of_the_whole_model(small):
     model, params, images = small
     names = activation_names(architecture(model.variant).layers)
     _, state = model.apply({"params": params}, images, mutable=["intermediates"])
@@ -106,8 +106,8 @@ def test_features_say_which_layers_there_are(small, layers, message):
         ("torchvision", ("pool2", "avgpool")),  # dropout stands before its dense layers
     ],
 )
-def test_a_net_goes_on_from_its_maps(variant, maps):
-    model, params, images = _net(variant)
+def test_a_model_goes_on_from_its_maps(variant, maps):
+    model, params, images = _pretrained(variant)
     found = features(model, params, images, [*maps, "logits"])
     for name in maps:
         later = {k: v for k, v in params.items() if k.startswith("fc") or k[-1] > name[-1]}
@@ -115,7 +115,7 @@ def test_a_net_goes_on_from_its_maps(variant, maps):
         np.testing.assert_allclose(logits, found["logits"], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_a_net_computes_from_one_map_to_another(small):
+def test_a_model_computes_from_one_map_to_another(small):
     model, params, images = small
     maps = features(model, params, images, ["pool1", "pool2"])
     found = model.apply({"params": params}, maps["pool1"], first="pool1", last="pool2")
@@ -130,8 +130,8 @@ def test_map_names():
 
 
 def test_grad_cam_is_the_formula():
-    # In the notebook's net three dense layers follow conv5, whose gradient is written out here.
-    model, params, images = _net("notebook")
+    # In the notebook's model three dense layers follow conv5, whose gradient is written out here.
+    model, params, images = _pretrained("notebook")
     labels = np.array([5, 2])
     weights = {name: np.asarray(params[name]["kernel"]) for name in ("fc6", "fc7", "fc8")}
     found = features(model, params, images, ["conv5", "fc6", "fc7"])

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from flax_alexnet import AlexNet
-from flax_alexnet.models.architectures import ARCHITECTURES, Conv, Dropout, architecture, trace
+from flax_alexnet.models.architectures import (
+    ARCHITECTURES,
+    Conv,
+    Dropout,
+    architecture,
+    infer_shapes,
+)
 from flax_alexnet.utils.errors import UserError
 from tests.models.expected import (
     COSTS,
@@ -22,7 +28,7 @@ from tests.models.expected import (
 
 
 def small(variant, **options):
-    """(model, images, parameters) of a small net, at which about half of the units live."""
+    """(model, images, parameters) of a small model, at which about half of the units live."""
     model = AlexNet(variant, num_classes=6, width=0.05, **options)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 64, 64, 3), np.float32)
@@ -38,7 +44,7 @@ def small(variant, **options):
 def test_shapes(variant):
     size = COSTS[variant][0]
     table = architecture(variant)
-    infos = trace(table.scaled(table.num_classes), size, size)
+    infos = infer_shapes(table.scaled(table.num_classes), size, size)
     names = [*(info.layer.name for info in infos[:-1]), "logits"]
     traced = {
         name: info.shape
@@ -90,7 +96,7 @@ def test_width_scales_all_but_the_last_layer(variant, width):
     assert table.scaled(7, width)[-1].features == 7
 
     size = COSTS[variant][0]
-    infos = trace(table.scaled(7, width), size, size)
+    infos = infer_shapes(table.scaled(7, width), size, size)
     params = abstract_params(AlexNet(variant, num_classes=7, width=width), images(variant))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == sum(info.parameters for info in infos)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from flax_alexnet import AlexNet
-from flax_alexnet.models.architectures import ARCHITECTURES, architecture, trace
+from flax_alexnet.models.architectures import ARCHITECTURES, architecture, infer_shapes
 from flax_alexnet.utils.errors import UserError
 from tests.models.expected import (
     COSTS,
@@ -26,7 +26,7 @@ def test_every_variant_has_expectations():
 def test_costs(variant):
     size, parameters, macs = COSTS[variant]
     table = architecture(variant)
-    infos = trace(table.scaled(table.num_classes), table.image_size, table.image_size)
+    infos = infer_shapes(table.scaled(table.num_classes), table.image_size, table.image_size)
     assert table.image_size == size
     assert sum(info.parameters for info in infos) == parameters
     assert sum(info.macs for info in infos) == macs
@@ -40,7 +40,7 @@ def test_costs(variant):
 
 def test_caffe_pools_past_the_edge():
     """At 231 pixels conv1 leaves 56 and the windows do not fit, which 227 would not show."""
-    infos = trace(architecture("caffe").scaled(1000), 231, 231)
+    infos = infer_shapes(architecture("caffe").scaled(1000), 231, 231)
     sizes = {info.layer.name: info.shape[0] for info in infos}
     assert [sizes[name] for name in ("conv1", "pool1", "pool2", "pool5")] == [56, 28, 14, 7]
 
@@ -48,7 +48,7 @@ def test_caffe_pools_past_the_edge():
 def test_trace_of_oblong_images():
     model, x = AlexNet("paper", width=0.05), jax.ShapeDtypeStruct((1, 64, 100, 3), jnp.float32)
     actual = abstract_activations(model, x)
-    for info in trace(architecture("paper").scaled(1000, 0.05), 64, 100):
+    for info in infer_shapes(architecture("paper").scaled(1000, 0.05), 64, 100):
         if info.layer.name in actual:
             assert actual[info.layer.name].shape[1:] == info.shape
 

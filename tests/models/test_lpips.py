@@ -1,4 +1,4 @@
-"""LPIPS: the values of example pictures, what a distance must do, and the command."""
+"""LPIPS: the values of example images, what a distance must do, and the command."""
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,10 @@ def opened(path):
 
 
 @pytest.mark.parametrize(("other", "expected"), [("p0", 0.72188), ("p1", 0.13757)])
-def test_the_example_pictures(lpips_trunk, other, expected):
+def test_the_example_images(lpips_trunk, other, expected):
     """The values are those that PyTorch gives: see tests/parity/test_torch_lpips.py."""
-    params, heads, pictures = lpips_trunk
-    value = distance(params, heads, opened(pictures["ref"]), opened(pictures[other]))
+    params, heads, images = lpips_trunk
+    value = distance(params, heads, opened(images["ref"]), opened(images[other]))
     assert value.shape == (1,)
     assert round(float(value[0]), 5) == expected
 

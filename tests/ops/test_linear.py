@@ -164,16 +164,16 @@ def test_an_operator_maps_over_any_of_its_arrays(name):
         for variant in ARCHITECTURES
     ],
 )
-def test_a_net_has_derivatives_in_both_modes(variant):
+def test_a_model_has_derivatives_in_both_modes(variant):
     size = 18 if variant == "cuda_convnet_cifar10" else 67
-    net = AlexNet(variant=variant, num_classes=3, width=0.05, initialization="he")
+    pretrained = AlexNet(variant=variant, num_classes=3, width=0.05, initialization="he")
     (images,) = draw(0, [(2, size, size, 3)])
-    leaves, tree = jax.tree.flatten(jax.jit(net.init)(jax.random.key(0), images)["params"])
+    leaves, tree = jax.tree.flatten(jax.jit(pretrained.init)(jax.random.key(0), images)["params"])
     directions = draw(1, [leaf.shape for leaf in leaves])
 
     def logits(*leaves):
         # Computed in the type of the parameters, which is 64 bits where differences are taken.
-        wide = net.clone(dtype=leaves[0].dtype)
+        wide = pretrained.clone(dtype=leaves[0].dtype)
         return wide.apply({"params": jax.tree.unflatten(tree, leaves)}, images)
 
     found = jax.jit(functools.partial(derivatives, logits, all_orders=False))(leaves, directions)
@@ -190,15 +190,15 @@ def test_a_net_has_derivatives_in_both_modes(variant):
         pytest.param("notebook", True, marks=pytest.mark.slow),
     ],
 )
-def test_a_net_can_be_stepped_through(variant, with_gradient):
+def test_a_model_can_be_stepped_through(variant, with_gradient):
     """`jax.disable_jit`, as a debugger wants it, through every operator and its gradient."""
     size = 18 if variant == "cuda_convnet_cifar10" else 51
-    net = AlexNet(variant=variant, num_classes=3, width=0.05)
+    pretrained = AlexNet(variant=variant, num_classes=3, width=0.05)
     (images,) = draw(0, [(2, size, size, 3)])
-    params = jax.jit(net.init)(jax.random.key(0), images)["params"]
+    params = jax.jit(pretrained.init)(jax.random.key(0), images)["params"]
 
     def loss(params):
-        return cross_entropy(net.apply({"params": params}, images), jnp.array([0, 2])).mean()
+        return cross_entropy(pretrained.apply({"params": params}, images), jnp.array([0, 2])).mean()
 
     function = jax.value_and_grad(loss) if with_gradient else loss
     expected = jax.jit(function)(params)

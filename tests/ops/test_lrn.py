@@ -234,7 +234,7 @@ def test_the_kernel_is_for_programs_on_a_gpu(monkeypatch):
     """Where there is one, others are computed as ever, to the bit."""
     x = jnp.asarray(random_input((4, 3, 3, 16), 1, 1))
 
-    def normalize(x):  # traced anew each time
+    def normalize(x):  # traced again each time
         return jax.value_and_grad(lambda x: (local_response_normalization(x) ** 2).sum())(x)
 
     assert "pallas_call" not in str(jax.make_jaxpr(lambda x: normalize(x))(x))

@@ -64,7 +64,7 @@ def run(name, variant, shape=(), devices=8, classes=CLASSES, frozen=()):
     settings = AugmentConfig(crop_size=crop, color_noise="cuda-convnet", scale=1 / 64)
     layout = layout_of(name, variant, shape, devices, classes)
     model = AlexNet(variant, classes, width=WIDTH, initialization="he")
-    # A low rate: now and then rounding decides whether a unit is dead for a picture, and from there
+    # A low rate: now and then rounding decides whether a unit is dead for an image, and from there
     # on trajectories part, the faster the higher the rate.
     optimizer = create_optimizer(0.0005)
     init = functools.partial(
@@ -90,7 +90,7 @@ CASES = [
     ("hybrid", "paper", (2, 4)),
     *(("towers", variant, (4, 2)) for variant in TOWERS),
 ]
-QUICK = [  # the two of the small net share a run on one device
+QUICK = [  # the two of the small model share a run on one device
     ("data", "cuda_convnet_cifar10", ()),
     ("hybrid", "cuda_convnet_cifar10", ()),
 ]
@@ -132,7 +132,7 @@ def test_frozen_layers_stay_in_every_layout(name, shape):
 @pytest.mark.parametrize(("name", "shape"), [("hybrid", (1, 8)), ("towers", (4, 2))])
 @pytest.mark.slow
 def test_classes_that_do_not_divide_are_left_whole(name, shape):
-    """The last layer is computed for each device's own pictures instead."""
+    """The last layer is computed for each device's own images instead."""
     losses, state = run(name, "paper", shape, classes=15)
     assert state.params["fc8"]["kernel"].sharding.is_fully_replicated
     np.testing.assert_allclose(losses, run("data", "paper", devices=1, classes=15)[0], rtol=1e-5)
@@ -181,7 +181,7 @@ def test_values_do_not_depend_on_where_they_are_made():
         ("hybrid", "paper", (-2, -4), "has the axes data, model, and their sizes"),
         ("hybrid", "paper", (8, 1), "over one device along 'model' splits nothing"),
         ("towers", "notebook", (), "needs a variant whose convolutions have groups"),
-        ("towers", "paper", (2, 4), "towers is for 1 or 2 devices a net, not 4"),
+        ("towers", "paper", (2, 4), "towers is for 1 or 2 devices a model, not 4"),
     ],
 )
 def test_what_does_not_fit_is_refused(name, variant, shape, message):

@@ -1,10 +1,10 @@
 """What the parity tests share: one random problem for both systems, and one measure of error.
 
-The gradient of a net with ReLU and max-pooling jumps where a unit is zero or two pixels of a window
-tie. Among a million units a few come so close to it that two systems, which add the same numbers in
-another order, round to different sides; a single one moves a kernel's gradient by some percent,
-though both are right. Gradients are therefore compared on images for which both systems decide
-alike everywhere, and the activations, which do not jump, on every image.
+The gradient of a model with ReLU and max-pooling jumps where a unit is zero or two pixels of a
+window tie. Among a million units a few come so close to it that two systems, which add the same
+numbers in another order, round to different sides; a single one moves a kernel's gradient by some
+percent, though both are right. Gradients are therefore compared on images for which both systems
+decide alike everywhere, and the activations, which do not jump, on every image.
 """
 
 import functools
@@ -98,7 +98,7 @@ def _decisions(model: AlexNet, activations: Arrays) -> list[bytes]:
     for before, layer in itertools.pairwise(architecture(model.variant).layers):
         if isinstance(layer, Pool) and layer.kind == "MAX":
             x = np.asarray(activations[before.name])
-            windows = np.lib.stride_tricks.sliding_window_view(x, (layer.window,) * 2, (1, 2))
+            windows = np.lib.stride_tricks.sliding_window_view(x, (layer.kernel_size,) * 2, (1, 2))
             windows = windows[:, :: layer.stride, :: layer.stride]
             result.append(windows.reshape(*windows.shape[:-2], -1).argmax(-1))
     return [decision.tobytes() for decision in result]

@@ -19,8 +19,8 @@ NOTICEABLE = 1000 * TOLERANCE  # what a turned kernel or another resizing moves 
 
 
 @pytest.fixture(scope="module")
-def net(shared_data):
-    """The trunk, for whole pictures of 224 pixels: of a square, `Resize(224)` leaves all."""
+def pretrained(shared_data):
+    """The trunk, for whole images of 224 pixels: of a square, `Resize(224)` leaves all."""
     trunk = load(shared_data / "alexnet_owt" / "features_and_lpips.npz")
     rule = dataclasses.replace(trunk.preprocessing, image_size=224)
     return dataclasses.replace(trunk, preprocessing=rule)
@@ -43,18 +43,23 @@ def pool5(params, images):
     return features(AlexNet("torchvision"), params, images, ("pool5",))["pool5"]
 
 
-def test_preprocessing_and_trunk(net, golden):
-    """Ours differ by 3e-5 where the largest is 12.8; PyTorch's own, computed anew, by 1.4e-5."""
-    picture, theirs = golden
-    ours = pool5(net.params, net.preprocess(net.open(picture)[None]))
+def test_preprocessing_and_trunk(pretrained, golden):
+    """Ours differ by 3e-5 where the largest is 12.8; PyTorch's own, computed again, by 1.4e-5."""
+    image, theirs = golden
+    ours = pool5(pretrained.params, pretrained.preprocess(pretrained.open(image)[None]))
     assert relative_error(ours, theirs) <= TOLERANCE
 
 
 @pytest.mark.parametrize("layer", ["conv1", "conv2", "conv3", "conv4", "conv5"])
-def test_turned_kernels_are_noticed(layer, net, golden):
-    picture, theirs = golden
-    turned = {**net.params[layer], "kernel": net.params[layer]["kernel"].swapaxes(0, 1)}
-    ours = pool5(net.params | {layer: turned}, net.preprocess(net.open(picture)[None]))
+def test_turned_kernels_are_noticed(layer, pretrained, golden):
+    image, theirs = golden
+    turned = {
+        **pretrained.params[layer],
+        "kernel": pretrained.params[layer]["kernel"].swapaxes(0, 1),
+    }
+    ours = pool5(
+        pretrained.params | {layer: turned}, pretrained.preprocess(pretrained.open(image)[None])
+    )
     assert relative_error(ours, theirs) > NOTICEABLE
 
 
@@ -63,8 +68,10 @@ def test_turned_kernels_are_noticed(layer, net, golden):
     [{"resize": "paper"}, {"resize": "caffe"}, {"image_size": 256}],
     ids=["bicubic", "no antialiasing", "the middle of 256 pixels"],
 )
-def test_another_resizing_is_noticed(change, net, golden):
-    picture, theirs = golden
-    other = dataclasses.replace(net, preprocessing=dataclasses.replace(net.preprocessing, **change))
-    ours = pool5(net.params, other.preprocess(other.open(picture)[None]))
+def test_another_resizing_is_noticed(change, pretrained, golden):
+    image, theirs = golden
+    other = dataclasses.replace(
+        pretrained, preprocessing=dataclasses.replace(pretrained.preprocessing, **change)
+    )
+    ours = pool5(pretrained.params, other.preprocess(other.open(image)[None]))
     assert relative_error(ours, theirs) > NOTICEABLE

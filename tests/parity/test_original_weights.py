@@ -1,7 +1,7 @@
-"""Weight files as their own systems write them: our net gives the logits that they give.
+"""Weight files as their own systems write them: our model gives the logits that they give.
 
-Each net is built in its own system's formulation, with values drawn in that system's own order, and
-fed with pictures preprocessed as there. Colours have unequal ranges, so that no channel can be
+Each model is built in its own system's formulation, with values drawn in that system's own order,
+and fed with images preprocessed as there. Colours have unequal ranges, so that no channel can be
 mistaken for another, and every order that could be confused is shown to matter.
 """
 
@@ -33,7 +33,7 @@ NOTICEABLE = 1000 * TOLERANCE  # what a wrong order must move the logits by, at 
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     colours = np.random.default_rng(0).random((2, 256, 256, 3)) * [255, 150, 60]
     return colours.astype(np.uint8)
 
@@ -62,8 +62,8 @@ def apply(model, params, images):
     return model.apply({"params": params}, images)
 
 
-def logits_of(net, pictures):
-    return np.asarray(apply(net.model, net.params, net.preprocess(pictures)))
+def logits_of(pretrained, images):
+    return np.asarray(apply(pretrained.model, pretrained.params, pretrained.preprocess(images)))
 
 
 @torch.no_grad()
@@ -98,13 +98,13 @@ class TorchvisionAlexNet(nn.Module):
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
 
 
-def torchvision_input(pictures):
+def torchvision_input(images):
     mean, std = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)
-    crops = pictures[:, 16:240, 16:240].astype(np.float32) / 255
+    crops = images[:, 16:240, 16:240].astype(np.float32) / 255
     return ((crops - mean) / std).transpose(0, 3, 1, 2)
 
 
-def test_torchvision(folder, pictures, capsys):
+def test_torchvision(folder, images, capsys):
     with torch.device("meta"):
         model = TorchvisionAlexNet().eval()
     randomize([model])
@@ -117,15 +117,15 @@ def test_torchvision(folder, pictures, capsys):
     ours = folder / "ours.safetensors"
     assert main([str(files["new.pth"]), str(ours)]) == 0
     assert "61,100,840 parameters" in capsys.readouterr().out
-    net = load(ours)
-    assert net.label_names == imagenet_labels()
-    logits = logits_of(net, pictures)
-    x = torchvision_input(pictures)
+    pretrained = load(ours)
+    assert pretrained.label_names == imagenet_labels()
+    logits = logits_of(pretrained, images)
+    x = torchvision_input(images)
     assert relative_error(logits, run([model], x)) <= TOLERANCE
     assert relative_error(logits, run([model], x[:, ::-1])) > NOTICEABLE
 
     for name in ("old.pth", "names.safetensors"):
-        jax.tree.map(np.testing.assert_array_equal, load(files[name]).params, net.params)
+        jax.tree.map(np.testing.assert_array_equal, load(files[name]).params, pretrained.params)
 
     assert main([str(ours), str(folder / "back.pth"), "--format", "torchvision"]) == 0
     back = torch.load(folder / "back.pth", weights_only=True)
@@ -140,7 +140,7 @@ def test_torchvision(folder, pictures, capsys):
 
 @pytest.mark.parametrize("is_new", [True, False])
 def test_a_checkpoint_of_a_training(folder, is_new):
-    """What a program of training saves beside the net is skipped, whatever it is."""
+    """What a program of training saves beside the model is skipped, whatever it is."""
     with torch.device("meta"):
         model = TorchvisionAlexNet()
     del model.classifier
@@ -161,10 +161,10 @@ def test_a_checkpoint_of_a_training(folder, is_new):
     }
     path = folder / "checkpoint.pth.tar"
     torch.save(value, path, _use_new_zipfile_serialization=is_new)
-    net = load(path)
-    for layer, number in zip(net.params, (0, 3, 6, 8, 10), strict=True):
+    pretrained = load(path)
+    for layer, number in zip(pretrained.params, (0, 3, 6, 8, 10), strict=True):
         kernel = model.features[number].weight.detach().numpy().transpose(2, 3, 1, 0)
-        np.testing.assert_array_equal(net.params[layer]["kernel"], kernel)
+        np.testing.assert_array_equal(pretrained.params[layer]["kernel"], kernel)
 
 
 @functools.cache
@@ -216,7 +216,7 @@ def caffe_messages():
     }
 
 
-def caffe_net(layers):
+def caffe_model(layers):
     """The weights of PyTorch modules by Caffe's names, as Caffe has them: OIHW, (out, in)."""
     randomize(layers.values())
     result = {}
@@ -233,11 +233,11 @@ TYPES = {"conv": "Convolution", "norm": "LRN", "pool": "Pooling", "fc": "InnerPr
 
 
 def write_caffemodel(path, layers, weights, old):
-    net = caffe_messages()["NetParameter"](name="some net")
+    pretrained = caffe_messages()["NetParameter"](name="some model")
     for name in layers:
         name = "fc8" if name == "logits" else name
         kind = (V1_TYPES if old else TYPES)[name.rstrip("0123456789")]
-        layer = (net.layers if old else net.layer).add(name=name, type=kind)
+        layer = (pretrained.layers if old else pretrained.layer).add(name=name, type=kind)
         for value in weights.get(name, ()):
             blob = layer.blobs.add()
             if old:  # four axes, always
@@ -246,7 +246,7 @@ def write_caffemodel(path, layers, weights, old):
             else:
                 blob.shape.dim.extend(value.shape)
             extend(blob, value)
-    path.write_bytes(net.SerializeToString())
+    path.write_bytes(pretrained.SerializeToString())
 
 
 def extend(blob, values):
@@ -270,9 +270,9 @@ def write_mean(path, mean):
     path.write_bytes(blob.SerializeToString())
 
 
-def caffe_input(pictures, mean):
+def caffe_input(images, mean):
     """BGR, (c, h, w), less the mean image, the middle cut out."""
-    bgr = pictures[..., ::-1].astype(np.float32).transpose(0, 3, 1, 2)
+    bgr = images[..., ::-1].astype(np.float32).transpose(0, 3, 1, 2)
     return (bgr - mean)[:, :, 14:241, 14:241]
 
 
@@ -291,24 +291,24 @@ def assert_orders_matter(logits, layers, x):
             layer.weight.copy_(right)
 
 
-@pytest.mark.parametrize(("net", "old"), [(caffe, True), (caffenet, False)])
-def test_caffe(net, old, folder, pictures):
+@pytest.mark.parametrize(("model", "old"), [(caffe, True), (caffenet, False)])
+def test_caffe(pretrained, old, folder, images):
     with torch.device("meta"):
-        layers = net()
-    weights = caffe_net(layers)
+        layers = pretrained()
+    weights = caffe_model(layers)
     mean = np.random.default_rng(1).random((3, 256, 256), np.float32) * 200
-    theirs, ours = folder / "net.caffemodel", folder / "ours.safetensors"
+    theirs, ours = folder / "model.caffemodel", folder / "ours.safetensors"
     write_caffemodel(theirs, layers, weights, old)
     write_mean(folder / "mean.binaryproto", mean)
     assert main([str(theirs), str(ours), "--mean", str(folder / "mean.binaryproto")]) == 0
     converted = load(ours)
-    assert converted.config.variant == net.__name__
-    logits = logits_of(converted, pictures)
-    x = caffe_input(pictures, mean)
+    assert converted.config.variant == pretrained.__name__
+    logits = logits_of(converted, images)
+    x = caffe_input(images, mean)
     assert relative_error(logits, run(layers.values(), x)) <= TOLERANCE
     assert_orders_matter(logits, layers, x)
-    if net is caffe:
-        check_tf_weights(folder / "bvlc_alexnet.npy", weights, converted.params, pictures)
+    if pretrained is caffe:
+        check_tf_weights(folder / "bvlc_alexnet.npy", weights, converted.params, images)
 
 
 class Python2Pickler(pickle._Pickler):
@@ -335,7 +335,7 @@ def write_tf_weights(path, tensors):
     path.write_bytes(stream.getvalue().replace(b"cnumpy._core.", b"cnumpy.core."))
 
 
-def check_tf_weights(path, weights, expected, pictures):
+def check_tf_weights(path, weights, expected, images):
     """caffe-tensorflow brings Caffe's kernels to (h, w, in, out), fc6's from (c, h, w) first."""
     tensors = {}
     for name, (kernel, bias) in weights.items():
@@ -345,12 +345,12 @@ def check_tf_weights(path, weights, expected, pictures):
             kernel = kernel.transpose((2, 3, 1, 0) if kernel.ndim == 4 else (1, 0))
         tensors[name] = [kernel, bias]
     write_tf_weights(path, tensors)
-    net = load(path)
-    jax.tree.map(np.testing.assert_array_equal, net.params, expected)
-    assert net.config.variant == "caffe"
+    pretrained = load(path)
+    jax.tree.map(np.testing.assert_array_equal, pretrained.params, expected)
+    assert pretrained.config.variant == "caffe"
 
     # The demo's formulation: NHWC throughout, BGR less a colour, pool5 flattened as it lies.
-    x = pictures[:, 14:241, 14:241, ::-1] - np.array([104.00698793, 116.66876762, 122.67891434])
+    x = images[:, 14:241, 14:241, ::-1] - np.array([104.00698793, 116.66876762, 122.67891434])
     x = torch.from_numpy(x.astype(np.float32)).permute(0, 3, 1, 2)
     norm = nn.LocalResponseNorm(5, alpha=5 * 2e-5, beta=0.75, k=1.0)  # TensorFlow's alpha is 2e-5
     for name, padding, groups, after in (
@@ -368,4 +368,4 @@ def check_tf_weights(path, weights, expected, pictures):
     for name in ("fc6", "fc7", "fc8"):
         kernel, bias = map(torch.tensor, tensors[name])
         x = nn.functional.relu(x) @ kernel + bias
-    assert relative_error(logits_of(net, pictures), x.numpy()) <= TOLERANCE
+    assert relative_error(logits_of(pretrained, images), x.numpy()) <= TOLERANCE

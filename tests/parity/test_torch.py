@@ -21,7 +21,7 @@ nn = torch.nn
 
 
 @pytest.mark.parametrize(
-    ("net", "image_size", "flattened"),
+    ("model", "image_size", "flattened"),
     [
         (paper, 224, (6, 6, 256)),
         (caffe, 227, (6, 6, 256)),
@@ -30,10 +30,10 @@ nn = torch.nn
         (cuda_convnet_cifar10, 32, (4, 4, 64)),
     ],
 )
-def test_variant(net, image_size, flattened):
-    model = AlexNet(variant=net.__name__, num_classes=10 if image_size == 32 else 1000)
+def test_variant(layers_of, image_size, flattened):
+    model = AlexNet(variant=layers_of.__name__, num_classes=10 if image_size == 32 else 1000)
     with torch.device("meta"):  # no time spent on initial values that are replaced
-        layers = net()
+        layers = layers_of()
 
     def reference(params, images, labels):
         return run_torch(layers, params, images, labels, flattened)

@@ -66,14 +66,16 @@ def test_lpips(params, size, spatial):
 
 @pytest.mark.parametrize(("other", "expected"), [("p0", 0.72188), ("p1", 0.13757)])
 def test_the_real_trunk(shared_data, other, expected):
-    """The example pictures of LPIPS's reference code; the values are PyTorch's, by `reference`."""
+    """The example images of LPIPS's reference code; the values are PyTorch's, by `reference`."""
     folder = shared_data / "alexnet_owt"
-    net = load(folder / "features_and_lpips.npz")
+    pretrained = load(folder / "features_and_lpips.npz")
     a, b = (
         signed(np.asarray(Image.open(folder / f"ex_{name}.png").convert("RGB"))[None])
         for name in ("ref", other)
     )
-    theirs = reference(net.params, net.lpips_heads, np.asarray(a), np.asarray(b), spatial=False)
+    theirs = reference(
+        pretrained.params, pretrained.lpips_heads, np.asarray(a), np.asarray(b), spatial=False
+    )
     assert round(float(theirs[0]), 5) == expected
-    ours = jax.jit(lpips)(net.params, net.lpips_heads, a, b)
+    ours = jax.jit(lpips)(pretrained.params, pretrained.lpips_heads, a, b)
     assert relative_error(ours, theirs) <= TOLERANCE

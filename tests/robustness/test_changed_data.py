@@ -1,4 +1,4 @@
-"""Pictures that change between starts, or processes, of a run are not taken for the same."""
+"""Images that change between starts, or processes, of a run are not taken for the same."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from flax_alexnet.commands.prepare import prepare
 from flax_alexnet.config.cli import parse
 from flax_alexnet.config.recipes import QUICKSTART
 from flax_alexnet.config.schema import Config
-from flax_alexnet.data.sources import END_OF_PICTURE, END_OF_SHARD, open_dataset, open_splits
+from flax_alexnet.data.sources import END_OF_IMAGE, END_OF_SHARD, open_dataset, open_splits
 from flax_alexnet.train import main as train
 from flax_alexnet.training import setup
 from flax_alexnet.training.run_directory import record
@@ -21,7 +21,7 @@ from flax_alexnet.training.setup import agree, set_up
 from flax_alexnet.utils.errors import UserError
 from tests.images import make_folder
 
-TRAIN, EVAL = "the pictures to train on have changed", "the pictures to evaluate on have changed"
+TRAIN, EVAL = "the images to train on have changed", "the images to evaluate on have changed"
 
 
 @pytest.fixture
@@ -46,14 +46,14 @@ def start(tmp_path, pets):
 
 
 def paint(path, seed):
-    """Another picture under the same name, in the same form."""
+    """Another image under the same name, in the same form."""
     with Image.open(path) as image:
         size = image.size
     pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)
     Image.fromarray(pixels).save(path)
 
 
-def test_all_pictures_replaced_under_their_names(start, pets):
+def test_all_images_replaced_under_their_names(start, pets):
     start()
     for number, path in enumerate(sorted(pets.rglob("*.png"))):
         paint(path, 1000 + number)
@@ -67,7 +67,7 @@ def test_all_pictures_replaced_under_their_names(start, pets):
     ("name", "changed"), [("cat/000.png", TRAIN), ("cat/009.png", EVAL), ("dog/012.png", TRAIN)]
 )
 @pytest.mark.parametrize("change", ["another", "a pixel", "unreadable", "swapped"])
-def test_one_picture(start, pets, name, changed, change):
+def test_one_image(start, pets, name, changed, change):
     start()
     path = pets / name
     if change == "another":
@@ -94,7 +94,7 @@ def test_a_copy_is_said_and_goes_on(start, pets, capsys):
     capsys.readouterr()
     start()
     said = capsys.readouterr().out
-    assert said.count("pictures were written anew since the run was here last") == 1
+    assert said.count("images were written again since the run was here last") == 1
     start()
     assert capsys.readouterr().out == ""
 
@@ -121,7 +121,7 @@ def test_a_run_of_an_older_version_goes_on(start, tmp_path, capsys):
 class TestPrepared:
     NAME = "prepared_folder/pets"
 
-    def test_prepared_anew_from_other_pictures(self, start, pets, tmp_path):
+    def test_prepared_anew_from_other_images(self, start, pets, tmp_path):
         prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
         before = start(name=self.NAME).identity
         shutil.rmtree(tmp_path / "data")
@@ -147,16 +147,16 @@ class TestPrepared:
             assert (source.digest() != before) is seen
             data[place] ^= 1
             path.write_bytes(data)
-        assert END_OF_PICTURE < END_OF_SHARD
+        assert END_OF_IMAGE < END_OF_SHARD
 
 
-def test_processes_with_other_pictures_are_found(start, pets, monkeypatch):
+def test_processes_with_other_images_are_found(start, pets, monkeypatch):
     own = start().identity
     paint(pets / "cat" / "000.png", 1000)
     other = start("--allow-changes").identity | {"allow_changes": False}
     said = [json.dumps({"error": "", "run": run}) for run in (own, other)]
     monkeypatch.setattr(setup, "gather", lambda *_: said)
-    with pytest.raises(UserError, match="the digest of the pictures to train on is"):
+    with pytest.raises(UserError, match="the digest of the images to train on is"):
         agree(own, "")
 
 

@@ -20,12 +20,12 @@ def train(*flags, **environment):
 
 @pytest.fixture
 def flags(tmp_path):
-    """Of a run on one picture of each class, in batches of one, with a feature a layer."""
+    """Of a run on one image of each class, in batches of one, with a feature a layer."""
     for split in ("train", "validation"):
         for number, name in enumerate("ab"):
             (tmp_path / "two" / split / name).mkdir(parents=True)
-            picture = Image.new("RGB", (72, 72), (90 * number, 60, 200))
-            picture.save(tmp_path / "two" / split / name / "0.png")
+            image = Image.new("RGB", (72, 72), (90 * number, 60, 200))
+            image.save(tmp_path / "two" / split / name / "0.png")
     return [
         *("--workdir", tmp_path / "run", "--data.name", f"folder:{tmp_path / 'two'}"),
         *("--batch-size", "1", "--epochs", "100", "--model.width", "0.001"),
@@ -54,7 +54,7 @@ def test_the_least_run_trains_and_goes_on_under_the_same_settings_alone(
 
 
 @pytest.mark.slow
-def test_one_picture_is_learnt(tmp_path, data_dir):
+def test_one_image_is_learnt(tmp_path, data_dir):
     flags = ["--workdir", tmp_path / "run", "--data.data-dir", data_dir]
     flags += ["--data.train-split", "train[:1]", "--batch-size", 1, "--model.width", 0.1]
     done = train(*flags, "--eval-epochs", 24, "--no-compilation-cache")

@@ -167,7 +167,7 @@ def test_a_signal_ends_the_attempts_to_write_the_report():
 
 @pytest.fixture
 def half(monkeypatch):
-    """Pictures are written to their half, and then there is no room; the error names no file."""
+    """Images are written to their half, and then there is no room; the error names no file."""
 
     def savefig(_, path, **__):
         path.write_bytes(b"half")
@@ -177,13 +177,13 @@ def half(monkeypatch):
 
 
 @pytest.mark.usefixtures("half")
-def test_a_picture_that_cannot_be_written_is_named_and_the_one_before_stays(tmp_path, net):
+def test_an_image_that_cannot_be_written_is_named_and_the_one_before_stays(tmp_path, pretrained):
     before = tmp_path / "report" / "curves.png"
     before.parent.mkdir()
     before.write_bytes(b"whole")
 
     def action():
-        draw_report(before.parent, [METRICS], net.params, None, net.model, [], [])
+        draw_report(before.parent, [METRICS], pretrained.params, None, pretrained.model, [], [])
 
     with pytest.raises(UserError, match=f"cannot write {before}: No space left on device; make"):
         keep_trying(action, minutes=0)
@@ -191,7 +191,7 @@ def test_a_picture_that_cannot_be_written_is_named_and_the_one_before_stays(tmp_
     assert [path.name for path in before.parent.iterdir()] == ["curves.png"]
 
 
-def test_a_report_whose_folder_is_moved_away_is_drawn_again(tmp_path, net, monkeypatch):
+def test_a_report_whose_folder_is_moved_away_is_drawn_again(tmp_path, pretrained, monkeypatch):
     usual, moves = report.plot_predictions, [1]
 
     def moved(*arguments):
@@ -211,7 +211,15 @@ def test_a_report_whose_folder_is_moved_away_is_drawn_again(tmp_path, net, monke
 
     def action():
         rule = Preprocessing(64, "paper", 64, jnp.zeros((64, 64, 3)), 1 / 64)
-        draw_report(tmp_path / "report", [METRICS], net.params, rule, net.model, Four(), "abcd")
+        draw_report(
+            tmp_path / "report",
+            [METRICS],
+            pretrained.params,
+            rule,
+            pretrained.model,
+            Four(),
+            "abcd",
+        )
 
     monkeypatch.setattr(report, "plot_predictions", moved)
     monkeypatch.setattr(report, "RETRY_SECONDS", 0.01)

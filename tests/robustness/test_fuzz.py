@@ -41,7 +41,7 @@ from flax_alexnet.weights.finetuning import adapt
 from flax_alexnet.weights.load import load
 
 MORE = int(os.environ.get("FUZZ", "0"))
-SECONDS = 5  # in which the slowest picture of a few kilobytes must have its outcome
+SECONDS = 5  # in which the slowest image of a few kilobytes must have its outcome
 REFUSED = object()
 
 
@@ -141,20 +141,20 @@ def test_the_command_lines_of_others(command):
 
 
 @pytest.fixture(scope="module")
-def run(net, tmp_path_factory):
+def run(pretrained, tmp_path_factory):
     """A run with a checkpoint, and what its configuration was."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    size = net.preprocessing.image_size
+    size = pretrained.preprocessing.image_size
     config = dataclasses.replace(
         QUICKSTART,
         workdir=workdir,
-        model=net.config,
+        model=pretrained.config,
         data=dataclasses.replace(QUICKSTART.data, image_size=size),
     )
-    identity = flatten(config) | {"dataset.label_names": list(net.label_names)}
+    identity = flatten(config) | {"dataset.label_names": list(pretrained.label_names)}
     claim(workdir, identity)
     checkpoints = Checkpoints(workdir / "checkpoints")
-    state = {"params": net.params, "mean": np.zeros((size, size, 3), np.float32)}
+    state = {"params": pretrained.params, "mean": np.zeros((size, size, 3), np.float32)}
     checkpoints.save(3, state, {"eval_top1": 0.5})
     checkpoints.close()
     return workdir, {"config": identity, "versions": {"jax": "0"}}
@@ -196,11 +196,11 @@ def odd_configs(draw, document):
 
 
 class TestConfigurationsOfRuns:
-    def test_the_right_one_is_read(self, run, net):
+    def test_the_right_one_is_read(self, run, pretrained):
         workdir, document = run
         (workdir / "config.json").write_text(json.dumps(document))
         claim(workdir, document["config"])
-        assert load(workdir).label_names == net.label_names
+        assert load(workdir).label_names == pretrained.label_names
 
     def test_memory_is_not_taken_as_a_file_says(self, run):
         workdir, document = run
@@ -219,10 +219,10 @@ class TestConfigurationsOfRuns:
         outcome(load, workdir)
 
 
-def encoded_pictures():
-    """A small picture in every format, and in the odd forms of some."""
+def encoded_images():
+    """A small image in every format, and in the odd forms of some."""
     pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
-    picture = Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     exif = Image.Exif()
     exif[0x0112] = 6
     for kind, mode, more in (
@@ -239,22 +239,22 @@ def encoded_pictures():
         *(("BMP", "RGB", {}), ("BMP", "P", {}), ("PPM", "RGB", {}), ("PPM", "L", {})),
     ):
         buffer = io.BytesIO()
-        picture.convert(mode).save(buffer, kind, **more)
+        image.convert(mode).save(buffer, kind, **more)
         yield buffer.getvalue()
 
 
-PICTURES = (*encoded_pictures(), b"P3\n2 1\n255\n1 2 3 4 5 6\n")
+IMAGES = (*encoded_images(), b"P3\n2 1\n255\n1 2 3 4 5 6\n")
 
 
 # As in a program: a warning of Pillow's is none of the caller's business.
 @pytest.mark.filterwarnings("ignore")
-class TestPictures:
-    @pytest.mark.parametrize("picture", PICTURES)
-    def test_whole_ones_are_read(self, picture):
-        assert decode(picture, 8).shape == (8, 8, 3)
+class TestImages:
+    @pytest.mark.parametrize("image", IMAGES)
+    def test_whole_ones_are_read(self, image):
+        assert decode(image, 8).shape == (8, 8, 3)
 
     @examples(400)
-    @given(data=damaged(PICTURES))
+    @given(data=damaged(IMAGES))
     def test_damaged_ones(self, data):
         began = time.monotonic()
         with contextlib.suppress(DecodeError):
@@ -291,12 +291,12 @@ def put(prepared, name=None, content=b""):
 
 
 def labels(data_dir):
-    """The labels of all pictures, each of which was decoded, or None where there are too many."""
+    """The labels of all images, each of which was decoded, or None where there are too many."""
     dataset = open_dataset("own", data_dir)
     if len(dataset.train) > 1000:
         return None
-    pictures = open_examples(dataset.train, 8)
-    return pictures.take(range(len(pictures)))["label"].tolist()
+    images = open_examples(dataset.train, 8)
+    return images.take(range(len(images)))["label"].tolist()
 
 
 @pytest.fixture(scope="module")

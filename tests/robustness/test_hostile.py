@@ -1,4 +1,4 @@
-"""Pictures made to do harm, and unusual ones: each has the outcome in docs/hostile_pictures.md.
+"""Images made to do harm, and unusual ones: each has the outcome in docs/hostile_images.md.
 
 What is read looks as it should, and nothing takes much memory or time, whatever its header claims.
 """
@@ -29,8 +29,8 @@ from flax_alexnet.utils.text import printable
 SIDE = 64
 # Slow gradients, which survive any compression, and tell each turn from the others.
 ROWS, COLUMNS = np.mgrid[:SIDE, :SIDE]
-PICTURE = np.stack([4 * COLUMNS, 4 * ROWS, 128 + 0 * ROWS], -1).astype(np.uint8)
-GREY, BLACK, MEDIUM = PICTURE[..., 0], np.zeros_like(PICTURE), np.full_like(PICTURE, 128)
+IMAGE = np.stack([4 * COLUMNS, 4 * ROWS, 128 + 0 * ROWS], -1).astype(np.uint8)
+GREY, BLACK, MEDIUM = IMAGE[..., 0], np.zeros_like(IMAGE), np.full_like(IMAGE, 128)
 
 
 def encoded(pixels, kind, **options):
@@ -41,7 +41,7 @@ def encoded(pixels, kind, **options):
 
 
 KINDS = {
-    kind: encoded(PICTURE, kind, **options)
+    kind: encoded(IMAGE, kind, **options)
     for kind, options in {
         "bmp": {},
         "gif": {},
@@ -193,34 +193,34 @@ def with_much_metadata():
     exif[0x0112], exif[0x010E], exif[0x927C] = 1, "a text", bytes(60_000)
     profile = bytes(range(256)) * 4000
     xmp = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta>" + b" " * 60_000
-    jpeg = encoded(PICTURE, "jpeg", quality=95, exif=exif, icc_profile=profile, comment=b"c" * 9999)
+    jpeg = encoded(IMAGE, "jpeg", quality=95, exif=exif, icc_profile=profile, comment=b"c" * 9999)
     more = segment(0xE1, xmp) + 200 * segment(0xEB, bytes(65_000))
     parts = re.findall(
-        b"(?s).{1,10}", zlib.compress(b"".join(b"\0" + row.tobytes() for row in PICTURE))
+        b"(?s).{1,10}", zlib.compress(b"".join(b"\0" + row.tobytes() for row in IMAGE))
     )
     texts = [(b"tEXt", b"key %d\0a text" % number) for number in range(500)]
     layers = {37724: (7, 30_000_000, 8), 34675: (7, 1_000_000, 8)}
-    pixels = zlib.compress(PICTURE.tobytes())
+    pixels = zlib.compress(IMAGE.tobytes())
     colors = {258: (3, 3, 8 + 30_000_000), 262: 2, 277: 3}
     place = {273: 8 + 30_000_006, 279: len(pixels)}
     bits = struct.pack("<3H", 8, 8, 8)
     return {
         "a.jpg": jpeg[:2] + more + jpeg[2:],
         "a.png": png(SIDE, SIDE, *texts, *((b"IDAT", part) for part in parts)),
-        "b.png": encoded(PICTURE, "png", exif=exif, icc_profile=profile[:900_000]),
-        "a.webp": encoded(PICTURE, "webp", quality=95, exif=exif, icc_profile=profile, xmp=xmp),
+        "b.png": encoded(IMAGE, "png", exif=exif, icc_profile=profile[:900_000]),
+        "a.webp": encoded(IMAGE, "webp", quality=95, exif=exif, icc_profile=profile, xmp=xmp),
         "a.tiff": tiff(SIDE, SIDE, bytes(30_000_000) + bits + pixels, layers | colors | place),
-        "a.gif": encoded(PICTURE, "gif", comment=b"c" * 100_000),
-        "a.ppm": b"P6\n#" + b"c" * 10_000 + b"\n64 64 255\n" + PICTURE.tobytes(),
+        "a.gif": encoded(IMAGE, "gif", comment=b"c" * 100_000),
+        "a.ppm": b"P6\n#" + b"c" * 10_000 + b"\n64 64 255\n" + IMAGE.tobytes(),
     }
 
 
 def in_many_parts():
     """Strips of one row, and animations of 500 frames."""
-    frames = [Image.fromarray(PICTURE), *[Image.new("RGB", (SIDE, SIDE))] * 499]
+    frames = [Image.fromarray(IMAGE), *[Image.new("RGB", (SIDE, SIDE))] * 499]
     return {
-        "a.tiff": encoded(PICTURE, "tiff", strip_size=1),
-        "b.tiff": encoded(PICTURE, "tiff", strip_size=1, compression="tiff_lzw"),
+        "a.tiff": encoded(IMAGE, "tiff", strip_size=1),
+        "b.tiff": encoded(IMAGE, "tiff", strip_size=1, compression="tiff_lzw"),
         "a.gif": encoded(frames[0], "gif", save_all=True, append_images=frames[1:]),
     }
 
@@ -258,16 +258,16 @@ def many_scans(side, count):
 
 
 def turned(orientation):
-    """The picture as a camera stores it that was held so (1 to 8)."""
+    """The image as a camera stores it that was held so (1 to 8)."""
     turns = {
-        1: PICTURE,
-        2: PICTURE[:, ::-1],
-        3: PICTURE[::-1, ::-1],
-        4: PICTURE[::-1],
-        5: PICTURE.swapaxes(0, 1),
-        6: np.rot90(PICTURE),
-        7: PICTURE[::-1, ::-1].swapaxes(0, 1),
-        8: np.rot90(PICTURE, -1),
+        1: IMAGE,
+        2: IMAGE[:, ::-1],
+        3: IMAGE[::-1, ::-1],
+        4: IMAGE[::-1],
+        5: IMAGE.swapaxes(0, 1),
+        6: np.rot90(IMAGE),
+        7: IMAGE[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(IMAGE, -1),
     }
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -288,25 +288,25 @@ def cut_off(kind):
 
 
 def animated(kind):
-    frames = [Image.fromarray(PICTURE), *(Image.new("RGB", (SIDE, SIDE)) for _ in range(9))]
+    frames = [Image.fromarray(IMAGE), *(Image.new("RGB", (SIDE, SIDE)) for _ in range(9))]
     return encoded(frames[0], kind, save_all=True, append_images=frames[1:])
 
 
 def broken_exif():
-    """Good pictures with bad EXIF data."""
+    """Good images with bad EXIF data."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 1, "maker" * 9
     good = exif.tobytes()
     cuts = [good[:length] for length in (6, 8, 20, len(good) - 9)]
     ones = [good[:6] + b"\xff" * 99, good[:14] + b"\xff" * (len(good) - 14)]
     return {
-        f"{number}.jpg": encoded(PICTURE, "jpeg", quality=95, exif=bad)
+        f"{number}.jpg": encoded(IMAGE, "jpeg", quality=95, exif=bad)
         for number, bad in enumerate([*cuts, *ones])
     }
 
 
 def huge(path):
-    path.write_bytes(b"\xff\xd8\xff")  # or it would be set aside as no picture
+    path.write_bytes(b"\xff\xd8\xff")  # or it would be set aside as no image
     os.truncate(path, 10**12)
 
 
@@ -332,11 +332,11 @@ FOUR = ("jpeg", "png", "tiff", "webp")
 CORPUS = {
     "each format as it should be": (
         lambda: {f"a.{kind}": data for kind, data in KINDS.items()},
-        PICTURE,
+        IMAGE,
     ),
     "JPEG in CMYK": (
-        one("jpg", encoded, Image.fromarray(PICTURE).convert("CMYK"), "jpeg", quality=95),
-        PICTURE,
+        one("jpg", encoded, Image.fromarray(IMAGE).convert("CMYK"), "jpeg", quality=95),
+        IMAGE,
     ),
     "grey JPEG, PNG, TIFF and WebP": (
         lambda: {f"a.{kind}": encoded(GREY, kind) for kind in FOUR},
@@ -349,27 +349,27 @@ CORPUS = {
     "TIFF with 32 bits a channel": (one("tiff", encoded, np.float32(GREY), "tiff"), None),
     "PNG with transparency, or with a palette": (
         lambda: {
-            "a.png": encoded(np.dstack([PICTURE, GREY]), "png"),
-            "b.png": encoded(Image.fromarray(PICTURE).quantize(256), "png"),
+            "a.png": encoded(np.dstack([IMAGE, GREY]), "png"),
+            "b.png": encoded(Image.fromarray(IMAGE).quantize(256), "png"),
         },
-        PICTURE,
+        IMAGE,
     ),
-    "PNG named .jpg, JPEG named .png": (lambda: {"a.jpg": PNG, "a.png": JPEG}, PICTURE),
+    "PNG named .jpg, JPEG named .png": (lambda: {"a.jpg": PNG, "a.png": JPEG}, IMAGE),
     "animated GIF, PNG and WebP": (
         lambda: {f"a.{kind}": animated(kind) for kind in ("gif", "png", "webp")},
-        PICTURE,
+        IMAGE,
     ),
     **{
         f"EXIF orientation {turn}, in JPEG, PNG, TIFF and WebP": (
             functools.partial(turned, turn),
-            PICTURE,
+            IMAGE,
         )
         for turn in range(1, 9)
     },
-    "JPEG with broken EXIF data": (broken_exif, PICTURE),
+    "JPEG with broken EXIF data": (broken_exif, IMAGE),
     "JPEG with something behind its end": (
         lambda: {"a.jpg": JPEG + JPEG, "b.jpg": JPEG + bytes(99), "c.jpg": JPEG + b"\xff\xda" * 99},
-        PICTURE,
+        IMAGE,
     ),
     "JPEG whose colours have a third of the columns": (
         one("jpg", flat_jpeg, 3 * SIDE, SIDE, sampling=3),
@@ -447,16 +447,16 @@ CORPUS = {
     ),
     "JPEG, PNG, TIFF, WebP, GIF and PPM with up to 30 MB of metadata": (
         with_much_metadata,
-        PICTURE,
+        IMAGE,
     ),
-    "TIFF in strips of one row, GIF of 500 frames": (in_many_parts, PICTURE),
+    "TIFF in strips of one row, GIF of 500 frames": (in_many_parts, IMAGE),
     "JPEG with 12,000 segments of EXIF data": (
         lambda: {"a.jpg": JPEG[:2] + 12_000 * segment(0xE1, b"Exif\0\0" + bytes(1500)) + JPEG[2:]},
-        PICTURE,
+        IMAGE,
     ),
     "JPEG with a million bytes `FF` in its head": (
         lambda: {"a.jpg": JPEG[:2] + b"\xff" * 10**6 + b"\0" + JPEG[2:]},
-        PICTURE,
+        IMAGE,
     ),
     "JPEG that is 20 MB of `FF`, or of zeros": (
         lambda: {
@@ -498,10 +498,10 @@ CORPUS = {
     "PNG that is 1 × 300,000": (one("png", png, 1, 300_000, (b"IDAT", zeros(2))), None),
     "PNG and WebP with 3,000 EXIF entries over one megabyte": (
         lambda: {
-            f"a.{kind}": encoded(PICTURE, kind, exif=overlapping_exif(3000), **options)
+            f"a.{kind}": encoded(IMAGE, kind, exif=overlapping_exif(3000), **options)
             for kind, options in {"png": {}, "webp": {"quality": 95}}.items()
         },
-        PICTURE,
+        IMAGE,
     ),
     "TIFF of 300,000 strips, or with as many colours": (
         lambda: {
@@ -565,16 +565,16 @@ CORPUS = {
     "a link to /dev/zero": (lambda: link("/dev/zero"), None),
     "a link to nowhere": (lambda: link("nowhere"), None),
     "a link to itself": (lambda: link("a.jpg"), None),
-    "a picture in a folder named x.jpg": (lambda: {"x.jpg/a.jpg": PNG}, PICTURE),
+    "an image in a folder named x.jpg": (lambda: {"x.jpg/a.jpg": PNG}, IMAGE),
     "names that are not UTF-8, very long, or with a line break": (
         lambda: {
             os.fsdecode(name + b".png"): PNG
             for name in (b"\xff\xfe", b"n" * 251, b"a\nb", b" ", b"--help", b"* [a] \x1b[31m $HOME")
         },
-        PICTURE,
+        IMAGE,
     ),
 }
-TABLE = Path(__file__).parents[2] / "docs" / "hostile_pictures.md"
+TABLE = Path(__file__).parents[2] / "docs" / "hostile_images.md"
 OUTCOMES = dict(re.findall(r"^\| (.+?) \| ((?:not )?read.*?) \|$", TABLE.read_text(), re.MULTILINE))
 WHATS = list(CORPUS)
 SLOW = {  # about a second each; the others take hundredths
@@ -588,7 +588,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
 
 def fits(what, problem):
-    """Whether the table says this of a picture; "" where it was read. "…" there is any text."""
+    """Whether the table says this of an image; "" where it was read. "…" there is any text."""
     outcome = f"not read: {problem}" if problem else "read"
     return re.fullmatch(re.escape(OUTCOMES[what]).replace("…", ".+"), outcome)
 
@@ -640,10 +640,10 @@ source = find_images([sys.argv[1]])
 idle, images, problems, seconds = memory("VmRSS"), [], [], []
 for index in range(len(source)):
     start = time.perf_counter()
-    (picture,) = read_examples(source, 64, indices=[index], threads=1)
+    (image,) = read_examples(source, 64, indices=[index], threads=1)
     seconds.append(time.perf_counter() - start)
-    problems.append(picture.problem)
-    images.append(np.zeros((64, 64, 3), np.uint8) if picture.image is None else picture.image)
+    problems.append(image.problem)
+    images.append(np.zeros((64, 64, 3), np.uint8) if image.image is None else image.image)
 np.save(sys.argv[2], images)
 print(json.dumps([problems, seconds, memory("VmHWM") - idle]))
 """
@@ -659,7 +659,7 @@ class Outcomes(NamedTuple):
 
 @pytest.fixture(scope="module")
 def outcomes(corpus):
-    """What a process of its own, whose memory nobody else fills, makes of all pictures."""
+    """What a process of its own, whose memory nobody else fills, makes of all images."""
     whats = [what_is(path, corpus) for path in find_images([str(corpus)]).paths]
     images = corpus.parent / "images.npy"
     command = [sys.executable, "-c", READ, str(corpus), str(images)]
@@ -714,10 +714,10 @@ def test_memory_is_bounded_in_many_threads(corpus, tmp_path):
     """All of the largest at the same time, in eight threads."""
     for number, what in enumerate(CORPUS):
         for copy in "ab" if what in SLOW else "":
-            (tmp_path / "pictures" / copy).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "images" / copy).mkdir(parents=True, exist_ok=True)
             for path in (corpus / f"{number:02}").iterdir():
-                (tmp_path / "pictures" / copy / f"{path.name}{number}").symlink_to(path)
-    flags = ["--data.name", f"folder:{tmp_path}/pictures", "--data.data-dir", str(tmp_path)]
+                (tmp_path / "images" / copy / f"{path.name}{number}").symlink_to(path)
+    flags = ["--data.name", f"folder:{tmp_path}/images", "--data.data-dir", str(tmp_path)]
     command = [sys.executable, "-c", PREPARE, *flags, "--data.image-size", str(SIDE)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak = float(done.stdout.split()[-1])
@@ -726,12 +726,12 @@ def test_memory_is_bounded_in_many_threads(corpus, tmp_path):
 
 
 def test_training_says_the_same(quick):
-    """What is set aside before is what would be no picture in a known format."""
+    """What is set aside before is what would be no image in a known format."""
     splits = FolderSplits(quick)
     source = splits.open("all")
     problems = {}
     CachedExamples(source, SIDE, on_bad=lambda name, why, _: problems.update({name: why}))
-    problems |= dict.fromkeys(map(printable, splits.others), "it is no picture in a known format")
+    problems |= dict.fromkeys(map(printable, splits.others), "it is no image in a known format")
     names = {*map(source.name, range(len(source))), *problems}
     assert len(names) == 2 + sum(len(CORPUS[what][0]()) for what in WHATS if what not in SLOW)
     for name in names:

@@ -210,7 +210,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_each_is_refused_in_a_line_and_takes_no_memory(name, tmp_path):
     ending, data, says = FILES[name]
-    path = tmp_path / f"net.{ending}"
+    path = tmp_path / f"model.{ending}"
     path.write_bytes(data)
     assert len(data) < 10 * MB, "it costs its maker little"
     start = time.monotonic()
@@ -232,13 +232,15 @@ def test_numbers_are_read_after_all_shapes_are_known_to_be_right(tmp_path, monke
     """A right file but for one bias, whose error costs nothing though all else is right."""
     shapes, _ = name_maps._shapes("torchvision", 1000)
     arrays = {path: np.zeros(shape, np.float32) for path, shape in shapes.items() if "conv" in path}
-    np.savez_compressed(tmp_path / "net.npz", **arrays | {"conv5/bias": np.zeros(255, np.float32)})
+    np.savez_compressed(
+        tmp_path / "model.npz", **arrays | {"conv5/bias": np.zeros(255, np.float32)}
+    )
     asked = []
     monkeypatch.setattr(
         "flax_alexnet.weights.numpy_files.read_member", lambda *args: asked.append(args)
     )
     with pytest.raises(UserError, match="conv5/bias is 255, expected 256"):
-        load(tmp_path / "net.npz")
+        load(tmp_path / "model.npz")
     assert asked == []
 
 
@@ -250,7 +252,7 @@ def test_errors_list_a_hundred_tensors_at_most(tmp_path):
 
 def test_sizes_of_other_files(tmp_path):
     """A mean image and label names: what is no regular file, or too large, is not read."""
-    (tmp_path / "net.caffemodel").write_bytes(caffe([field(7, field(1, 1)) + field(5, bytes(4))]))
+    (tmp_path / "model.caffemodel").write_bytes(caffe([field(7, field(1, 1)) + field(5, bytes(4))]))
     for name in ("mean", "labels"):
         (tmp_path / name).touch()
         os.truncate(tmp_path / name, 2**40)
@@ -259,7 +261,7 @@ def test_sizes_of_other_files(tmp_path):
             read_labels(Path(bad), 3)
     for bad in (tmp_path / "mean", "/dev/zero"):
         with pytest.raises(UserError, match=r"cannot read .* as a mean image"):
-            read(tmp_path / "net.caffemodel", variant="caffe", mean=Path(bad))
+            read(tmp_path / "model.caffemodel", variant="caffe", mean=Path(bad))
 
 
 VALUES = [
@@ -283,7 +285,7 @@ def test_any_value_at_any_place_of_the_metadata_is_read_or_one_line(place, weigh
         for key in place[:-1]:
             inner = inner[key]
         inner[place[-1]] = value
-        path = tmp_path / "net.safetensors"
+        path = tmp_path / "model.safetensors"
         save_file(tensors, path, {safetensors_files.KEY: json.dumps(metadata)})
         said = said_of(path)
         assert len(said) < 30_000
@@ -291,12 +293,12 @@ def test_any_value_at_any_place_of_the_metadata_is_read_or_one_line(place, weigh
 
 
 def said_of(path):
-    """The texts of a net, or the line with which it is refused."""
+    """The texts of a model, or the line with which it is refused."""
     try:
-        net = load(path)
+        pretrained = load(path)
     except UserError as error:
         return str(error)
-    return " ".join([*net.label_names, *net.source.values()])
+    return " ".join([*pretrained.label_names, *pretrained.source.values()])
 
 
 def read_metadata(path):
@@ -408,9 +410,9 @@ def test_a_dictionary_of_layers_is_no_way_round(tmp_path):
         ({f"l{i}": shared for i in range(200)}, "more than 10,000 arrays"),
         ({"conv1": np.zeros((10**15, 0), np.float32)}, "something else than a list of arrays"),
     ):
-        np.save(tmp_path / "net.npy", np.array(value, object), allow_pickle=True)
+        np.save(tmp_path / "model.npy", np.array(value, object), allow_pickle=True)
         with pytest.raises(UserError, match=says):
-            load(tmp_path / "net.npy")
+            load(tmp_path / "model.npy")
 
 
 def test_keys_of_storages_are_not_hashed_for_ever(tmp_path):
@@ -427,9 +429,9 @@ def test_keys_of_storages_are_not_hashed_for_ever(tmp_path):
     )
     value = PROTOCOL_4 + b"}" + text(b"a") + tensor_of_one + b"s."
     data = b"".join(pickle.dumps(part, 2) for part in parts[:3]) + value + tuples
-    (tmp_path / "net.pth").write_bytes(data)
+    (tmp_path / "model.pth").write_bytes(data)
     with pytest.raises(UserError, match="a storage that makes no sense"):
-        load(tmp_path / "net.pth")
+        load(tmp_path / "model.pth")
 
 
 MEASURE = """
@@ -488,7 +490,7 @@ def zip_of_zeros(path):
 
 @pytest.mark.slow
 def test_no_file_takes_300_megabytes_more_than_a_right_one(tmp_path, weights):
-    """Right files of a whole net are read beside, as NumPy, PyTorch and Caffe write them."""
+    """Right files of a whole model are read beside, as NumPy, PyTorch and Caffe write them."""
     shapes, _ = name_maps._shapes("torchvision", 1000)
     arrays = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
     np.savez(tmp_path / "right.npz", **arrays)

@@ -57,7 +57,7 @@ def train(data_dir, tmp_path):
 
 ENDS = {
     "moved": lambda run: run.rename(run.with_name("moved")),
-    "made anew": make_anew,
+    "made again": make_anew,
     "removed": remove,
 }
 
@@ -69,7 +69,7 @@ def test_a_run_whose_working_directory_is_gone_says_so(train, tmp_path, what):
     assert (code, errors.count("\n")) == (2, 1)
     assert "run was moved or removed while the run went on: move it back" in errors
     if what == "moved":
-        remove(tmp_path / "run")  # Orbax makes it anew where it is saving
+        remove(tmp_path / "run")  # Orbax makes it again where it is saving
         (tmp_path / "moved").rename(tmp_path / "run")
         assert train()[0] == 0
         lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -21,7 +21,7 @@ from tests.images import make_folder
 
 LAUNCHER = Path(__file__).parents[2] / "launch" / "local.sh"
 HEARTBEAT = 5
-# 64 pictures make 4 steps an epoch: evaluations and checkpoints at 10, 20 … 40. The 20 pictures of
+# 64 images make 4 steps an epoch: evaluations and checkpoints at 10, 20 … 40. The 20 images of
 # the test set do not divide into batches of 16. A checkpoint is seen while later steps go on, but
 # before the next one is saved: so who is stopped at 20 has steps left on the slowest disk.
 STEPS = 40
@@ -72,7 +72,7 @@ def results(workdir):
 def assert_same(some, others):
     np.testing.assert_allclose(some[0], others[0], rtol=1e-5)
     np.testing.assert_allclose(some[1], others[1], rtol=1e-5)
-    np.testing.assert_allclose(some[2], others[2], atol=1e-6)  # of exactly 20 pictures
+    np.testing.assert_allclose(some[2], others[2], atol=1e-6)  # of exactly 20 images
     assert some[3] == others[3]
 
 
@@ -320,7 +320,7 @@ def assert_one_line(codes, errors, message):
 
 
 @pytest.mark.slow
-def test_pictures_that_differ_between_processes_are_found(tmp_path, data_dir):
+def test_images_that_differ_between_processes_are_found(tmp_path, data_dir):
     """Of the same names and numbers, in folders of their own, as on disks of two machines."""
     each = []
     for process, size in enumerate((20, 30)):
@@ -328,11 +328,11 @@ def test_pictures_that_differ_between_processes_are_found(tmp_path, data_dir):
         pets = make_folder(folder / "pets", {"cat": 12, "dog": 13}, size)
         prepare(f"folder:{pets}", folder, image_size=64)
         each.append({"flags": {"data.name": "prepared_folder/pets", "data.data-dir": folder}})
-    message = "the digest of the pictures to evaluate on is "
+    message = "the digest of the images to evaluate on is "
     assert_one_line(*run_each(tmp_path, data_dir, *each), message)
 
 
-@pytest.mark.parametrize("kind", ["settings", "code", "pictures"])
+@pytest.mark.parametrize("kind", ["settings", "code", "images"])
 @pytest.mark.slow
 def test_processes_that_would_compute_something_else_end_with_a_line(
     data_dir, photographs, tmp_path, kind
@@ -349,17 +349,17 @@ def test_processes_that_would_compute_something_else_end_with_a_line(
         step.write_text(step.read_text() + "# another\n")
         each = [{"folder": path.parent} for path in (package, other)]  # the first place for `-m`
     else:  # at the same place of two machines
-        message = "the digest of the pictures to train on is "
+        message = "the digest of the images to train on is "
         each = []
         for machine in ("one", "two"):
-            shutil.copytree(photographs, tmp_path / machine / "pictures")
-            each.append({"folder": tmp_path / machine, "flags": {"data.name": "folder:pictures"}})
-        picture = tmp_path / "two" / "pictures" / "class c" / "1.png"
-        before = picture.stat()
-        pixels = 255 - np.asarray(Image.open(picture))
-        Image.fromarray(pixels).save(picture)
-        data = picture.read_bytes()
-        picture.write_bytes(data[: before.st_size].ljust(before.st_size, b"\0"))
+            shutil.copytree(photographs, tmp_path / machine / "images")
+            each.append({"folder": tmp_path / machine, "flags": {"data.name": "folder:images"}})
+        image = tmp_path / "two" / "images" / "class c" / "1.png"
+        before = image.stat()
+        pixels = 255 - np.asarray(Image.open(image))
+        Image.fromarray(pixels).save(image)
+        data = image.read_bytes()
+        image.write_bytes(data[: before.st_size].ljust(before.st_size, b"\0"))
     assert_one_line(*run_each(tmp_path, data_dir, *each), message)
 
 

@@ -28,7 +28,7 @@ from flax_alexnet.utils.outputs import check_room
 from flax_alexnet.utils.text import printable, read_table
 from flax_alexnet.weights import safetensors_files
 from flax_alexnet.weights.load import load
-from tests.small_models import make_net
+from tests.small_models import make_pretrained
 
 CONFIG = flatten(QUICKSTART) | {"dataset.label_names": ["a", "b"]}
 
@@ -86,7 +86,7 @@ class TestConfigurationFiles:
     def test_what_a_run_writes_fits(self, recipe):
         assert misfit(flatten(recipe)) == ""
         scaled = dataclasses.replace(recipe.augment, scale=(0.1, 0.2, 0.3))
-        values = flatten(dataclasses.replace(recipe, augment=scaled, init_from=Path("net")))
+        values = flatten(dataclasses.replace(recipe, augment=scaled, init_from=Path("model")))
         assert misfit(values | {"dataset.train": 64, "init_from.sha256": "0"}) == ""
 
     def test_a_difference_is_shown_with_its_type(self, tmp_path):
@@ -311,16 +311,16 @@ SOURCE = {
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
     """The file; written past `save`, with the raw texts."""
-    net = make_net(num_classes=len(LABELS))
-    path = tmp_path_factory.mktemp("hostile") / "net.safetensors"
-    safetensors_files.save(dataclasses.replace(net, label_names=LABELS, source=SOURCE), path)
+    pretrained = make_pretrained(num_classes=len(LABELS))
+    path = tmp_path_factory.mktemp("hostile") / "model.safetensors"
+    safetensors_files.save(dataclasses.replace(pretrained, label_names=LABELS, source=SOURCE), path)
     assert b"u001b[2J" in path.read_bytes()
     return path
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A picture for each of as many classes."""
+    """An image for each of as many classes."""
     folder = tmp_path_factory.mktemp("folder")
     for number in range(len(LABELS)):
         (folder / f"{number:02} class").mkdir()
@@ -330,7 +330,7 @@ def folder(tmp_path_factory):
 
 
 class TestLabelNamesAndSource:
-    """They reach the terminal, tables, JSON, Markdown and pictures; each in a form that is safe."""
+    """They reach the terminal, tables, JSON, Markdown and images; each in a form that is safe."""
 
     @pytest.fixture
     def run(self, hostile, capfd):
@@ -349,10 +349,10 @@ class TestLabelNamesAndSource:
     SHOWN = tuple(map(printable, LABELS))
 
     def test_they_are_printable_as_soon_as_they_are_read(self, hostile):
-        net = load(hostile)
-        assert net.label_names == self.SHOWN
-        assert net.label_names[0] == r"\x1b[2J\x1b[31mHACKED\x1b[0m"
-        assert net.source == {key: printable(value) for key, value in SOURCE.items()}
+        pretrained = load(hostile)
+        assert pretrained.label_names == self.SHOWN
+        assert pretrained.label_names[0] == r"\x1b[2J\x1b[31mHACKED\x1b[0m"
+        assert pretrained.source == {key: printable(value) for key, value in SOURCE.items()}
 
     def test_convert(self, run, tmp_path):
         said = run(["convert"], tmp_path / "out.safetensors")
@@ -361,16 +361,16 @@ class TestLabelNamesAndSource:
 
     def test_predict(self, run, folder, tmp_path):
         table, file, plot = (tmp_path / f"p.{ending}" for ending in ("csv", "json", "png"))
-        picture, every = folder / "00 class" / "a.png", ["--top", str(len(LABELS))]
-        run(["predict"], picture, *every, "--output", table, "--plot", plot)
-        run(["predict"], picture, *every, "--output", file)
+        image, every = folder / "00 class" / "a.png", ["--top", str(len(LABELS))]
+        run(["predict"], image, *every, "--output", table, "--plot", plot)
+        run(["predict"], image, *every, "--output", file)
         rows = json.loads(file.read_text(encoding="utf-8"))
         assert {best["name"] for row in rows for best in row["predictions"]} == set(self.SHOWN)
         with table.open(newline="", encoding="utf-8") as lines:
             assert {row[4] for row in read_table(lines)} == {"class", *self.SHOWN}
         harmless(table)
-        with Image.open(plot) as image:
-            assert image.width < 5000
+        with Image.open(plot) as drawn:
+            assert drawn.width < 5000
 
     def test_evaluate(self, run, folder, tmp_path):
         flags = ["--data.name", f"folder:{folder}", "--data.split", "all", "--match-by-order"]
@@ -389,20 +389,20 @@ class TestLabelNamesAndSource:
 
     @pytest.mark.slow
     def test_plot(self, run, folder, tmp_path):
-        picture = folder / "00 class" / "a.png"
-        run(["plot"], picture, "--output", tmp_path, "--layers", "conv1")
-        with Image.open(tmp_path / "a_grad_cam.png") as image:
-            assert image.width < 5000
+        image = folder / "00 class" / "a.png"
+        run(["plot"], image, "--output", tmp_path, "--layers", "conv1")
+        with Image.open(tmp_path / "a_grad_cam.png") as drawn:
+            assert drawn.width < 5000
 
     def test_the_card_of_the_hub(self, run, tmp_path):
-        run(["hub", "push"], "me/net", "--folder", tmp_path / "card")
+        run(["hub", "push"], "me/model", "--folder", tmp_path / "card")
         card = (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
         (line,) = (line for line in card.split("\n") if line.startswith("- **Source:**"))
         assert line.isprintable()
         shown = re.sub(r"\\.", "", line.partition("** ")[2])  # without what is escaped
         assert not re.search(r"[<>\[\]`#:@.]", shown)
         headings = [line for line in card.split("\n") if line.startswith("#")]
-        assert headings == ["# net", "## Use"]
+        assert headings == ["# model", "## Use"]
         assert load(tmp_path / "card" / "model.safetensors").label_names == self.SHOWN
 
 
@@ -417,7 +417,7 @@ def harmless(table):
 
 def test_a_dataset_runs_no_code_of_its_own(tmp_path, monkeypatch):
     """TFDS imports the class that `features.json` names; the current folder is on Python's path."""
-    source = make_pictures(tmp_path / "pets")
+    source = make_images(tmp_path / "pets")
     prepare(f"folder:{source}", tmp_path / "data", image_size=16)
     (path,) = (tmp_path / "data").rglob("features.json")
     (tmp_path / "evil.py").write_text("open('done', 'w')")
@@ -435,8 +435,8 @@ def test_a_dataset_runs_no_code_of_its_own(tmp_path, monkeypatch):
     assert not (tmp_path / "done").exists()
 
 
-def make_pictures(folder):
-    """Ten small pictures of two classes."""
+def make_images(folder):
+    """Ten small images of two classes."""
     for letter in "ab":
         (folder / letter).mkdir(parents=True)
         for number in range(10):
@@ -479,7 +479,7 @@ class TestNamesOfDatasets:
         assert sorted(os.walk(elsewhere)) == before
 
     def test_names_of_any_bytes_are_shown_printable(self, tmp_path, capsys):
-        source = make_pictures(tmp_path / "pets")
+        source = make_images(tmp_path / "pets")
         for letter, name in (("a", b"=1+1"), ("b", b"\x1b[31mred\n\xff")):
             (source / letter).rename(source / os.fsdecode(name))
         classes = [r"\x1b[31mred\n\xff", "=1+1"]
@@ -503,19 +503,19 @@ class TestNamesOfDatasets:
             open_dataset(f"folder:{source}")
 
     def test_links_that_lead_back_are_passed_over(self, tmp_path):
-        source = make_pictures(tmp_path / "pets")
+        source = make_images(tmp_path / "pets")
         for number in range(3):  # 3 ** 40 ways
             (source / "a" / f"link {number}").symlink_to(source)
         for folder in (source, source / "a"):
             (folder / "loop").symlink_to("loop")
-        assert len(open_dataset(f"folder:{source}").train) == 19  # with the loop, as a bad picture
+        assert len(open_dataset(f"folder:{source}").train) == 19  # with the loop, as a bad image
         said = prepare(f"folder:{source}", tmp_path / "data", image_size=16)
-        assert "20 of 21 pictures read" in said
+        assert "20 of 21 images read" in said
         assert "loop: Too many levels of symbolic links" in said
         assert "3 other files: it is a link to a folder, such as" in said
 
     def test_pipes_sockets_and_devices_are_not_waited_for(self, tmp_path, monkeypatch):
-        source = make_pictures(tmp_path / "pets")
+        source = make_images(tmp_path / "pets")
         odd = ["device.png", "pipe.png", "socket.png"]
         monkeypatch.chdir(source / "a")  # the path of a socket is short
         os.mkfifo("pipe.png")
@@ -524,17 +524,17 @@ class TestNamesOfDatasets:
             server.bind("socket.png")
         named = find_images([str(source / "a")])
         opened = open_splits(f"folder:{source}").open("all")
-        for pictures in (named, opened):
+        for images in (named, opened):
             problems = {
-                Path(picture.name).name: picture.problem
-                for picture in read_examples(pictures, 16)
-                if picture.image is None
+                Path(image.name).name: image.problem
+                for image in read_examples(images, 16)
+                if image.image is None
             }
             assert sorted(problems) == odd
             assert problems["pipe.png"] == problems["device.png"] == "it is no regular file"
             assert problems["socket.png"] == "No such device or address"
         assert opened.digest() == opened.digest()
-        assert "20 of 23 pictures read" in prepare(f"folder:{source}", tmp_path / "data", 16)
+        assert "20 of 23 images read" in prepare(f"folder:{source}", tmp_path / "data", 16)
         for path in (source / "a" / "pipe.png", tmp_path / "nothing"):
             with pytest.raises(UserError, match="no folder "):
                 open_dataset(f"folder:{path}")
@@ -550,12 +550,12 @@ class TestNamesOfDatasets:
         ("train", ["--workdir", "{}"]),
         ("prepare", ["--data.data-dir", "{}"]),
         ("convert", ["{}", "out.safetensors"]),
-        ("evaluate", ["net.safetensors", "{}"]),
-        ("predict", ["net.safetensors", "a.png", "--output", "{}.csv"]),
+        ("evaluate", ["model.safetensors", "{}"]),
+        ("predict", ["model.safetensors", "a.png", "--output", "{}.csv"]),
         ("features", ["{}", "a.png"]),
-        ("lpips", ["net.safetensors", "{}", "{}"]),
-        ("plot", ["net.safetensors", "{}"]),
-        ("export", ["net.safetensors", "{}"]),
+        ("lpips", ["model.safetensors", "{}", "{}"]),
+        ("plot", ["model.safetensors", "{}"]),
+        ("export", ["model.safetensors", "{}"]),
     ],
 )
 def test_a_path_that_is_too_long_is_one_line(command, arguments, capsys):

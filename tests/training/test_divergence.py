@@ -1,4 +1,4 @@
-"""What is found in a net that does not train, and said of it."""
+"""What is found in a model that does not train, and said of it."""
 
 import math
 
@@ -97,7 +97,7 @@ def test_a_plateau_is_new_once_and_early(evaluations, expected):
     assert new_plateau(evaluations, 10) is expected
 
 
-NET = {"pretrained": False, "frozen": False, "initialization": "published", "scale": 1.0}
+RUN = {"pretrained": False, "frozen": False, "initialization": "published", "scale": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ NET = {"pretrained": False, "frozen": False, "initialization": "published", "sca
     ],
 )
 def test_what_may_help_is_nothing_that_the_run_has(run, expected, has_it):
-    remedies = plateau_remedies(**{**NET, **run})
+    remedies = plateau_remedies(**{**RUN, **run})
     assert remedies[0].startswith(expected)
     assert has_it not in " ".join(remedies)
     assert remedies[-1] == "more epochs"

@@ -1,4 +1,4 @@
-"""Steps, pictures and epochs, where batches keep their size and where they do not."""
+"""Steps, images and epochs, where batches keep their size and where they do not."""
 
 import math
 
@@ -15,7 +15,7 @@ def test_epochs_of_one_batch_size():
     assert epochs.steps(1e-9) == 1
     assert epochs.first_step == 0
     assert [step for step in range(1, 13) if epochs.ends(step)] == [6, 12]
-    # Step 6 sees the last of the 180 pictures, and the first twelve of the second epoch.
+    # Step 6 sees the last of the 180 images, and the first twelve of the second epoch.
     assert [epochs.epoch(step) for step in (0, 5, 6, 7)] == [0, 160 / 180, 1, 224 / 180]
     assert epochs.epoch(57) == 10
     assert epochs.fraction(57) == 57 * 32 / 180
@@ -42,26 +42,24 @@ def test_an_older_checkpoint_undoes_later_changes():
 
 
 @given(
-    pictures=st.integers(1, 300),
+    images=st.integers(1, 300),
     sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 64)), min_size=1, max_size=4),
     wanted=st.integers(1, 20),
 )
-def test_steps_and_pictures_agree(pictures, sizes, wanted):
-    epochs = Epochs(pictures, ())
+def test_steps_and_images_agree(images, sizes, wanted):
+    epochs = Epochs(images, ())
     step = 0
     for length, size in sizes:
         epochs, step = epochs.going_on(step, size), step + length
     last = epochs.steps(wanted)
-    assert epochs.seen(last - 1) < wanted * pictures <= epochs.seen(last)
+    assert epochs.seen(last - 1) < wanted * images <= epochs.seen(last)
     assert epochs.ends(last)
     assert math.floor(epochs.epoch(last)) == epochs.epoch(last) >= wanted
 
 
-@pytest.mark.parametrize(
-    ("epochs", "pictures", "steps"), [(0.1, 30, 3), (0.3, 10, 3), (2.5, 5, 13)]
-)
-def test_rounding_adds_no_step(epochs, pictures, steps):
-    assert Epochs(pictures, (Part(0, 1),)).steps(epochs) == steps
+@pytest.mark.parametrize(("epochs", "images", "steps"), [(0.1, 30, 3), (0.3, 10, 3), (2.5, 5, 13)])
+def test_rounding_adds_no_step(epochs, images, steps):
+    assert Epochs(images, (Part(0, 1),)).steps(epochs) == steps
 
 
 def test_what_is_due_after_each_step():

@@ -12,7 +12,7 @@ from flax_alexnet.training.logger import (
     RunLog,
     SilentLog,
     Throughput,
-    average_rate,
+    average_throughput,
     read_metrics,
 )
 from flax_alexnet.utils.errors import UserError
@@ -92,8 +92,8 @@ def test_a_first_step_alone_has_no_throughput():
 
 def test_the_average_is_over_time_and_not_over_lines():
     lines = [{"epoch": 1.0, "images_per_second": 10.0}, {"epoch": 2.0, "images_per_second": 30.0}]
-    assert average_rate(lines) == pytest.approx(15.0)
-    assert average_rate([]) == 0
+    assert average_throughput(lines) == pytest.approx(15.0)
+    assert average_throughput([]) == 0
 
 
 def test_a_line_that_a_kill_cut_off_is_left_out_and_no_other(tmp_path):

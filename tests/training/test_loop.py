@@ -74,7 +74,7 @@ def test_metrics_are_lines_of_named_fractions(finished):
     training = [line for line in lines(finished[0]) if "train_loss" in line]
     evaluation = [line for line in lines(finished[0]) if "eval_loss" in line]
     assert [line["step"] for line in training] == [1, 4, 8, 12]
-    # 64 pictures in batches of 8: an evaluation each 6 steps, and at the end.
+    # 64 images in batches of 8: an evaluation each 6 steps, and at the end.
     assert [line["step"] for line in evaluation] == [6, 12]
     for line in training:
         assert {"epoch", "train_top1", "learning_rate"} <= set(line)
@@ -302,15 +302,15 @@ def test_a_complete_run_is_lengthened_and_not_shortened(finished, data_dir, tmp_
 
     (workdir / "summary.json").write_text(json.dumps(summary | {"step": 12}))
     (workdir / "seconds").write_text("1000\n")
-    assert "test accuracy" in train(13), "a summary of fewer steps is made anew"
+    assert "test accuracy" in train(13), "a summary of fewer steps is made again"
     summary = read(workdir, "summary.json")
     assert (summary["step"], summary["images_per_second"] > 0) == (13, True)
     assert 1000 < summary["seconds"] < 1600
 
 
 @pytest.mark.slow
-def test_another_batch_size_goes_on_in_pictures(data_dir, tmp_path, capsys):
-    """64 pictures in batches of 24 to the end of epoch 1 and beyond, then of 8, then of 24."""
+def test_another_batch_size_goes_on_in_images(data_dir, tmp_path, capsys):
+    """64 images in batches of 24 to the end of epoch 1 and beyond, then of 8, then of 24."""
     flags = [
         *("--steps", "99", "--log-every", "99", "--eval-epochs", "0.5", "--save-patience", "0"),
         *("--optimizer.schedule", "steps", "--optimizer.drop-epochs", "1.5"),
@@ -328,12 +328,12 @@ def test_another_batch_size_goes_on_in_pictures(data_dir, tmp_path, capsys):
         assert main(arguments(tmp_path, data_dir, *flags, *more)) == 0
         said.append(capsys.readouterr().out)
     assert [re.search(r"steps (\d+ to \d+)", text)[1] for text in said] == [
-        "0 to 3",  # 72 pictures
+        "0 to 3",  # 72 images
         "3 to 10",  # 128
         "10 to 13",  # 200
     ]
     assert (
-        "from step 3 on, batch_size was 24, is now 8. 72 pictures have been seen, epoch 1.00"
+        "from step 3 on, batch_size was 24, is now 8. 72 images have been seen, epoch 1.00"
         in (said[1])
     )
     logged = [line for line in lines(tmp_path) if "train_loss" in line]
@@ -396,7 +396,7 @@ def test_a_run_that_diverges_goes_back_with_half_the_rate_three_times(data_dir, 
 
 @pytest.mark.slow
 def test_a_plateau_is_warned_of_once(data_dir, tmp_path, capsys):
-    """The notebook's own initial values on small pictures: the README says that they stall."""
+    """The notebook's own initial values on small images: the README says that they stall."""
     plateau = ["--model.initialization", "published"]
     said = []
     for steps in ("18", "24"):  # not even after a restart

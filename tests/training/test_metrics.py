@@ -44,7 +44,7 @@ def test_logits_that_are_not_numbers_are_never_right():
 
 @pytest.mark.slow
 def test_fault_relu_on_the_logits():
-    """Negative logits get no gradient; a net whose logits all die is dead for good."""
+    """Negative logits get no gradient; a model whose logits all die is dead for good."""
     params_of = lambda model: model.init(jax.random.key(0), images)["params"]  # noqa: E731
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
     faulty = AlexNet("cuda_convnet_cifar10", 10, relu_logits=True)
@@ -79,7 +79,7 @@ def test_fault_dropout_outside_training():
         model.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(i)})
         for i in range(2)
     ]
-    assert (always[0] != always[1]).any()  # the fault: the same picture, another answer
+    assert (always[0] != always[1]).any()  # the fault: the same image, another answer
     evaluated = [model.apply({"params": params}, images) for _ in range(2)]
     np.testing.assert_array_equal(*evaluated)
 

@@ -10,7 +10,7 @@ from flax_alexnet.training.optimizer import (
     backoff,
     create_optimizer,
     create_schedule,
-    reduce_on_plateau,
+    drop_on_plateau,
     with_backoff,
 )
 
@@ -137,7 +137,7 @@ def test_plateau_divides_the_rate_three_times_and_keeps_count_in_the_state():
     state = optimizer.init(params)
 
     def rate_after(state, error):
-        state = reduce_on_plateau(state, error, patience=2)
+        state = drop_on_plateau(state, error, patience=2)
         _, state = optimizer.update(params, state, params)
         return float(applied_rate(state)), state
 
@@ -156,7 +156,7 @@ def test_a_plateau_drops_exactly_so_often(factor):
     params = {"fc6": {"kernel": jnp.ones((2, 2))}}
     state = optimizer.init(params)
     for _ in range(10):
-        state = reduce_on_plateau(state, 1.0, patience=1, drop_factor=factor, max_drops=3)
+        state = drop_on_plateau(state, 1.0, patience=1, drop_factor=factor, max_drops=3)
     _, state = optimizer.update(params, state, params)
     assert float(applied_rate(state)) == pytest.approx(factor**3, rel=1e-5)
 
@@ -169,7 +169,7 @@ def test_backoff_halves_the_rate_beside_the_drops_of_a_plateau():
     assert float(backoff(saved)) == 1
     rates = []
     for _ in range(3):
-        diverged = reduce_on_plateau(reduce_on_plateau(saved, 0.9), 0.9)
+        diverged = drop_on_plateau(drop_on_plateau(saved, 0.9), 0.9)
         _, diverged = optimizer.update(params, diverged, params)
         rates.append(float(applied_rate(diverged)))
         saved = with_backoff(saved, backoff(diverged) / 2)

@@ -9,7 +9,7 @@ from flax_alexnet.training.report import keep_trying, peak_memory
 from flax_alexnet.utils.errors import UserError
 
 
-def test_a_finished_run_has_its_pictures_and_summary(finished):
+def test_a_finished_run_has_its_images_and_summary(finished):
     workdir, printed = finished
     assert {path.name for path in (workdir / "report").iterdir()} == {
         "curves.png",

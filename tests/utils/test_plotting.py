@@ -1,4 +1,4 @@
-"""The pictures, by what matplotlib is told to draw, and the command."""
+"""The images, by what matplotlib is told to draw, and the command."""
 
 import numpy as np
 import pytest
@@ -66,13 +66,13 @@ def test_names_are_drawn_in_a_font_that_has_them(cat_font, figures, tmp_path):
     assert [label.get_text() for label in drawn] == [*names[:2], "Katze \\U0010fffd"]
     assert cat_font in drawn[0].get_fontfamily()
     assert cat_font not in drawn[1].get_fontfamily() + drawn[2].get_fontfamily()
-    picture = np.asarray(Image.open(tmp_path / "c.png"))
+    image = np.asarray(Image.open(tmp_path / "c.png"))
     fontManager.ttflist[:] = [font for font in fontManager.ttflist if font.name != cat_font]
     if plotting._font("猫") == "":
         plot_confusion(np.eye(3, dtype=int), names, tmp_path / "c.png")
         label = figures[1].axes[0].get_xticklabels()[0]
         assert label.get_text() == "$\\u732b$ é"
-        assert not np.array_equal(Image.open(tmp_path / "c.png"), picture)
+        assert not np.array_equal(Image.open(tmp_path / "c.png"), image)
 
 
 def test_color_selectivity():
@@ -118,14 +118,14 @@ def test_activations_show_the_strongest_channels(figures, tmp_path):
     activations = {"conv1": maps, "pool1": maps[..., :3], "fc6": np.array([0.0, 2.5, 0.0, 1.0])}
     plot_activations(images_of(()), activations, tmp_path / "a.png", channels=5)
     _, conv1, pool1, fc6 = figures[0].axes
-    assert titles(figures[0]) == ["picture, 8×8×3", "conv1, 4×4×30", "pool1, 4×4×3", "fc6, 4"]
+    assert titles(figures[0]) == ["image, 8×8×3", "conv1, 4×4×30", "pool1, 4×4×3", "fc6, 4"]
     assert texts(conv1) == ["6", "5", "4", "3", "2"]
     np.testing.assert_allclose(conv1.images[0].get_array(), maps[..., 6], rtol=1e-6)
     assert len(pool1.images) == 3
     assert fc6.get_xlabel() == "50% not zero, largest 2.5"
 
 
-def test_grad_cam_lies_over_the_whole_picture(figures, tmp_path):
+def test_grad_cam_lies_over_the_whole_image(figures, tmp_path):
     maps = np.zeros((2, 2, 2))
     maps[0, 0, 1] = 3.0
     plot_grad_cam(images_of(()), maps, ["cat", ODD_NAME], tmp_path / "g.png")
@@ -150,12 +150,12 @@ def test_confusion(figures, tmp_path, count):
     np.testing.assert_allclose(shares[0, :2], [0.75, 0.25])
     assert np.isnan(shares[count - 1]).all()
     right = 3 * (count - 1)
-    assert axis.get_title() == f"{right / (right + 1):.1%} of {right + 1:,} pictures right"
+    assert axis.get_title() == f"{right / (right + 1):.1%} of {right + 1:,} images right"
     labels = [label.get_text() for label in axis.get_yticklabels()]
     assert (labels == [*names, f"class {count - 1}"]) == (count <= 60)
     assert texts(axis) == (["3", "1", *["3"] * (count - 2)] if count <= 20 else [])
     listed = figure._supxlabel.get_text() if figure._supxlabel else ""
-    assert listed == ("1 of 4 pictures of name 0 taken for name 1" if count > 60 else "")
+    assert listed == ("1 of 4 images of name 0 taken for name 1" if count > 60 else "")
     extent = axis.get_window_extent()
     assert min(extent.width, extent.height) * plotting.DPI / figure.dpi >= count
 

@@ -12,7 +12,7 @@ from flax_alexnet.weights.load import load
 
 
 def test_a_damaged_zip_is_said_in_a_line(tmp_path):
-    path = tmp_path / "net.pth"
+    path = tmp_path / "model.pth"
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", b"x")
     whole = path.read_bytes()

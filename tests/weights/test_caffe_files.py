@@ -14,7 +14,7 @@ from tests.foreign_files import CAFFE_SHAPES, KINDS, blob, caffemodel, message, 
 
 @pytest.mark.parametrize("generation", KINDS)
 def test_caffe_variants(generation, tmp_path, capsys):
-    path = tmp_path / "net.caffemodel"
+    path = tmp_path / "model.caffemodel"
     first = load(caffemodel(path, generation))
     assert first.config.variant == "caffe"
     rule = first.preprocessing
@@ -35,14 +35,14 @@ def test_caffe_variants(generation, tmp_path, capsys):
 
 def test_mean_image(tmp_path):
     """BGR, (c, h, w) becomes RGB, (h, w, c)."""
-    path = caffemodel(tmp_path / "net.caffemodel")
+    path = caffemodel(tmp_path / "model.caffemodel")
     bgr = np.random.default_rng(0).random((3, 256, 256), np.float32)
     mean = tmp_path / "mean.binaryproto"
     mean.write_bytes(blob(bgr))
-    net, notes = read(path, mean=mean)
+    pretrained, notes = read(path, mean=mean)
     assert notes == []
     for channel in range(3):
-        np.testing.assert_array_equal(net.preprocessing.mean[..., channel], bgr[2 - channel])
+        np.testing.assert_array_equal(pretrained.preprocessing.mean[..., channel], bgr[2 - channel])
     mean.write_bytes(blob(bgr[:, :1, :1]))
     np.testing.assert_array_equal(read(path, mean=mean)[0].preprocessing.mean, bgr[::-1, 0, 0])
     for wrong in (bgr[:, :, :255], bgr[:, :200, :200], bgr[:2]):
@@ -55,17 +55,17 @@ def test_caffe_kernels(tmp_path):
     """Kernels of groups keep their order; only those of conv1 are turned from BGR to RGB."""
     rng = np.random.default_rng(1)
     values = {k: rng.standard_normal(shape, np.float32) for k, shape in CAFFE_SHAPES.items()}
-    net = load(caffemodel(tmp_path / "net.caffemodel", values=values))
+    pretrained = load(caffemodel(tmp_path / "model.caffemodel", values=values))
     for out, channel in ((0, 0), (95, 1), (17, 2)):
-        ours = net.params["conv1"]["kernel"][:, :, channel, out]
+        ours = pretrained.params["conv1"]["kernel"][:, :, channel, out]
         np.testing.assert_array_equal(ours, values["conv1"][out, 2 - channel])
     np.testing.assert_array_equal(
-        net.params["conv2"]["kernel"][4, 3, 7, 200], values["conv2"][200, 7, 4, 3]
+        pretrained.params["conv2"]["kernel"][4, 3, 7, 200], values["conv2"][200, 7, 4, 3]
     )
 
 
 def test_bad_caffemodel(tmp_path, capsys):
-    path, out = tmp_path / "net.caffemodel", tmp_path / "out.safetensors"
+    path, out = tmp_path / "model.caffemodel", tmp_path / "out.safetensors"
     whole = caffemodel(path).read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     assert "cannot read" in refused(capsys, path, out)
@@ -121,7 +121,7 @@ FC6, FC7 = (4096, 9216), (4096, 4096)
 )
 def test_fine_tuned_caffe(layout, shapes, head, classes, said):
     """Their last layer bears another name, and others may, lest Caffe fill it from the file."""
-    tensors, notes = name_maps.name_dense(layout, dense_tensors(layout, **shapes), "net", head)
+    tensors, notes = name_maps.name_dense(layout, dense_tensors(layout, **shapes), "model", head)
     expected = {"fc8": (classes, 4096)} if classes else {}
     expected |= {"fc6": FC6} if FC6 in shapes.values() else {}
     expected |= {"fc7": FC7}
@@ -142,11 +142,13 @@ def test_fine_tuned_caffe(layout, shapes, head, classes, said):
 )
 def test_several_last_layers_of_caffe(shapes, head, said):
     with pytest.raises(UserError, match=said):
-        name_maps.name_dense(name_maps.CAFFE, dense_tensors(name_maps.CAFFE, **shapes), "net", head)
+        name_maps.name_dense(
+            name_maps.CAFFE, dense_tensors(name_maps.CAFFE, **shapes), "model", head
+        )
 
 
 def test_layers_of_caffe_that_fit_nowhere_are_named(tmp_path, capsys):
-    path, out = tmp_path / "net.caffemodel", tmp_path / "out.safetensors"
+    path, out = tmp_path / "model.caffemodel", tmp_path / "out.safetensors"
     whole = caffemodel(path).read_bytes()
     extra = message((1, b"extra"), (7, blob(np.zeros((5, 9), np.float32))))
     path.write_bytes(whole + message((100, extra)))
@@ -160,35 +162,40 @@ def test_layers_of_caffe_that_fit_nowhere_are_named(tmp_path, capsys):
 
 
 def test_grey_caffe(tmp_path):
-    """Grey is made of colours as OpenCV does, so a net of grey pictures sees what it was fed."""
+    """Grey is made of colours as OpenCV does, so a model of grey images sees what it was fed."""
     rng = np.random.default_rng(0)
     kernel = rng.standard_normal((96, 1, 11, 11), np.float32)
-    path, mean = caffemodel(tmp_path / "net", values={"conv1": kernel}), tmp_path / "mean"
+    path, mean = caffemodel(tmp_path / "model", values={"conv1": kernel}), tmp_path / "mean"
     image = rng.uniform(100, 150, (1, 256, 256)).astype(np.float32)
     mean.write_bytes(blob(image))
-    net, (note,) = read(path, mean=mean)
-    assert "it reads grey pictures" in note
-    pictures = rng.integers(0, 256, (1, 256, 256, 3), np.uint8)
-    ours = features(net.model, net.params, net.preprocess(pictures), ["conv1"])["conv1"]
-    grey = pictures @ np.array([0.299, 0.587, 0.114]) - image
+    pretrained, (note,) = read(path, mean=mean)
+    assert "it reads grey images" in note
+    images = rng.integers(0, 256, (1, 256, 256, 3), np.uint8)
+    ours = features(pretrained.model, pretrained.params, pretrained.preprocess(images), ["conv1"])[
+        "conv1"
+    ]
+    grey = images @ np.array([0.299, 0.587, 0.114]) - image
     expected = jax.lax.conv_general_dilated(
         jnp.asarray(grey[:, None, 14:241, 14:241], jnp.float32), kernel, (4, 4), "VALID"
     )
-    expected = np.asarray(expected).transpose(0, 2, 3, 1) + net.params["conv1"]["bias"]
+    expected = np.asarray(expected).transpose(0, 2, 3, 1) + pretrained.params["conv1"]["bias"]
     np.testing.assert_allclose(ours, np.maximum(expected, 0), atol=1e-5 * abs(expected).max())
-    with pytest.raises(UserError, match="has 1 channels, but the net reads 3"):
-        read(caffemodel(tmp_path / "net"), mean=mean)
+    with pytest.raises(UserError, match="has 1 channels, but the model reads 3"):
+        read(caffemodel(tmp_path / "model"), mean=mean)
 
 
 # The bugs of the demo beside the pretrained weights of guerzh/tf_weights.
 
 
 def test_demo_padding(tmp_path):
-    """It convolves with SAME, where the net was trained with VALID: 57 × 57 and not 55 × 55."""
-    net = load(caffemodel(tmp_path / "net.caffemodel"))
+    """It convolves with SAME, where the model was trained with VALID: 57 × 57 and not 55 × 55."""
+    pretrained = load(caffemodel(tmp_path / "model.caffemodel"))
     images = np.zeros((1, 256, 256, 3), np.uint8)
     outputs = jax.eval_shape(
-        lambda x: features(net.model, net.params, net.preprocess(x), ["conv1", "conv5"]), images
+        lambda x: features(
+            pretrained.model, pretrained.params, pretrained.preprocess(x), ["conv1", "conv5"]
+        ),
+        images,
     )
     assert outputs["conv1"].shape == (1, 55, 55, 96)
     assert outputs["conv5"].shape == (1, 13, 13, 256)
@@ -198,18 +205,20 @@ def test_demo_red(tmp_path):
     """It swaps red and blue by assigning views, so that blue is there twice and red is lost."""
     kernel = np.zeros(CAFFE_SHAPES["conv1"], np.float32)
     kernel[range(3), range(3), 0, 0] = 1  # units 0, 1, 2 see blue, green, red, as Caffe has them
-    net = load(caffemodel(tmp_path / "net.caffemodel", values={"conv1": kernel}))
-    picture = np.broadcast_to(np.array([200, 150, 130], np.uint8), (1, 256, 256, 3))  # RGB
-    seen = features(net.model, net.params, net.preprocess(picture), ["conv1"])["conv1"]
-    blue, green, red = seen[0, 20, 20, :3] - net.params["conv1"]["bias"][:3]
+    pretrained = load(caffemodel(tmp_path / "model.caffemodel", values={"conv1": kernel}))
+    image = np.broadcast_to(np.array([200, 150, 130], np.uint8), (1, 256, 256, 3))  # RGB
+    seen = features(pretrained.model, pretrained.params, pretrained.preprocess(image), ["conv1"])[
+        "conv1"
+    ]
+    blue, green, red = seen[0, 20, 20, :3] - pretrained.params["conv1"]["bias"][:3]
     np.testing.assert_allclose([red, green, blue], [200, 150, 130] - CAFFE.mean, rtol=1e-5)
 
 
 def test_demo_mean(tmp_path):
-    """It subtracts the mean from its first picture only."""
-    net = load(caffemodel(tmp_path / "net.caffemodel"))
-    picture = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
-    first, second = np.asarray(net.preprocess(np.stack([picture, picture])))
+    """It subtracts the mean from its first image only."""
+    pretrained = load(caffemodel(tmp_path / "model.caffemodel"))
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+    first, second = np.asarray(pretrained.preprocess(np.stack([image, image])))
     np.testing.assert_array_equal(first, second)
-    inside = picture[14:241, 14:241].astype(np.float32)
+    inside = image[14:241, 14:241].astype(np.float32)
     np.testing.assert_allclose(second, inside - CAFFE.mean, rtol=1e-6)

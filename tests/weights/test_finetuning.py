@@ -1,4 +1,4 @@
-"""Training that starts from a trained net: what is taken, what is frozen, how fast each learns."""
+"""Training from a trained model: what is taken, what is frozen, how fast each layer learns."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from flax_alexnet.checkpoint.manager import Checkpoints, newest_whole, restore_model
+from flax_alexnet.checkpoint.manager import Checkpoints, newest_intact, restore_model
 from flax_alexnet.commands.convert import main as convert
 from flax_alexnet.config.recipes import parse_config
 from flax_alexnet.config.schema import Config, OptimizerConfig, frozen_layers, layer_rates
@@ -18,7 +18,7 @@ from flax_alexnet.weights import safetensors_files
 from flax_alexnet.weights.finetuning import adapt, start_from
 from flax_alexnet.weights.labels import imagenet_labels, imagenet_synsets
 from flax_alexnet.weights.load import load
-from tests.small_models import make_net
+from tests.small_models import make_pretrained
 
 SMALL = ["--batch-size", "8", "--log-every", "1", "--no-compilation-cache"]
 
@@ -38,8 +38,8 @@ def flags(workdir, weights, data, *more):
 
 @pytest.fixture(scope="module")
 def finetuned(weights, photographs, tmp_path_factory):
-    """Four steps on a folder of two of the net's classes, conv1 and conv2 frozen."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """Four steps on a folder of two of the model's classes, conv1 and conv2 frozen."""
+    folder = tmp_path_factory.mktemp("images")
     for letter in "ab":
         target = folder / "own" / f"thing {letter}"
         target.mkdir(parents=True)
@@ -62,28 +62,28 @@ def finetuned(weights, photographs, tmp_path_factory):
 
 
 def saved(workdir):
-    step, _ = newest_whole(workdir / "checkpoints")
+    step, _ = newest_intact(workdir / "checkpoints")
     steps = Checkpoints(workdir / "checkpoints")
     tree = steps._manager.item_metadata(step).tree
     steps.close()
     return tree, *restore_model(workdir / "checkpoints" / str(step))
 
 
-def test_the_net_and_its_preprocessing_are_taken_from_the_file(net, finetuned):
+def test_the_model_and_its_preprocessing_are_taken_from_the_file(pretrained, finetuned):
     config = json.loads((finetuned[0] / "config.json").read_text())["config"]
     assert config["recipe"] == "finetune"
     assert config["model.variant"] == "torchvision"
-    assert config["model.width"] == net.config.width
+    assert config["model.width"] == pretrained.config.width
     assert config["data.image_size"] == 72
     assert config["data.resize"] == "torchvision"
     assert config["augment.crop_size"] == 64
     assert config["augment.scale"] == [0.02, 0.03, 0.04]
     _, _, mean = saved(finetuned[0])
-    np.testing.assert_array_equal(mean, np.broadcast_to(net.preprocessing.mean, (72, 72, 3)))
+    np.testing.assert_array_equal(mean, np.broadcast_to(pretrained.preprocessing.mean, (72, 72, 3)))
     again = load(finetuned[0])
     assert again.label_names == ("thing a", "thing b")
     image = np.random.default_rng(0).integers(0, 256, (1, 72, 72, 3), np.uint8)
-    np.testing.assert_allclose(again.preprocess(image), net.preprocess(image), rtol=1e-6)
+    np.testing.assert_allclose(again.preprocess(image), pretrained.preprocess(image), rtol=1e-6)
 
 
 @pytest.mark.parametrize("spelling", ["run", "./run", "own/../run", "link"])
@@ -94,18 +94,18 @@ def test_a_run_is_read_by_any_path(finetuned, spelling, tmp_path, monkeypatch):
     Path("link").symlink_to("run")
     expected = load(workdir)
     jax.tree.map(np.testing.assert_array_equal, load(spelling).params, expected.params)
-    output = tmp_path / "net.safetensors"
+    output = tmp_path / "model.safetensors"
     monkeypatch.chdir(workdir)
     assert convert([".", os.path.relpath(output)]) == 0
     jax.tree.map(np.testing.assert_array_equal, load(output).params, expected.params)
     assert load(output).source["file"] == "run, step 4"
 
 
-def test_frozen_layers_keep_their_bits_and_have_no_optimizer_state(net, finetuned):
+def test_frozen_layers_keep_their_bits_and_have_no_optimizer_state(pretrained, finetuned):
     tree, params, _ = saved(finetuned[0])
     for layer in ("conv1", "conv2"):
         for name in ("kernel", "bias"):
-            assert params[layer][name].tobytes() == net.params[layer][name].tobytes()
+            assert params[layer][name].tobytes() == pretrained.params[layer][name].tobytes()
     paths = [
         jax.tree_util.keystr(path)
         for path, _ in jax.tree_util.tree_leaves_with_path(tree["opt_state"])
@@ -114,40 +114,44 @@ def test_frozen_layers_keep_their_bits_and_have_no_optimizer_state(net, finetune
     assert not any("conv1" in path or "conv2" in path for path in paths)
 
 
-def test_a_layer_at_rate_zero_stays_and_others_learn(net, finetuned):
+def test_a_layer_at_rate_zero_stays_and_others_learn(pretrained, finetuned):
     _, params, _ = saved(finetuned[0])
     for layer in ("conv3", "conv4", "conv5"):
-        np.testing.assert_array_equal(params[layer]["kernel"], net.params[layer]["kernel"])
+        np.testing.assert_array_equal(params[layer]["kernel"], pretrained.params[layer]["kernel"])
     for layer in ("fc6", "fc7"):
-        assert not np.array_equal(params[layer]["kernel"], net.params[layer]["kernel"])
+        assert not np.array_equal(params[layer]["kernel"], pretrained.params[layer]["kernel"])
 
 
 @pytest.mark.slow
-def test_with_the_same_classes_the_first_loss_is_the_nets_own(
-    net, weights, photographs, tmp_path, capsys
+def test_with_the_same_classes_the_first_loss_is_the_models_own(
+    pretrained, weights, photographs, tmp_path, capsys
 ):
-    """Nothing is trained at rate 0, so evaluation after a step is that of the net itself."""
+    """Nothing is trained at rate 0, so evaluation after a step is that of the model itself."""
     more = ["--steps", "1", "--optimizer.layer-rates", ".*=0"]
     assert main(flags(tmp_path / "run", weights, f"folder:{photographs}", *more)) == 0
     assert "starting from made.pth\n" in capsys.readouterr().out
     held_out = sorted(photographs.rglob("*.png"))[9]
-    logits = net.model.apply({"params": net.params}, net.preprocess(net.open(held_out)[None]))
+    logits = pretrained.model.apply(
+        {"params": pretrained.params}, pretrained.preprocess(pretrained.open(held_out)[None])
+    )
     expected = -jax.nn.log_softmax(logits)[0, 3]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     np.testing.assert_allclose(summary["eval_loss"], expected, rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_a_trunk_will_do(net, photographs, tmp_path, capsys):
-    trunk = {name: values for name, values in net.params.items() if name.startswith("conv")}
-    safetensors_files.save(dataclasses.replace(net, params=trunk), tmp_path / "trunk.safetensors")
+def test_a_trunk_will_do(pretrained, photographs, tmp_path, capsys):
+    trunk = {name: values for name, values in pretrained.params.items() if name.startswith("conv")}
+    safetensors_files.save(
+        dataclasses.replace(pretrained, params=trunk), tmp_path / "trunk.safetensors"
+    )
     more = ["--steps", "1", "--freeze", "conv.*"]
     path = tmp_path / "trunk.safetensors"
     assert main(flags(tmp_path / "run", path, f"folder:{photographs}", *more)) == 0
-    assert "fc6, fc7, fc8 not there, and made anew" in capsys.readouterr().out
+    assert "fc6, fc7, fc8 not there, and drawn at random" in capsys.readouterr().out
     _, params, _ = saved(tmp_path / "run")
     for layer in trunk:
-        assert params[layer]["kernel"].tobytes() == net.params[layer]["kernel"].tobytes()
+        assert params[layer]["kernel"].tobytes() == pretrained.params[layer]["kernel"].tobytes()
 
 
 @pytest.mark.slow
@@ -170,19 +174,21 @@ def test_the_head_is_replaced_and_a_stopped_run_ends_in_the_same_bits(finetuned,
 
 def test_imagenets_synsets_keep_the_head(tmp_path):
     """TFDS calls ImageNet's classes by their numbers in WordNet."""
-    net = make_net(num_classes=1000)
-    named = dataclasses.replace(net, label_names=imagenet_labels())
+    pretrained = make_pretrained(num_classes=1000)
+    named = dataclasses.replace(pretrained, label_names=imagenet_labels())
     safetensors_files.save(named, tmp_path / "named.safetensors")
     config = adapt(parse_config([]), tmp_path / "named.safetensors")
     start = start_from(named, config, 1000, imagenet_synsets())
-    assert not start.anew
-    assert start_from(named, config, 1000, imagenet_synsets()[::-1]).anew == {"fc8"}
+    assert not start.random_layers
+    assert start_from(named, config, 1000, imagenet_synsets()[::-1]).random_layers == {"fc8"}
     numbers = [str(number) for number in range(1000)]
-    nameless = dataclasses.replace(net, label_names=())
+    nameless = dataclasses.replace(pretrained, label_names=())
     for start in (named, nameless):  # 0 … 999 are class numbers, in whatever order they come
-        assert not start_from(start, config, 1000, numbers).anew
-        assert start_from(start, config, 1000, sorted(numbers)).anew == {"fc8"}
-    assert not start_from(nameless, config, 1000, [f"x{number}" for number in numbers]).anew
+        assert not start_from(start, config, 1000, numbers).random_layers
+        assert start_from(start, config, 1000, sorted(numbers)).random_layers == {"fc8"}
+    assert not start_from(
+        nameless, config, 1000, [f"x{number}" for number in numbers]
+    ).random_layers
 
 
 def test_flags_override_what_the_file_says(weights):
@@ -236,7 +242,7 @@ def test_layers_are_named_by_patterns_of_either_kind(pattern, expected):
         (["--model.variant", "paper"], "leave that flag out"),
         (["--model.width", "0.5"], "--model.width is 0.5, but --init-from"),
         (["--init-from", "nothing.safetensors"], "no weights nothing.safetensors"),
-        (["--recipe", "finetune", "--init-from", ""], "needs a trained net"),
+        (["--recipe", "finetune", "--init-from", ""], "needs a trained model"),
     ],
 )
 def test_mistakes_are_one_line(weights, photographs, tmp_path, capsys, more, says):
@@ -246,12 +252,12 @@ def test_mistakes_are_one_line(weights, photographs, tmp_path, capsys, more, say
     assert said.count("\n") == 1
 
 
-def test_a_mean_image_fixes_the_size_of_the_pictures(photographs, tmp_path, capsys):
-    net = make_net()
-    rule = dataclasses.replace(net.preprocessing, mean=np.zeros((72, 72, 3), np.float32))
+def test_a_mean_image_fixes_the_size_of_the_images(photographs, tmp_path, capsys):
+    pretrained = make_pretrained()
+    rule = dataclasses.replace(pretrained.preprocessing, mean=np.zeros((72, 72, 3), np.float32))
     safetensors_files.save(
-        dataclasses.replace(net, preprocessing=rule), tmp_path / "net.safetensors"
+        dataclasses.replace(pretrained, preprocessing=rule), tmp_path / "model.safetensors"
     )
-    arguments = flags(tmp_path / "run", tmp_path / "net.safetensors", f"folder:{photographs}")
+    arguments = flags(tmp_path / "run", tmp_path / "model.safetensors", f"folder:{photographs}")
     assert main([*arguments, "--data.image-size", "80"]) == 2
     assert "the mean image in" in capsys.readouterr().err

@@ -13,8 +13,8 @@ from flax_alexnet.weights.labels import (
 )
 
 
-def test_labels_are_matched_by_name(net):
-    def match(names, label_names=net.label_names):
+def test_labels_are_matched_by_name(pretrained):
+    def match(names, label_names=pretrained.label_names):
         labels, by_name = match_labels(names, label_names, 4 if len(label_names) < 5 else 1000)
         return labels.tolist(), by_name
 
@@ -25,14 +25,14 @@ def test_labels_are_matched_by_name(net):
     assert match(twice, twice) == ([0, 1, 2, 3], True)
     some = ["tench", "n01443537", "crane (machine)", "n02085620-Chihuahua"]
     assert match(some, imagenet_labels()) == ([0, 1, 517, 151], True)
-    # WordNet's numbers in the net's own names, be it ImageNet's or not.
+    # WordNet's numbers in the model's own names, be it ImageNet's or not.
     assert match(["n02000002", "x", "n02000001 b"], ("n02000001 a", "x", "y", "n02000002, z")) == (
         [3, 1, 0],
         True,
     )
     words = [f"{s} {n}, x" for s, n in zip(imagenet_synsets(), imagenet_labels(), strict=True)]
     assert match(["n01443537", "n01440764"], words) == ([1, 0], True)
-    # Class numbers, as text sorts them: of a net without names, ImageNet's, or named by numbers.
+    # Class numbers, as text sorts them: of a model without names, ImageNet's, or named by numbers.
     assert match(["0", "1", "3", "2"], ()) == ([0, 1, 3, 2], True)
     assert match(["00", "01", "03", "02"], ("0", "1", "2", "3")) == ([0, 1, 3, 2], True)
     assert match(["0", "1", "3", "2"], ("0", "3", "2", "1")) == ([0, 3, 1, 2], True)
@@ -41,7 +41,7 @@ def test_labels_are_matched_by_name(net):
     assert match(["0", "1", "3", "2"]) == ([0, 1, 3, 2], False)
     assert match(["1", "2", "3", "4"], ()) == ([0, 1, 2, 3], False)
     for names in (["class c", "x"], ["w", "x", "y"], ["class a", "x", "y", "z"]):
-        with pytest.raises(UserError, match="not among the net's 4"):
+        with pytest.raises(UserError, match="not among the model's 4"):
             match(names)
 
 
@@ -101,7 +101,7 @@ def test_labels(shared_data):
     known = {0: "tench", 134: "crane (bird)", 281: "tabby", 517: "crane (machine)"}
     assert {label: names[label] for label in known} == known
     by_synset = dict(zip(synsets, names, strict=True))
-    for picture in (shared_data / "imagenet_samples").glob("*.JPEG"):
-        synset, _, name = picture.stem.partition("_")
+    for image in (shared_data / "imagenet_samples").glob("*.JPEG"):
+        synset, _, name = image.stem.partition("_")
         words = name.replace("_", " ").lower()
         assert by_synset[synset].replace("'", "").lower().startswith(words.replace("'", ""))

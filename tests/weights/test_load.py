@@ -24,8 +24,8 @@ def test_every_misfit_is_listed(trunk, tmp_path, capsys):
     tensors["features.3.weight"] = np.zeros((192, 64, 3, 3), np.float32)
     tensors["features.1.running_mean"] = np.zeros(64, np.float32)
     tensors["classifier.6.bias"] = np.zeros(10, np.float32)
-    save_file(tensors, tmp_path / "net.safetensors")
-    line = refused(capsys, tmp_path / "net.safetensors", tmp_path / "out.safetensors")
+    save_file(tensors, tmp_path / "model.safetensors")
+    line = refused(capsys, tmp_path / "model.safetensors", tmp_path / "out.safetensors")
     for part in (
         "features.0.bias is missing, expected 64",
         "features.3.weight is 192×64×3×3, expected 192×64×5×5",
@@ -38,13 +38,13 @@ def test_every_misfit_is_listed(trunk, tmp_path, capsys):
 
 
 def test_number_of_classes():
-    """A fine-tuned net's last layer says how many there are."""
+    """A fine-tuned model's last layer says how many there are."""
     zero = np.float32(0)
     dense = {"classifier.1": (4096, 9216), "classifier.4": (4096, 4096), "classifier.6": (7, 4096)}
     shapes = CONVOLUTIONS | dense
     tensors = {f"{k}.weight": np.broadcast_to(zero, v) for k, v in shapes.items()}
     tensors |= {f"{k}.bias": np.broadcast_to(zero, v[:1]) for k, v in shapes.items()}
-    params, classes = name_maps.read_params(name_maps.TORCHVISION, tensors, "torchvision", "net")
+    params, classes = name_maps.read_params(name_maps.TORCHVISION, tensors, "torchvision", "model")
     assert classes == 7
     assert params["fc8"]["kernel"].shape == (4096, 7)
 
@@ -58,7 +58,7 @@ def upright(shape, rows):
 
 def upright_file(kind, folder):
     """A trunk of such kernels, in a file of each system: (out, in, h, w) or (h, w, in, out)."""
-    path = folder / f"net.{kind.partition(' ')[0]}"
+    path = folder / f"model.{kind.partition(' ')[0]}"
     torchvision = {f"{name}.weight": upright(shape, 2) for name, shape in CONVOLUTIONS.items()}
     torchvision |= {f"{name}.bias": np.zeros(s[0], np.float32) for name, s in CONVOLUTIONS.items()}
     match kind:
@@ -92,15 +92,15 @@ def upright_file(kind, folder):
     "kind", ["pth", "pth of old", "safetensors", "npz", "npy", *(f"caffemodel {g}" for g in KINDS)]
 )
 def test_kernels_stand_upright(kind, tmp_path):
-    """They see where a picture is bright above and dark below; not it turned, nor it flipped."""
-    net = load(upright_file(kind, tmp_path))
+    """They see where an image is bright above and dark below; not it turned, nor it flipped."""
+    pretrained = load(upright_file(kind, tmp_path))
     edge = np.zeros((256, 256, 3), np.uint8)
     edge[:128] = 255
-    images = net.preprocess(np.stack([edge, edge.swapaxes(0, 1), edge[::-1]]))
-    seen = features(net.model, net.params, images, ["conv1"])["conv1"]
+    images = pretrained.preprocess(np.stack([edge, edge.swapaxes(0, 1), edge[::-1]]))
+    seen = features(pretrained.model, pretrained.params, images, ["conv1"])["conv1"]
     above, turned, flipped = np.asarray(seen[:, 2:-2, 2:-2].max((1, 2, 3)))  # but for the border
     assert above > 500
     assert max(turned, flipped) < 2
     for layer in CAFFE_SHAPES:
-        kernel = net.params[layer]["kernel"]
+        kernel = pretrained.params[layer]["kernel"]
         np.testing.assert_array_equal(kernel, upright(kernel.shape, 0))

@@ -11,7 +11,7 @@ from tests.foreign_files import CAFFE_SHAPES, refused
 
 def test_npz_sizes(tmp_path, capsys):
     """A header that asks for more than is there, and one of objects."""
-    path = tmp_path / "net.npz"
+    path = tmp_path / "model.npz"
     giant = io.BytesIO()
     header = {"descr": "<f4", "fortran_order": False, "shape": (2**50,)}
     np.lib.format.write_array_header_1_0(giant, header)
@@ -23,19 +23,19 @@ def test_npz_sizes(tmp_path, capsys):
 
 
 def test_npy(tmp_path, capsys):
-    path, out = tmp_path / "net.npy", tmp_path / "out.safetensors"
+    path, out = tmp_path / "model.npy", tmp_path / "out.safetensors"
     rng = np.random.default_rng(0)
     layers = {
         name: [rng.standard_normal((h, w, i, o), np.float32), rng.random(o, np.float32)]
         for name, (o, i, h, w) in CAFFE_SHAPES.items()
     }
     np.save(path, layers, allow_pickle=True)
-    net = load(path)
-    assert net.config.variant == "caffe"
+    pretrained = load(path)
+    assert pretrained.config.variant == "caffe"
     kernel, bias = layers["conv1"]
-    np.testing.assert_array_equal(net.params["conv1"]["kernel"], kernel[:, :, ::-1])
-    np.testing.assert_array_equal(net.params["conv5"]["kernel"], layers["conv5"][0])
-    np.testing.assert_array_equal(net.params["conv1"]["bias"], bias)
+    np.testing.assert_array_equal(pretrained.params["conv1"]["kernel"], kernel[:, :, ::-1])
+    np.testing.assert_array_equal(pretrained.params["conv5"]["kernel"], layers["conv5"][0])
+    np.testing.assert_array_equal(pretrained.params["conv1"]["bias"], bias)
     capsys.readouterr()
     for bad, part in (
         (np.ones(3), "one array"),

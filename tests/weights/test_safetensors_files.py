@@ -1,4 +1,4 @@
-"""Our own weight files, the nets in them, and working directories of runs as weights."""
+"""Our own weight files, the models in them, and working directories of runs as weights."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from flax_alexnet.utils.errors import UserError
 from flax_alexnet.utils.outputs import writing
 from flax_alexnet.weights import safetensors_files, torch_files
 from flax_alexnet.weights.load import load
-from tests.small_models import make_net
+from tests.small_models import make_pretrained
 
 RULE = {
     "image_size": 72,
@@ -38,32 +38,32 @@ def rewritten(weights, path, change):
     return path
 
 
-def test_a_net_comes_back_as_it_was_saved(net, weights):
+def test_a_model_comes_back_as_it_was_saved(pretrained, weights):
     again = load(weights)
-    assert again.config == net.config
-    assert again.label_names == net.label_names
-    assert again.source == net.source
+    assert again.config == pretrained.config
+    assert again.label_names == pretrained.label_names
+    assert again.source == pretrained.source
     assert again.is_classifier
-    rules = [dataclasses.asdict(n.preprocessing) for n in (net, again)]
+    rules = [dataclasses.asdict(n.preprocessing) for n in (pretrained, again)]
     assert [rule.pop("mean").tolist() for rule in rules] == [[120, 110, 100]] * 2
     assert rules[0] == rules[1]
-    jax.tree.map(np.testing.assert_array_equal, again.params, net.params)
+    jax.tree.map(np.testing.assert_array_equal, again.params, pretrained.params)
 
 
-def test_the_same_net_gives_the_same_bytes(net, weights, tmp_path):
-    safetensors_files.save(net, tmp_path / "again.safetensors")
+def test_the_same_model_gives_the_same_bytes(pretrained, weights, tmp_path):
+    safetensors_files.save(pretrained, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == weights.read_bytes()
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_the_umask_rules(net, weights, tmp_path, umask, mode):
+def test_the_umask_rules(pretrained, weights, tmp_path, umask, mode):
     before = os.umask(umask)
     try:
-        safetensors_files.save(net, tmp_path / "ours.safetensors")
+        safetensors_files.save(pretrained, tmp_path / "ours.safetensors")
         with writing(tmp_path / "their.safetensors") as partial:
             torch_files.write({"a": np.zeros(1, np.float32)}, partial)
-        save_folder(net, tmp_path / "folder", "user/name")
-        export(net, tmp_path / "net.stablehlo")
+        save_folder(pretrained, tmp_path / "folder", "user/name")
+        export(pretrained, tmp_path / "model.stablehlo")
         again = [str(weights), str(tmp_path / "ours.safetensors"), "--overwrite"]
         assert convert(again) == 0
     finally:
@@ -73,13 +73,13 @@ def test_the_umask_rules(net, weights, tmp_path, umask, mode):
     assert {oct(path.stat().st_mode & 0o777) for path in written} == {oct(mode)}
 
 
-def test_heads_and_a_mean_image_travel_too(net, tmp_path):
+def test_heads_and_a_mean_image_travel_too(pretrained, tmp_path):
     mean = np.arange(72 * 72 * 3, dtype=np.float32).reshape(72, 72, 3)
-    rule = dataclasses.replace(net.preprocessing, mean=mean, scale=0.5)
-    counts = [layer["kernel"].shape[-1] for layer in net.params.values()][:5]
+    rule = dataclasses.replace(pretrained.preprocessing, mean=mean, scale=0.5)
+    counts = [layer["kernel"].shape[-1] for layer in pretrained.params.values()][:5]
     heads = {f"lin{i}": np.full((1, 1, count, 1), i, np.float32) for i, count in enumerate(counts)}
     safetensors_files.save(
-        dataclasses.replace(net, preprocessing=rule, lpips_heads=heads), tmp_path / "x"
+        dataclasses.replace(pretrained, preprocessing=rule, lpips_heads=heads), tmp_path / "x"
     )
     again = safetensors_files.read(tmp_path / "x")
     np.testing.assert_array_equal(again.preprocessing.mean, mean)
@@ -163,4 +163,4 @@ def test_files_that_are_none(weights, tmp_path):
         with pytest.raises(UserError, match=r"did you mean .*run\?"):
             load(tmp_path / near)
     with pytest.raises(UserError, match="cannot write"):
-        safetensors_files.save(make_net(), weights / "below" / "a" / "file")
+        safetensors_files.save(make_pretrained(), weights / "below" / "a" / "file")

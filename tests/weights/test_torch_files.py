@@ -32,21 +32,21 @@ from tests.foreign_files import (
 @pytest.mark.parametrize("write", [zip_pth, legacy_pth])
 @pytest.mark.usefixtures("no_torch")
 def test_pth_without_torch(write, order, trunk, tmp_path):
-    net = load(write(tmp_path / "net.pth", trunk, order))
-    assert_is_trunk(net, trunk)
-    assert (net.config.variant, net.num_classes) == ("torchvision", 1000)
-    assert net.label_names == imagenet_labels()
+    pretrained = load(write(tmp_path / "model.pth", trunk, order))
+    assert_is_trunk(pretrained, trunk)
+    assert (pretrained.config.variant, pretrained.num_classes) == ("torchvision", 1000)
+    assert pretrained.label_names == imagenet_labels()
 
 
 def test_views_and_checkpoints(trunk, tmp_path):
-    """Transposed tensors that share a storage, in a checkpoint of a net in `DataParallel`."""
+    """Transposed tensors that share a storage, in a checkpoint of a model in `DataParallel`."""
     turned = {name: np.asfortranarray(value) for name, value in trunk.items()}
     tensors = {f"module.{n}": torch_tensor(str(k), v) for k, (n, v) in enumerate(turned.items())}
     raw = {name: value.ravel(order="K") for name, value in turned.items()}
     tensors["module.features.8.bias"].storage = tensors["module.features.10.bias"].storage
     checkpoint = {"epoch": 3, "state_dict": tensors}
-    net = load(zip_pth(tmp_path / "net.pth", raw, value=checkpoint))
-    assert_is_trunk(net, trunk | {"features.8.bias": trunk["features.10.bias"]})
+    pretrained = load(zip_pth(tmp_path / "model.pth", raw, value=checkpoint))
+    assert_is_trunk(pretrained, trunk | {"features.8.bias": trunk["features.10.bias"]})
 
 
 def checkpoints(tensors):
@@ -95,7 +95,7 @@ def test_checkpoints(write, trunk, tmp_path, capsys):
     }
     endings = itertools.cycle([".pth.tar", ".bin", ".ckpt", ".pt", ""])
     for (what, value, said), ending in zip(checkpoints(tensors), endings, strict=False):
-        assert_is_trunk(load(write(tmp_path / f"net{ending}", trunk, value=value)), trunk)
+        assert_is_trunk(load(write(tmp_path / f"model{ending}", trunk, value=value)), trunk)
         notes = capsys.readouterr().err
         assert said in notes, what
         assert notes.count("\n") == bool(said), what
@@ -107,19 +107,19 @@ def test_objects_beside_the_tensors_are_not_made(trunk, tmp_path):
             return open, (str(tmp_path / "canary"), "w")
 
     tensors = {n: torch_tensor(str(key), v) for key, (n, v) in enumerate(trunk.items())}
-    path = zip_pth(tmp_path / "net.pth", trunk, value={"args": Evil(), "state_dict": tensors})
+    path = zip_pth(tmp_path / "model.pth", trunk, value={"args": Evil(), "state_dict": tensors})
     assert_is_trunk(load(path), trunk)
     assert not (tmp_path / "canary").exists()
 
 
 def test_types(trunk, tmp_path, capsys):
-    path = tmp_path / "net.safetensors"
+    path = tmp_path / "model.safetensors"
     for dtype in (np.float16, np.float64, jnp.bfloat16):
         save_file({name: value.astype(dtype) for name, value in trunk.items()}, path)
-        net = load(path)
-        assert net.params["conv1"]["kernel"].dtype == np.float32
+        pretrained = load(path)
+        assert pretrained.params["conv1"]["kernel"].dtype == np.float32
         rounded = {name: value.astype(dtype).astype(np.float32) for name, value in trunk.items()}
-        assert_is_trunk(net, rounded)
+        assert_is_trunk(pretrained, rounded)
     save_file(trunk | {"features.0.bias": np.zeros(64, np.int8)}, path)
     assert "features.0.bias" in refused(capsys, path, tmp_path / "out.safetensors")
     bad = trunk["features.6.weight"].copy()
@@ -132,10 +132,10 @@ def test_types(trunk, tmp_path, capsys):
 
 
 def test_grey_torchvision(trunk, tmp_path, capsys):
-    path = tmp_path / "net.safetensors"
+    path = tmp_path / "model.safetensors"
     save_file(trunk | {"features.0.weight": np.zeros((64, 1, 11, 11), np.float32)}, path)
     out = tmp_path / "out.safetensors"
-    assert "grey pictures, and does not say" in refused(capsys, path, out)
+    assert "grey images, and does not say" in refused(capsys, path, out)
 
 
 def bad_pth(folder, trunk):
@@ -145,7 +145,7 @@ def bad_pth(folder, trunk):
 
     def lying(**changes):
         tensor = dataclasses.replace(good, **changes)
-        return zip_pth(folder / "net.pth", {"a": value}, value={"a": tensor})
+        return zip_pth(folder / "model.pth", {"a": value}, value={"a": tensor})
 
     kind = good.storage[1]
     giant = ("storage", kind, "0", "cpu", 2**60)
@@ -159,29 +159,32 @@ def bad_pth(folder, trunk):
     yield lying(storage=giant), "has 256 bytes"
     yield lying(storage=("storage", kind, "../x", "cpu", 64)), "no item named"
     yield lying(storage=("storage", Named("torch", "Size"), "0", "cpu", 64)), "unknown type"
-    yield zip_pth(folder / "net.pth", {"a": value}, value={"a": 1}), "it holds no tensors"
-    yield zip_pth(folder / "net.pth", {"a": value}, value={"b": good, name: 1}), "is no tensor"
-    yield zip_pth(folder / "net.pth", {"a": value}, value=[good]), "no dictionary"
+    yield zip_pth(folder / "model.pth", {"a": value}, value={"a": 1}), "it holds no tensors"
+    yield zip_pth(folder / "model.pth", {"a": value}, value={"b": good, name: 1}), "is no tensor"
+    yield zip_pth(folder / "model.pth", {"a": value}, value=[good]), "no dictionary"
     evil = {"a": Named("posix", "system")}
     for entries in (evil, {name: evil["a"], "b": good}, {"model": evil["a"], "a": 1}, evil["a"]):
-        yield zip_pth(folder / "net.pth", {"a": value}, value=entries), "asks for posix.system"
+        yield zip_pth(folder / "model.pth", {"a": value}, value=entries), "asks for posix.system"
     several = {"teacher": {name: good}, "student": {name: good}}
-    yield zip_pth(folder / "net.pth", {"a": value}, value=several), "several nets, teacher, student"
+    yield (
+        zip_pth(folder / "model.pth", {"a": value}, value=several),
+        "several models, teacher, student",
+    )
     several = {f"teacher.{name}": good, f"student.{name}": good}
-    yield zip_pth(folder / "net.pth", {"a": value}, value=several), "nets, student., teacher."
+    yield zip_pth(folder / "model.pth", {"a": value}, value=several), "models, student., teacher."
     twice = {f"module.{name}": good, name: good}
-    yield zip_pth(folder / "net.pth", {"a": value}, value=twice), f"it has {name} twice"
+    yield zip_pth(folder / "model.pth", {"a": value}, value=twice), f"it has {name} twice"
     zeros = {"a": np.zeros(10_000, np.float32)}
-    deflated = zip_pth(folder / "net.pth", zeros, compression=zipfile.ZIP_DEFLATED)
+    deflated = zip_pth(folder / "model.pth", zeros, compression=zipfile.ZIP_DEFLATED)
     yield deflated, "compressed"
     for write in (zip_pth, legacy_pth):
-        path = write(folder / "net.pth", trunk)
+        path = write(folder / "model.pth", trunk)
         path.write_bytes(path.read_bytes()[:-1000])
         yield path, "cannot read"
-    changed = bytearray(zip_pth(folder / "net.pth", trunk).read_bytes())
+    changed = bytearray(zip_pth(folder / "model.pth", trunk).read_bytes())
     changed[len(changed) // 2] ^= 1
-    (folder / "net.pth").write_bytes(changed)
-    yield folder / "net.pth", "CRC"
+    (folder / "model.pth").write_bytes(changed)
+    yield folder / "model.pth", "CRC"
 
 
 def test_bad_pth(tmp_path, trunk, capsys):
@@ -193,9 +196,9 @@ def test_real_trunk(shared_data, tmp_path):
     """Torchvision's trained convolutions with LPIPS heads, from another project's `.npz`."""
     path = shared_data / "alexnet_owt" / "features_and_lpips.npz"
     assert main([str(path), str(tmp_path / "out.safetensors")]) == 0
-    net = load(tmp_path / "out.safetensors")
+    pretrained = load(tmp_path / "out.safetensors")
     with np.load(path) as arrays:
         for name in arrays.files:
             layer, _, part = name.partition("/")
-            ours = net.params[layer][part] if part else net.lpips_heads[layer]
+            ours = pretrained.params[layer][part] if part else pretrained.lpips_heads[layer]
             np.testing.assert_array_equal(ours, arrays[name])
