@@ -9,11 +9,9 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import numpy as np
-
-from flax_alexnet.config.cli import check_batch, check_flag
+from flax_alexnet.config.cli import LARGEST_BATCH, check_flag
 from flax_alexnet.data.preprocessing import Preprocessing, ResizeRule, Scale
 from flax_alexnet.models.architectures import ARCHITECTURES
 from flax_alexnet.utils.errors import UserError, unknown
@@ -23,6 +21,48 @@ from flax_alexnet.utils.text import printable
 LARGEST_NUMBER = 1e10
 LARGEST_IMAGE = 8192
 LARGEST_TIMEOUT = 10**6  # seconds; with more, JAX's own would overflow
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Which numbers a field may have; `above` and `below` are ends that are not among them.
+
+    Attributes:
+      least: the smallest.
+      above: what all are larger than.
+      most: the largest.
+      below: what all are smaller than.
+    """
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def holds(self, value: Any) -> bool:
+        """Whether a number is one of them, or all of a tuple are; None always is."""
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        return all(
+            (self.least is None or self.least <= number)
+            and (self.above is None or self.above < number)
+            and (self.most is None or number <= self.most)
+            and (self.below is None or number < self.below)
+            for number in numbers
+        )
+
+    def __str__(self) -> str:
+        first = f"more than {self.above}" if self.least is None else f"{self.least}"
+        if self.most is not None:
+            return (
+                f"{first} to {self.most}" if self.above is None else f"{first}, at most {self.most}"
+            )
+        if self.below is not None:
+            return (
+                f"{first} to below {self.below}"
+                if self.above is None
+                else f"{first}, below {self.below}"
+            )
+        return first if self.least is None else f"{first} or more"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +81,13 @@ class DataConfig:
     """TFDS feature with the images; none: as the dataset says, else image."""
     label_key: str | None = None
     """TFDS feature with the labels; none: as the dataset says, else label."""
-    image_size: int = 256
+    image_size: Annotated[int, Range(least=1, most=LARGEST_IMAGE)] = 256
     """Side in pixels to which images are brought before any crop."""
     resize: ResizeRule = "paper"
     """How: the paper's rule, torchvision's (bilinear), or Caffe's (warped to the square)."""
-    threads: int = 2
+    threads: Annotated[int, Range(least=1)] = 2
     """Threads that decode and batch images."""
-    max_bad: float | None = None
+    max_bad: Annotated[float | None, Range(least=0, most=1)] = None
     """Share of a class of a folder, or of a prepared split, that may be unreadable and is skipped;
     more stop the run; none: 0.1 of a class, 0.001 of what was prepared."""
 
@@ -58,11 +98,11 @@ class ModelConfig:
 
     variant: str = "notebook"
     """notebook, paper, caffe, caffenet, torchvision or cuda_convnet_cifar10."""
-    num_classes: int | None = None
+    num_classes: Annotated[int | None, Range(least=2)] = None
     """Outputs; none: as many as the dataset has classes."""
-    width: float = 1.0
+    width: Annotated[float, Range(above=0, most=100)] = 1.0
     """Multiplier of the features of every layer but the last."""
-    dropout_rate: float = 0.5
+    dropout_rate: Annotated[float, Range(least=0, below=1)] = 0.5
     """Share of units dropped where the variant has dropout."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters are float32 always."""
@@ -86,7 +126,7 @@ class AugmentConfig:
     """Mirror half of the images left to right in training."""
     color_noise: Literal["none", "cuda-convnet", "eigenvalues"] = "none"
     """PCA colour noise: as strong as in the original code, or by the eigenvalues in wide use."""
-    scale: Scale = 1.0
+    scale: Annotated[Scale, Range(above=0)] = 1.0
     """What grey levels are multiplied with once the mean is subtracted, or one for each channel; 1
     in the original models."""
 
@@ -97,31 +137,31 @@ class OptimizerConfig:
 
     rule: Literal["paper", "notebook"] = "paper"
     """The paper's update, or the notebook's (decay multiplied by the rate twice)."""
-    learning_rate: float = 0.01
+    learning_rate: Annotated[float, Range(above=0)] = 0.01
     """Rate after warm-up and before any drop."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Range(least=0, below=1)] = 0.9
     """Share of the velocity that is kept."""
-    weight_decay: float = 0.0005
+    weight_decay: Annotated[float, Range(least=0)] = 0.0005
     """Share of the weights added to the gradient."""
-    bias_rate: float = 1.0
+    bias_rate: Annotated[float, Range(least=0)] = 1.0
     """Multiplier of the rate for biases; the original code and Caffe take 2."""
     decay_biases: bool = True
     """Whether biases decay; in the original code and Caffe they do not."""
     layer_rates: tuple[str, ...] = ()
     """Multipliers of the rate of layers, such as 'conv*=0.1' fc8=10; patterns as of --freeze."""
-    clip_norm: float | None = None
+    clip_norm: Annotated[float | None, Range(above=0)] = None
     """Global norm down to which gradients are scaled; none: not at all."""
     schedule: Literal["constant", "steps", "plateau"] = "constant"
     """Constant; drops at drop_epochs; or drops when the validation error stops improving."""
     drop_epochs: tuple[float, ...] = ()
     """With steps: the epochs at which the rate drops."""
-    drop_factor: float = 0.1
+    drop_factor: Annotated[float, Range(above=0, below=1)] = 0.1
     """What a drop multiplies the rate with."""
-    patience: int = 3
+    patience: Annotated[int, Range(least=1)] = 3
     """With plateau: evaluations without a new best before a drop."""
-    max_drops: int = 3
+    max_drops: Annotated[int, Range(least=0)] = 3
     """With plateau: how many drops there can be."""
-    warmup_epochs: float = 0.0
+    warmup_epochs: Annotated[float, Range(least=0)] = 0.0
     """Epochs over which the rate rises linearly."""
 
 
@@ -139,9 +179,9 @@ class ParallelConfig:
     """Processes of the run; 1 stays alone even where a launcher started several."""
     process_id: int | None = None
     """Which of them this one is, from 0."""
-    heartbeat_timeout: int = 100
+    heartbeat_timeout: Annotated[int, Range(least=1, most=LARGEST_TIMEOUT)] = 100
     """Seconds of silence after which a process counts as lost, and the others end."""
-    join_timeout: int = 300
+    join_timeout: Annotated[int, Range(least=1, most=LARGEST_TIMEOUT)] = 300
     """Seconds that a process waits for the others to come."""
 
 
@@ -156,7 +196,7 @@ class Config:
     allow_changes: bool = False
     """Resume even though the configuration differs from the one that the run was started with; with
     another batch size it goes on after the images that it has seen."""
-    seed: int = 0
+    seed: Annotated[int, Range(least=0, most=2**32 - 1)] = 0
     """Determines initial values, the order of images and every random draw."""
     init_from: Path | None = None
     """Start from a trained model: a weight file (see convert) or a run's --workdir. Its variant and
@@ -164,21 +204,21 @@ class Config:
     freeze: tuple[str, ...] = ()
     """Layers that keep their values: names or patterns (as of files, or regular expressions), such
     as conv1,conv2 or 'conv*' or 'fc[67]'."""
-    batch_size: int = 128
+    batch_size: Annotated[int, Range(least=1, most=LARGEST_BATCH)] = 128
     """Images in a step, over all devices."""
-    epochs: float = 90.0
+    epochs: Annotated[float, Range(above=0)] = 90.0
     """Passes over the training images; more of them lengthen a run that is there."""
-    steps: int | None = None
+    steps: Annotated[int | None, Range(least=1)] = None
     """Stop after this many steps, of whatever batch size, even if the epochs are not over; more of
     them lengthen a run that is there."""
-    eval_epochs: float = 1.0
+    eval_epochs: Annotated[float, Range(least=1e-6)] = 1.0
     """Epochs between evaluations; each is followed by a checkpoint."""
-    log_every: int = 50
+    log_every: Annotated[int, Range(least=1)] = 50
     """Steps between lines of metrics; there is one an epoch at least."""
     on_divergence: Literal["stop", "rollback"] = "stop"
     """When the loss or a gradient is not finite: stop, or go back to the last checkpoint with half
     the rate, three times at most."""
-    save_patience: float = 60.0
+    save_patience: Annotated[float, Range(least=0)] = 60.0
     """Minutes for which a run goes on although nothing can be saved, such as with a full disk."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder for the next start."""
@@ -252,7 +292,7 @@ JAX_SETTINGS: dict[str, Any] = {
 
 
 def validate(config: Config) -> None:
-    """Raises UserError for the first value that is out of its range."""
+    """Raises UserError for the first value that is out of its range, or does not fit another."""
     if config.model.variant not in ARCHITECTURES:
         raise UserError(unknown("variant", config.model.variant, ARCHITECTURES))
     for name, value in flatten(config).items():
@@ -260,73 +300,16 @@ def validate(config: Config) -> None:
         if any(isinstance(n, int | float) and not abs(n) <= LARGEST_NUMBER for n in numbers):
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is {value}; expected numbers up to {LARGEST_NUMBER:g}")
-    data, model, optimizer = config.data, config.model, config.optimizer
-    check_batch(config.batch_size)
+    _check_ranges(config)
+    image_size, crop_size = config.data.image_size, config.augment.crop_size
+    optimizer = config.optimizer
+    steps, epochs = optimizer.schedule == "steps", optimizer.drop_epochs
     for flag, value, fits, expected in (
-        ("epochs", config.epochs, config.epochs > 0, "more than 0"),
-        ("steps", config.steps, config.steps is None or config.steps >= 1, "1 or more"),
-        ("eval-epochs", config.eval_epochs, config.eval_epochs >= 1e-6, "1e-6 or more"),
-        ("log-every", config.log_every, config.log_every >= 1, "1 or more"),
-        ("save-patience", config.save_patience, config.save_patience >= 0, "0 or more"),
-        ("seed", config.seed, 0 <= config.seed < 2**32, "0 to 4294967295"),
-        (
-            "data.image-size",
-            data.image_size,
-            1 <= data.image_size <= LARGEST_IMAGE,
-            f"1 to {LARGEST_IMAGE}",
-        ),
-        ("data.threads", data.threads, data.threads >= 1, "1 or more"),
-        (
-            "data.max-bad",
-            data.max_bad,
-            data.max_bad is None or 0 <= data.max_bad <= 1,
-            "0 to 1",
-        ),
-        (
-            "model.num-classes",
-            model.num_classes,
-            model.num_classes is None or model.num_classes >= 2,
-            "2 or more",
-        ),
-        ("model.width", model.width, 0 < model.width <= 100, "more than 0, at most 100"),
-        ("model.dropout-rate", model.dropout_rate, 0 <= model.dropout_rate < 1, "0 to below 1"),
         (
             "augment.crop-size",
-            config.augment.crop_size,
-            1 <= config.augment.crop_size <= data.image_size,
-            f"1 to --data.image-size, which is {data.image_size}",
-        ),
-        (
-            "augment.scale",
-            config.augment.scale,
-            np.min(config.augment.scale) > 0,
-            "more than 0",
-        ),
-        (
-            "optimizer.learning-rate",
-            optimizer.learning_rate,
-            optimizer.learning_rate > 0,
-            "more than 0",
-        ),
-        ("optimizer.momentum", optimizer.momentum, 0 <= optimizer.momentum < 1, "0 to below 1"),
-        (
-            "optimizer.weight-decay",
-            optimizer.weight_decay,
-            optimizer.weight_decay >= 0,
-            "0 or more",
-        ),
-        ("optimizer.bias-rate", optimizer.bias_rate, optimizer.bias_rate >= 0, "0 or more"),
-        (
-            "optimizer.clip-norm",
-            optimizer.clip_norm,
-            optimizer.clip_norm is None or optimizer.clip_norm > 0,
-            "more than 0",
-        ),
-        (
-            "optimizer.drop-factor",
-            optimizer.drop_factor,
-            0 < optimizer.drop_factor < 1,
-            "between 0 and 1",
+            crop_size,
+            1 <= crop_size <= image_size,
+            f"1 to --data.image-size, which is {image_size}",
         ),
         (
             "optimizer.schedule",
@@ -336,32 +319,22 @@ def validate(config: Config) -> None:
         ),
         (
             "optimizer.drop-epochs",
-            optimizer.drop_epochs,
-            min(optimizer.drop_epochs, default=0.0 if optimizer.schedule == "steps" else 1.0) > 0,
+            epochs,
+            min(epochs, default=0.0 if steps else 1.0) > 0,
             "positive epochs, one or more with --optimizer.schedule steps",
-        ),
-        ("optimizer.patience", optimizer.patience, optimizer.patience >= 1, "1 or more"),
-        ("optimizer.max-drops", optimizer.max_drops, optimizer.max_drops >= 0, "0 or more"),
-        (
-            "parallel.heartbeat-timeout",
-            config.parallel.heartbeat_timeout,
-            1 <= config.parallel.heartbeat_timeout <= LARGEST_TIMEOUT,
-            f"1 to {LARGEST_TIMEOUT}",
-        ),
-        (
-            "parallel.join-timeout",
-            config.parallel.join_timeout,
-            1 <= config.parallel.join_timeout <= LARGEST_TIMEOUT,
-            f"1 to {LARGEST_TIMEOUT}",
-        ),
-        (
-            "optimizer.warmup-epochs",
-            optimizer.warmup_epochs,
-            optimizer.warmup_epochs >= 0,
-            "0 or more",
         ),
     ):
         check_flag(flag, value, fits, expected)
+
+
+def _check_ranges(config: Any, prefix: str = "") -> None:
+    """Raises UserError for the first field of a dataclass, or of one in it, out of its range."""
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        value, flag = getattr(config, name), prefix + name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            _check_ranges(value, f"{flag}.")
+        for bounds in getattr(hint, "__metadata__", ()):
+            check_flag(flag, value, bounds.holds(value), str(bounds))
 
 
 def frozen_layers(config: Config, names: Sequence[str]) -> frozenset[str]:

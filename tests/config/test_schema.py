@@ -4,7 +4,7 @@ import pytest
 
 from flax_alexnet.config.cli import known_flags
 from flax_alexnet.config.recipes import parse_config
-from flax_alexnet.config.schema import Config, flatten
+from flax_alexnet.config.schema import Config, Range, flatten
 from flax_alexnet.utils.errors import UserError
 
 
@@ -45,3 +45,21 @@ def test_flags_are_those_of_the_dataclasses():
     flat = flatten(Config())
     assert flat["data.name"] == "shapes_and_textures"
     assert flat["optimizer.drop_epochs"] == []
+
+
+@pytest.mark.parametrize(
+    ("bounds", "inside", "outside", "text"),
+    [
+        (Range(least=1), (1, None, (1, 2)), (0, (1, 0)), "1 or more"),
+        (Range(above=0), (1e-9, (0.1, 0.2)), (0, -1, (0.1, 0)), "more than 0"),
+        (Range(least=0, most=1), (0, 1), (-0.1, 1.1), "0 to 1"),
+        (Range(least=0, below=1), (0, 0.999), (1, -1), "0 to below 1"),
+        (Range(above=0, below=1), (0.5,), (0, 1), "more than 0, below 1"),
+        (Range(above=0, most=100), (100, 1e-9), (0, 101), "more than 0, at most 100"),
+    ],
+)
+def test_a_range_has_its_ends_or_not_and_says_so(bounds, inside, outside, text):
+    assert all(bounds.holds(value) for value in inside)
+    assert not any(bounds.holds(value) for value in outside)
+    assert not bounds.holds(float("nan"))
+    assert str(bounds) == text
