@@ -34,6 +34,7 @@ from flax_alexnet.ops.primitives import Pads
 Implementation = Literal["xla", "patches", "space_to_depth", "onednn", "onednn_patches"]
 Shape = tuple[int, ...]
 Form = Callable[..., jax.Array]  # of two arrays, the shape of the result, stride and padding
+DIRECTIONS = (Direction.FORWARD, Direction.INPUT_GRADIENT, Direction.KERNEL_GRADIENT)
 PARTS = 4  # of a batch: see `_side_by_side`
 # Outside of a program JAX would compile a loop again at each call.
 _compiled_once = functools.partial(jax.jit, static_argnames=("shape", "stride", "padding"))
@@ -115,7 +116,7 @@ class _Operator:
         """By what is asked for or what is best on the platform."""
         settings = {"shape": shape, "stride": self.stride, "padding": self.padding}
         forms = {
-            name: functools.partial(form, **settings) for name, form in _FORMS[direction].items()
+            name: functools.partial(form[direction], **settings) for name, form in _FORMS.items()
         }
         side, _, channels, features = self.kernel
         facts = Convolution(channels, features, side, self.stride, a.dtype)
@@ -158,30 +159,20 @@ def _blocks(x: jax.Array, side: int, counts: Sequence[int], starts: Sequence[int
     return x.reshape(batch, *counts, side * side * channels)
 
 
-def _forward(function: Callable[..., jax.Array]) -> Form:
+def _directions(function: Callable[..., jax.Array]) -> dict[Direction, Form]:
+    """What a convolution gives, and its gradients as JAX derives them."""
+
     def forward(
         x: jax.Array, kernel: jax.Array, shape: Shape, stride: int, padding: Pads
     ) -> jax.Array:
         del shape
         return function(x, kernel, stride, padding)
 
-    return forward
-
-
-def _input_gradient(function: Callable[..., jax.Array]) -> Form:
-    """As JAX derives it from `function`."""
-
     def input_gradient(
         g: jax.Array, kernel: jax.Array, shape: Shape, stride: int, padding: Pads
     ) -> jax.Array:
         x = jax.ShapeDtypeStruct(shape, g.dtype)
         return jax.linear_transpose(lambda x: function(x, kernel, stride, padding), x)(g)[0]
-
-    return input_gradient
-
-
-def _kernel_gradient(function: Callable[..., jax.Array]) -> Form:
-    """As JAX derives it from `function`."""
 
     def kernel_gradient(
         x: jax.Array, g: jax.Array, shape: Shape, stride: int, padding: Pads
@@ -190,7 +181,7 @@ def _kernel_gradient(function: Callable[..., jax.Array]) -> Form:
         transpose = jax.linear_transpose(lambda k: function(x, k, stride, padding), kernel)
         return transpose(g)[0]
 
-    return kernel_gradient
+    return dict(zip(DIRECTIONS, (forward, input_gradient, kernel_gradient), strict=True))
 
 
 def _product_forward(
@@ -358,26 +349,14 @@ def _onednn_padded(
     return onednn.convolution(x, kernel, 1, (rows, columns), dilation)
 
 
-_FORMS: dict[Direction, dict[str, Form]] = {
-    Direction.FORWARD: {
-        "xla": _forward(_xla),
-        "patches": _product_forward,
-        "space_to_depth": _forward(_space_to_depth),
-        "onednn": _onednn_forward,
-        "onednn_patches": _onednn_forward,
-    },
-    Direction.INPUT_GRADIENT: {
-        "xla": _input_gradient(_xla),
-        "patches": _product_input_gradient,
-        "space_to_depth": _input_gradient(_space_to_depth),
-        "onednn": _onednn_input_gradient,
-        "onednn_patches": _onednn_input_gradient,
-    },
-    Direction.KERNEL_GRADIENT: {
-        "xla": _kernel_gradient(_xla),
-        "patches": _product_kernel_gradient,
-        "space_to_depth": _kernel_gradient(_space_to_depth),
-        "onednn": _onednn_kernel_gradient,
-        "onednn_patches": _onednn_product_kernel_gradient,
-    },
+_ONEDNN = (_onednn_forward, _onednn_input_gradient, _onednn_kernel_gradient)
+_PATCHES = (_product_forward, _product_input_gradient, _product_kernel_gradient)
+_FORMS: dict[str, dict[Direction, Form]] = {
+    "xla": _directions(_xla),
+    "space_to_depth": _directions(_space_to_depth),
+    "patches": dict(zip(DIRECTIONS, _PATCHES, strict=True)),
+    "onednn": dict(zip(DIRECTIONS, _ONEDNN, strict=True)),
+    "onednn_patches": dict(
+        zip(DIRECTIONS, (*_ONEDNN[:2], _onednn_product_kernel_gradient), strict=True)
+    ),
 }

@@ -69,15 +69,10 @@ class Choice(NamedTuple):
     operation: Operation
     directions: tuple[Direction, ...]  # empty: all
     platform: str  # as JAX calls it, "cpu with oneDNN", or "any"
-    shapes: str  # for which
-    fits: Callable[[Any], bool]
     implementation: str
-    measured: str
-
-
-def _all(facts: Any) -> bool:
-    del facts
-    return True
+    measured: str = ""
+    shapes: str = "all"  # for which
+    fits: Callable[[Any], bool] = lambda _: True
 
 
 CHOICES = (
@@ -85,8 +80,6 @@ CHOICES = (
         Operation.CONVOLUTION,
         (FORWARD,),
         "cpu with oneDNN",
-        "all",
-        _all,
         "onednn",
         "notebook's conv1 63 against 131, conv2 221 against 331, conv3 62 against 186, conv4 115 "
         "against 136, conv5 54 against 82",
@@ -95,27 +88,24 @@ CHOICES = (
         Operation.CONVOLUTION,
         (KERNEL_GRADIENT,),
         "cpu with oneDNN",
-        "up to 32 channels, 3 × 3 up to 96",
-        lambda c: c.channels <= (96 if c.kernel_size == 3 else 32),
         "onednn",
         "notebook's conv1 105 to 140 against 331, torchvision's 80 against 241",
+        shapes="up to 32 channels, 3 × 3 up to 96",
+        fits=lambda c: c.channels <= (96 if c.kernel_size == 3 else 32),
     ),
     Choice(
         Operation.CONVOLUTION,
         (KERNEL_GRADIENT,),
         "cpu with oneDNN",
-        "more",
-        _all,
         "onednn_patches",
         "notebook's conv2 306, as patches by XLA's product 519; conv3 86 and 115, conv4 120 and "
         "164, conv5 88 and 135",
+        shapes="more",
     ),
     Choice(
         Operation.CONVOLUTION,
         (INPUT_GRADIENT,),
         "cpu with oneDNN",
-        "all",
-        _all,
         "onednn",
         "notebook's conv2 215 against 313, conv3 131 against 155, conv4 82 against 127, conv5 62 "
         "against 109",
@@ -124,76 +114,66 @@ CHOICES = (
         Operation.CONVOLUTION,
         (FORWARD,),
         "cpu",
-        "3 × 3, stride 2",
-        lambda c: (c.kernel_size, c.stride) == (3, 2),
         "patches",
         "notebook's conv3 126 against 159; its conv4 181 against 164, conv2 412 against 362",
+        shapes="3 × 3, stride 2",
+        fits=lambda c: (c.kernel_size, c.stride) == (3, 2),
     ),
     Choice(
         Operation.CONVOLUTION,
         (KERNEL_GRADIENT,),
         "cpu",
-        "all but fewer than 96 features of 3 channels at stride 4",
-        lambda c: c.stride < 4 or c.features >= 96,
         "patches",
         "notebook's conv1 199 against 535, conv2 458 against 737, conv3 136 against 210, conv4 183 "
         "against 229; torchvision's conv1 218 against 187",
+        shapes="all but fewer than 96 features of 3 channels at stride 4",
+        fits=lambda c: c.stride < 4 or c.features >= 96,
     ),
     Choice(
         Operation.CONVOLUTION,
         (INPUT_GRADIENT,),
         "cpu",
-        "5 × 5, stride 1",
-        lambda c: (c.kernel_size, c.stride) == (5, 1),
         "patches",
         "torchvision's conv2 219 against 317, a tower of the paper's conv2 137 against 143; "
         "notebook's conv2 493 against 349, conv4 152 against 162",
+        shapes="5 × 5, stride 1",
+        fits=lambda c: (c.kernel_size, c.stride) == (5, 1),
     ),
     Choice(
         Operation.CONVOLUTION,
         (FORWARD, KERNEL_GRADIENT),
         "cuda",
-        "up to 4 channels at stride 4",
-        lambda c: c.channels <= 4 and c.stride == 4,
         "space_to_depth",
         "on one H200, bfloat16, 1024 images: notebook's conv1 forward 0.96 against 7.67, "
         "kernel gradient 1.12 against 3.58",
+        shapes="up to 4 channels at stride 4",
+        fits=lambda c: c.channels <= 4 and c.stride == 4,
     ),
     Choice(
         Operation.DENSE,
         (FORWARD,),
         "cpu with oneDNN",
-        "16 rows and more",
-        lambda c: c.rows >= 16,
         "onednn",
         "notebook's fc6 for 16 images 60 against 109, 64: 105 against 125; but two: 41 against 33",
+        shapes="16 rows and more",
+        fits=lambda c: c.rows >= 16,
     ),
     Choice(
         Operation.DENSE,
         (INPUT_GRADIENT,),
         "cpu with oneDNN",
-        "16 rows and more",
-        lambda c: c.rows >= 16,
         "onednn",
         "notebook's fc6 102 against 136, fc7 11 against 17",
+        shapes="16 rows and more",
+        fits=lambda c: c.rows >= 16,
     ),
-    Choice(
-        Operation.DENSE,
-        (KERNEL_GRADIENT,),
-        "any",
-        "all",
-        _all,
-        "xla",
-        "notebook's fc6 122, by oneDNN 117",
-    ),
-    Choice(Operation.DENSE, (), "any", "all", _all, "xla", ""),
-    Choice(Operation.CONVOLUTION, (), "any", "all", _all, "xla", ""),
+    Choice(Operation.DENSE, (KERNEL_GRADIENT,), "any", "xla", "notebook's fc6 122, by oneDNN 117"),
+    Choice(Operation.DENSE, (), "any", "xla"),
+    Choice(Operation.CONVOLUTION, (), "any", "xla"),
     Choice(
         Operation.NORMALIZATION,
         (),
         "cuda",
-        "all",
-        _all,
         "pallas",
         "on one H200 forward and backward 2.0 to 3.4 times as fast as shifted_sums",
     ),
@@ -201,8 +181,6 @@ CHOICES = (
         Operation.NORMALIZATION,
         (),
         "any",
-        "all",
-        _all,
         "shifted_sums",
         "notebook's norm1 11 forward and 43 backward; as `reduce_window` 64 and 90",
     ),
@@ -210,18 +188,16 @@ CHOICES = (
         Operation.MAX_POOLING,
         (FORWARD,),
         "cpu",
-        "stride 2 and more",
-        lambda c: c.stride > 1,
         "slices",
         "torchvision's pool1 1.4 against 10.8; notebook's, of stride 1, 18 against 9",
+        shapes="stride 2 and more",
+        fits=lambda c: c.stride > 1,
     ),
-    Choice(Operation.MAX_POOLING, (FORWARD,), "any", "all", _all, "xla", ""),
+    Choice(Operation.MAX_POOLING, (FORWARD,), "any", "xla"),
     Choice(
         Operation.MAX_POOLING,
         (GRADIENT,),
         "any",
-        "all",
-        _all,
         "slices",
         "2 × 2 at stride 1 on 32 × 56 × 56 × 96: 21 against 326",
     ),
@@ -229,13 +205,11 @@ CHOICES = (
         Operation.AVERAGE_POOLING,
         (),
         "cpu",
-        "all",
-        _all,
         "slices",
         "cuda_convnet_cifar10's pool2 0.41 against 0.72, its gradient 1.5 against 2.8; pool3 0.29 "
         "and 0.51, 0.8 and 2.0",
     ),
-    Choice(Operation.AVERAGE_POOLING, (), "any", "all", _all, "xla", ""),
+    Choice(Operation.AVERAGE_POOLING, (), "any", "xla"),
 )
 
 
