@@ -26,8 +26,9 @@ import tyro
 from matplotlib.figure import Figure
 
 from flax_alexnet.config.recipes import RECIPES
-from flax_alexnet.data.dataset import CachedExamples, Examples, mean_image
+from flax_alexnet.data.dataset import CachedExamples, Examples
 from flax_alexnet.data.loader import training_batches
+from flax_alexnet.data.mean_image import mean_image
 from flax_alexnet.data.sources import open_dataset
 from flax_alexnet.models.alexnet import make_model
 from flax_alexnet.models.architectures import architecture

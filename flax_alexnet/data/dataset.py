@@ -14,7 +14,6 @@ from flax_alexnet.data.sources import Record, Source
 from flax_alexnet.utils.errors import UserError
 
 CACHE_BYTES = 2**30  # decoded datasets up to this are kept in memory
-MEAN_IMAGES = 2**16  # over so many the mean is taken where there are more
 CHUNK = 64  # images that a thread is given at once
 READ_AT_ONCE = 16  # prepared images that it reads before it decodes them
 EVERYTHING = slice(None)
@@ -141,42 +140,17 @@ def open_examples(
     return DecodedExamples(source, size, resize, on_bad)
 
 
-def mean_image(
-    examples: Examples,
-    share: slice = EVERYTHING,
-    total: Callable[[np.ndarray], np.ndarray] = lambda values: values,
-) -> np.ndarray:
-    """The mean of each pixel over the images: float32[size, size, 3], in grey levels 0 … 255.
-
-    Section 2 of the paper. Of more than 65,536 images as many, evenly spaced, are taken.
-
-    Args:
-      examples: all images.
-      share: those that this process looks at.
-      total: adds up int32 arrays over the processes.
-    """
-    count = min(len(examples), MEAN_IMAGES)
-    indices = np.linspace(0, len(examples) - 1, count).astype(int)
-
-    def add(rows: Sequence[int]) -> np.ndarray:
-        # So few grey levels cannot overflow, and whole numbers add up the same in any order.
-        return examples.take(rows)["image"].sum(axis=0, dtype=np.int32)
-
-    zero = np.zeros_like(examples.take([0])["image"][0], np.int32)
-    sums = sum(map_threads(add, _chunks(indices[share])), zero)
-    return (total(sums) / count).astype(np.float32)
-
-
 def _try(
     source: Source, share: slice, function: Callable[[Sequence[int]], list[Example]], on_bad: OnBad
 ) -> None:
     """Tells `on_bad` of the bad images of `share`, in order, which `function` of rows finds."""
-    for bad in map_threads(function, _chunks(np.arange(len(source))[share])):
+    for bad in map_threads(function, chunks(np.arange(len(source))[share])):
         for example in bad:
             on_bad(example.name, example.problem, example.label)
 
 
-def _chunks(indices: np.ndarray) -> list[list[int]]:
+def chunks(indices: np.ndarray) -> list[list[int]]:
+    """Indices in lists of `CHUNK`, each for a thread."""
     return [part.tolist() for part in np.split(indices, range(CHUNK, len(indices), CHUNK))]
 
 

@@ -276,20 +276,9 @@ class Events:
 class SilentLog:
     """In the place of a `RunLog` where another process writes it."""
 
-    def advance(self) -> None:
-        """Nothing."""
+    def _ignore(self, *_: Any) -> None: ...
 
-    def write(self, metrics: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def rewind(self, step: int) -> None:
-        """Nothing."""
-
-    def sync(self) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
+    advance = write = rewind = sync = close = _ignore
 
 
 class Throughput:

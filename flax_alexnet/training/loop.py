@@ -9,7 +9,7 @@ import jax
 
 from flax_alexnet.checkpoint.manager import Checkpoints
 from flax_alexnet.config.schema import Config, OptimizerConfig
-from flax_alexnet.parallel.distributed import exit_on_error, is_main, stop_requests
+from flax_alexnet.parallel.distributed import exit_on_error, is_main
 from flax_alexnet.training.build import empty_totals, use_compilation_cache
 from flax_alexnet.training.divergence import DivergenceMonitor, PlateauMonitor, plateau_remedies
 from flax_alexnet.training.logger import Clock, RunLog, SilentLog, Throughput, say_line
@@ -22,6 +22,7 @@ from flax_alexnet.training.optimizer import (
 from flax_alexnet.training.report import RETRY_SECONDS, finish, introduce, stopped_in
 from flax_alexnet.training.run_directory import SAVED, SECONDS, record
 from flax_alexnet.training.setup import Setup, set_up
+from flax_alexnet.training.signals import stop_requests
 from flax_alexnet.training.step import Totals, TrainState
 from flax_alexnet.training.trainer import Trainer, make_trainer
 from flax_alexnet.utils.errors import STOPPED

@@ -12,8 +12,8 @@ import numpy as np
 from flax_alexnet.checkpoint.manager import Checkpoints
 from flax_alexnet.config.schema import Config
 from flax_alexnet.data.augment import preprocess
-from flax_alexnet.data.dataset import mean_image
 from flax_alexnet.data.loader import evaluation_batches, training_batches
+from flax_alexnet.data.mean_image import mean_image
 from flax_alexnet.data.prefetch import prefetch
 from flax_alexnet.models.alexnet import AlexNet, make_model
 from flax_alexnet.parallel.distributed import total
@@ -25,7 +25,7 @@ from flax_alexnet.training.build import (
     make_optimizer,
     state_template,
 )
-from flax_alexnet.training.epochs import Schedule
+from flax_alexnet.training.schedule import Schedule
 from flax_alexnet.training.setup import Setup
 from flax_alexnet.training.step import Totals, TrainState, create_state
 from flax_alexnet.weights.pretrained import Params

@@ -6,7 +6,6 @@ import pytest
 from flax_alexnet.data.dataset import (
     CachedExamples,
     DecodedExamples,
-    mean_image,
     open_examples,
 )
 from flax_alexnet.data.sources import open_dataset
@@ -24,12 +23,6 @@ class TestExamples:
         assert len(cached) == len(decoded) == 27
         for name, values in cached.take(range(27)).items():
             np.testing.assert_array_equal(values, decoded.take(range(27))[name])
-        np.testing.assert_array_equal(mean_image(cached), mean_image(decoded))
-        np.testing.assert_allclose(
-            mean_image(cached),
-            cached.take(range(len(cached)))["image"].mean(0),
-            rtol=1e-5,
-        )
 
     def test_large_sets_are_tried_and_not_cached(self, dataset, tmp_path, monkeypatch):
         assert isinstance(open_examples(dataset.train, 9), CachedExamples)

@@ -1,8 +1,6 @@
 """Processes of a run: who waits, who is lost, and how they are started."""
 
 import json
-import os
-import signal
 import socket
 import sys
 import threading
@@ -13,11 +11,9 @@ import pytest
 
 from flax_alexnet.parallel import meeting
 from flax_alexnet.parallel.distributed import (
-    WATCHER,
     detected,
     exit_on_error,
     join,
-    stop_requests,
     total,
 )
 from flax_alexnet.utils.errors import UserError
@@ -130,14 +126,3 @@ def test_how_a_process_ends_says_whether_another_was_lost(monkeypatch, capsys, e
 )
 def test_clusters_are_known_by_what_their_launchers_set(environment, name):
     assert detected(environment) == name
-
-
-def test_after_signals_all_is_as_before():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with stop_requests() as stop_requested:
-        assert not stop_requested(True)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop_requested(False)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    assert signal.set_wakeup_fd(-1) == -1
-    assert WATCHER not in {thread.name for thread in threading.enumerate()}

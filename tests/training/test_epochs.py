@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_alexnet.training.epochs import Epochs, Part, Schedule
+from flax_alexnet.training.epochs import Epochs, Part
 
 
 def test_epochs_of_one_batch_size():
@@ -60,18 +60,3 @@ def test_steps_and_images_agree(images, sizes, wanted):
 @pytest.mark.parametrize(("epochs", "images", "steps"), [(0.1, 30, 3), (0.3, 10, 3), (2.5, 5, 13)])
 def test_rounding_adds_no_step(epochs, images, steps):
     assert Epochs(images, (Part(0, 1),)).steps(epochs) == steps
-
-
-def test_what_is_due_after_each_step():
-    """Ten steps an epoch, of which the last is cut short."""
-    epochs = Epochs(100, (Part(0, 10),))
-    due = [Schedule(epochs, 35, log_every=4, eval_epochs=0.5).due(step) for step in range(1, 36)]
-    lines, evaluations, last = (
-        [step for step, of_step in enumerate(due, 1) if of_step[place]] for place in range(3)
-    )
-    assert lines == [1, 4, 8, 12, 16, 20, 24, 28, 32, 35]
-    assert evaluations == [5, 10, 15, 20, 25, 30, 35]
-    assert last == [35]
-    due = [Schedule(epochs, 35, log_every=20, eval_epochs=9).due(step) for step in range(1, 36)]
-    assert [step for step, of_step in enumerate(due, 1) if of_step.line] == [1, 10, 20, 30, 35]
-    assert not any(of_step.evaluation for of_step in due)

@@ -133,7 +133,7 @@ def test_a_run_that_signals_stop_goes_on_to_the_same_bits(data_dir, tmp_path, mo
 LONG_CALL = """
 import sys
 import jax
-from flax_alexnet.parallel.distributed import stop_requests
+from flax_alexnet.training.signals import stop_requests
 
 endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, lambda x: x * 1.0, x))
 with stop_requests():
