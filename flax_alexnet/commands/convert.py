@@ -23,11 +23,11 @@ from flax_alexnet.weights.pretrained import Pretrained, missing_layers
 
 @dataclasses.dataclass(frozen=True)
 class ConvertConfig:
-    """Brings a trained model into this package's form, with its preprocessing, or torchvision's.
+    """Converts a trained model to this package's format, with preprocessing, or to torchvision's.
 
     Reads torchvision's alexnet in a state dict or a checkpoint of PyTorch (.pth, .pt, .bin, .ckpt)
     or .safetensors, Caffe's .caffemodel, the .npy of guerzh/tf_weights, the working directory of a
-    run, and what this command writes. Nothing in a file is run.
+    run, and files that this command wrote. Code in a file is never run.
     """
 
     input: tyro.conf.Positional[Path]
@@ -35,11 +35,11 @@ class ConvertConfig:
     output: tyro.conf.Positional[Path]
     """The file to write: .safetensors, or .pth with --format torchvision."""
     variant: str | None = None
-    """caffe or caffenet, where a file of Caffe's does not say which of them it is."""
+    """caffe or caffenet, if a Caffe file does not say which of the two it is."""
     mean: Path | None = None
     """Caffe's mean image, a .binaryproto; none: its mean colour."""
     head: str | None = None
-    """The last layer, by its name, of a model of Caffe's that has several."""
+    """Name of the last layer to use, if a Caffe model has several."""
     labels: Path | None = None
     """A text file with the name of each class on a line; none: ImageNet's, for 1000 classes."""
     heads: Path | None = None

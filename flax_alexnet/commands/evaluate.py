@@ -1,4 +1,4 @@
-"""`python -m flax_alexnet evaluate WEIGHTS …`: how often a trained model, or several, are right."""
+"""`python -m flax_alexnet evaluate WEIGHTS …`: the accuracy of one or more trained models."""
 
 import dataclasses
 import functools
@@ -33,10 +33,10 @@ OUTPUTS = ("evaluation.json", "classes.csv", "confusion.csv", "confusion.png")
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Measures the loss and the accuracy of a trained model; of several, with their mean.
+    """Measures the loss and the accuracy of a trained model, or of an ensemble of several.
 
-    A run is evaluated on its own dataset, and there on what it did not train on; --data.name takes
-    another.
+    A run is evaluated on the held-out images of its own dataset; --data.name chooses another
+    dataset.
     """
 
     weights: tyro.conf.Positional[tuple[Path, ...]]
@@ -44,18 +44,18 @@ class EvaluateConfig:
     probabilities are averaged."""
     data: UseDataConfig = NO_DATASET
     match_by_order: bool = False
-    """Take the dataset's classes for the model's in their order, where neither names nor numbers
-    tell which is which."""
+    """Match the classes of the dataset and of the model by their order, if neither names nor
+    numbers match."""
     crops: Literal[1, 10] = 1
     """1 for the central crop, 10 for the mean over the paper's ten crops."""
     output: Path | None = None
     """A folder for evaluation.json, classes.csv, confusion.csv and confusion.png; none: evaluation
-    in the run, or FILE-evaluation beside a weight file. A number is added where it holds another
+    in the run, or FILE-evaluation beside a weight file. A number is added if it holds another
     evaluation."""
     batch_size: int = 64
     """Images that a model sees at once (ten times as many with ten crops)."""
     overwrite: bool = False
-    """Replace files of those names that are no evaluation."""
+    """Replace existing files with these names, even if they are not an evaluation."""
 
 
 @dataclasses.dataclass

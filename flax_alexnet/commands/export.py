@@ -1,7 +1,7 @@
 """`python -m flax_alexnet export WEIGHTS OUTPUT`: a trained model as a program for other systems.
 
-The program is whole: preprocessing and weights are inside. It maps a batch of any size of squares
-as `Pretrained.open` gives them, uint8[b, image_size, image_size, 3] in RGB, to logits,
+The program contains preprocessing and weights. It maps a batch of any size of images as
+`Pretrained.open` returns them, uint8[b, image_size, image_size, 3] in RGB, to logits,
 float32[b, num_classes], or to another activation, whose maps are float32[b, h, w, c].
 """
 
@@ -41,9 +41,9 @@ class ExportConfig:
     weights: tyro.conf.Positional[Path]
     """A weight file (see convert), or the --workdir of a run."""
     output: tyro.conf.Positional[Path]
-    """NAME.stablehlo, NAME.onnx, or for a SavedModel a folder that is not there yet."""
+    """NAME.stablehlo, NAME.onnx, or a new folder for a SavedModel."""
     format: Literal["stablehlo", "onnx", "savedmodel"] | None = None
-    """What to write; none: as the ending of OUTPUT says."""
+    """Format to write; none: by the ending of OUTPUT."""
     layer: str = "logits"
     """The activation that the program gives, such as conv5 or fc7."""
     overwrite: bool = False

@@ -46,30 +46,31 @@ from flax_alexnet.weights.pretrained import Pretrained, check_layers
 
 @dataclasses.dataclass(frozen=True)
 class FeaturesConfig:
-    """Writes the features of images into one file; started again, it goes on where it was."""
+    """Writes the features of images into one file; another start resumes where it stopped."""
 
     weights: tyro.conf.Positional[Path]
     """A weight file (see convert), or the --workdir of a run."""
     images: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Files, folders with all below them, or globs; or none, and a dataset by --data.name."""
+    """Files, folders (with subfolders) or globs; or none, with a dataset in --data.name."""
     data: UseDataConfig = NO_DATASET
     layers: tuple[str, ...] = ("fc7",)
     """Activations: conv1, norm1, pool1, … conv5, fc6, fc7, logits."""
     output: Path = Path("features.h5")
     """The file: .h5 (HDF5) or .npy (NumPy)."""
     nearest: Path | None = None
-    """A .png file for the nearest neighbours of some images by their features of the last of the
-    layers, as in the paper's Figure 4 (right)."""
+    """A .png file for the nearest neighbours of some images, by the features of the last of
+    --layers, as in the paper's Figure 4 (right)."""
     queries: tuple[str, ...] = ()
-    """Of which images, by the end of their names; none: five, evenly spaced."""
+    """Images for --nearest, by the end of their names; none: five images, evenly spaced."""
     neighbours: int = 6
-    """How many."""
+    """Number of neighbours of each image, for --nearest."""
     distance: Literal["euclidean", "cosine"] = "euclidean"
-    """The paper's, or that of features scaled to unit length, which suits maps such as conv5."""
+    """euclidean: the paper's distance; cosine: the distance of features scaled to unit length,
+    which suits maps such as conv5."""
     batch_size: int = 64
     """Images that the model sees at once."""
     overwrite: bool = False
-    """Replace an image of --nearest that is there."""
+    """Replace an existing figure of --nearest."""
 
 
 @command

@@ -39,7 +39,7 @@ class PushConfig:
     weights: tyro.conf.Positional[Path]
     """A weight file (see convert), or the --workdir of a run."""
     repository: tyro.conf.Positional[str]
-    """USER/NAME on the Hub; it is made where there is none."""
+    """USER/NAME on the Hub; created if it does not exist."""
     license: str = "unknown"
     """The licence of the weights, as the Hub spells it, such as cc-by-4.0."""
     accuracy: str = ""
@@ -47,7 +47,7 @@ class PushConfig:
     private: bool = False
     """Make a repository that only you can see."""
     folder: Path | None = None
-    """Write what would be uploaded into this folder, and upload nothing."""
+    """Write the files into this folder instead of uploading them."""
 
 
 @dataclasses.dataclass(frozen=True)

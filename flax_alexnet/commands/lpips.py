@@ -25,7 +25,7 @@ from flax_alexnet.weights.pretrained import LPIPS_HEADS, Pretrained
 class LpipsConfig:
     """The perceptual distance (LPIPS) of two images, or of all pairs in two folders.
 
-    Images are compared as they are, so both of a pair have the same size.
+    Images are not resized, so the two images of a pair must have the same size.
     """
 
     weights: tyro.conf.Positional[Path]
@@ -33,11 +33,11 @@ class LpipsConfig:
     a: tyro.conf.Positional[Path]
     """An image, or a folder."""
     b: tyro.conf.Positional[Path]
-    """An image, or a folder with images of the same names, but for their suffixes."""
+    """An image, or a folder with images of the same names (suffixes may differ)."""
     output: Path | None = None
     """A .csv file for the distances; none: only the terminal."""
     plot: Path | None = None
-    """Of two images: a .png file that shows where they differ."""
+    """A .png file that shows where two images differ; not for folders."""
     overwrite: bool = False
     """Replace files that are there."""
 

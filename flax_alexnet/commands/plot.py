@@ -35,7 +35,7 @@ class PlotConfig:
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Files with images."""
     output: Path = Path("plots")
-    """Folder for what is drawn."""
+    """Folder for the figures."""
     layers: tuple[str, ...] = ()
     """Activations to draw, such as conv1 pool5 fc7; none: all."""
     classes: tuple[str, ...] = ()

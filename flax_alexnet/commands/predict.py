@@ -1,4 +1,4 @@
-"""`python -m flax_alexnet predict WEIGHTS IMAGE …`: what images show, by a trained model."""
+"""`python -m flax_alexnet predict WEIGHTS IMAGE …`: classifies images with a trained model."""
 
 import dataclasses
 import json

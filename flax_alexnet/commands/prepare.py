@@ -36,14 +36,14 @@ from flax_alexnet.utils.text import printable
 
 @dataclasses.dataclass(frozen=True)
 class PrepareDataConfig:
-    """What to prepare, and where to."""
+    """The dataset to prepare, and where to write it."""
 
     name: str = synthetic.NAME
     """The embedded "shapes_and_textures", a TFDS name such as "imagenet2012", or folder:PATH."""
     data_dir: Path | None = None
-    """Where prepared datasets lie; none: TFDS_DATA_DIR or tensorflow_datasets in the home."""
+    """Folder of prepared datasets; none: TFDS_DATA_DIR, or ~/tensorflow_datasets."""
     image_size: int = 256
-    """Side in pixels to which the images of a folder or of ImageNet are brought."""
+    """Side in pixels to which the images of a folder or of ImageNet are resized."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PrepareConfig:
 
     data: PrepareDataConfig = PrepareDataConfig()
     name: str | None = None
-    """What the dataset of a folder is called, prepared_folder/NAME; none: as the folder is."""
+    """Name of the dataset of a folder, as in prepared_folder/NAME; none: the folder's name."""
 
 
 @command

@@ -25,15 +25,15 @@ LARGEST_BATCH = 2**20  # beyond it a value is a slip of the keyboard
 
 @dataclasses.dataclass(frozen=True)
 class UseDataConfig:
-    """Images of a dataset that a trained model is used on."""
+    """The dataset whose images the trained model is applied to."""
 
     name: str = ""
     """The embedded "shapes_and_textures", a TFDS name that has been prepared, or folder:PATH."""
     data_dir: Path | None = None
-    """Where prepared datasets lie; none: TFDS_DATA_DIR or tensorflow_datasets in the home."""
+    """Folder of prepared datasets; none: TFDS_DATA_DIR, or ~/tensorflow_datasets."""
     split: str | None = None
-    """Split of TFDS, or of a folder train, validation, test or all; none: what training holds out,
-    which is validation where there is one, else test."""
+    """Split of TFDS; for a folder train, validation, test or all; none: the split that training
+    holds out, which is validation if there is one, else test."""
     image_key: str | None = None
     """TFDS feature with the images; none: as the dataset says, else image."""
     label_key: str | None = None

@@ -1,4 +1,4 @@
-"""Configurations worth starting from. A recipe is a value; flags override any part of it."""
+"""Recipes: configurations to start from, of which flags can override any part."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,9 +29,9 @@ QUICKSTART = Config(
 Cost: 2 minutes and 1 GB on two CPU cores, rendering the dataset included. Result: 97.6 % test
 accuracy.
 
-What differs from the notebook: initial values are He et al.'s and grey levels are divided by 64,
-since with N(0, 0.01) the loss of this small model stays at ln 10 = 2.303; and dropout is 0.2, since
-a quarter of the units is enough for ten classes but not for losing half of them.
+Differences from the notebook: initial values are He et al.'s and grey levels are divided by 64,
+because with N(0, 0.01) the loss of this small model stays at ln 10 = 2.303. Dropout is 0.2, because
+a quarter of the units is enough for ten classes, but not if half of these are dropped.
 """
 
 NOTEBOOK = Config(
@@ -39,10 +39,11 @@ NOTEBOOK = Config(
     data=DataConfig(name="imagenet2012"),
     model=ModelConfig(variant="notebook"),
 )
-"""The notebook's model as it stands there, at 224 pixels with ImageNet's 1000 classes; its faults
-repaired, at the constant rate that it gives (`--optimizer.rule notebook` for its weight decay).
+"""The notebook's model, at 224 pixels with ImageNet's 1000 classes. The faults of the notebook are
+repaired; the constant learning rate is the notebook's (`--optimizer.rule notebook` takes its weight
+decay too).
 
-Cost: 6.8 GB in batches of 32 on a CPU; 90 epochs of ImageNet are for an accelerator. Not run to the
+Cost: 6.8 GB in batches of 32 on a CPU; 90 epochs of ImageNet need an accelerator. Not run to the
 end here.
 """
 
@@ -57,7 +58,7 @@ PAPER = Config(
 improving, random crops and flips, and colour noise as strong as in the original code.
 
 Cost: 90 epochs of ImageNet, for an accelerator. Not run to the end here; the paper reports a
-validation error of 40.7 % (top-1) and 18.2 % (top-5) over ten crops, and evaluation here takes one.
+validation error of 40.7 % (top-1) and 18.2 % (top-5) over ten crops; evaluation here takes one.
 """
 
 CIFAR10 = Config(
@@ -78,7 +79,7 @@ CIFAR10 = Config(
 """The original code's four-layer model on CIFAR-10, with flips, on a shortened schedule.
 
 The original "18pct" model takes 120 epochs and normalizes within each map; its "80sec" model, with
-one more dense layer, reports 26 % test error. Here the decay of .004 holds for the dense layer too.
+one more dense layer, reports 26 % test error. Here the dense layer has the decay of .004 too.
 
 Cost: 33 minutes and 1.2 GB on two CPU cores that other programs shared. Result: 23.9 % test error.
 """

@@ -1,4 +1,4 @@
-"""What a training run can be told: frozen dataclasses, and the ranges of their values."""
+"""The configuration of a training run: frozen dataclasses, and the ranges of their values."""
 
 import builtins
 import dataclasses
@@ -25,13 +25,13 @@ LARGEST_TIMEOUT = 10**6  # seconds; with more, JAX's own would overflow
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Which numbers a field may have; `above` and `below` are ends that are not among them.
+    """The numbers that a field may have.
 
     Attributes:
-      least: the smallest.
-      above: what all are larger than.
-      most: the largest.
-      below: what all are smaller than.
+      least: the smallest number.
+      above: a bound below all numbers, not included.
+      most: the largest number.
+      below: a bound above all numbers, not included.
     """
 
     least: float | None = None
@@ -67,14 +67,14 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which images, and at which size they enter the device."""
+    """The images, and their size on the device."""
 
     name: str = "shapes_and_textures"
     """The embedded "shapes_and_textures", a TFDS name that has been prepared, or folder:PATH."""
     data_dir: Path | None = None
-    """Where prepared datasets lie; none: TFDS_DATA_DIR or tensorflow_datasets in the home."""
+    """Folder of prepared datasets; none: TFDS_DATA_DIR, or ~/tensorflow_datasets."""
     train_split: str = "train"
-    """Split to train on; of TFDS slices such as train[:90%] work."""
+    """Split to train on; with TFDS also a slice such as train[:90%]."""
     eval_split: str | None = None
     """Split to evaluate on; none: validation where there is one, else test."""
     image_key: str | None = None
@@ -82,24 +82,24 @@ class DataConfig:
     label_key: str | None = None
     """TFDS feature with the labels; none: as the dataset says, else label."""
     image_size: Annotated[int, Range(least=1, most=LARGEST_IMAGE)] = 256
-    """Side in pixels to which images are brought before any crop."""
+    """Side in pixels to which images are resized before any crop."""
     resize: ResizeRule = "paper"
-    """How: the paper's rule, torchvision's (bilinear), or Caffe's (warped to the square)."""
+    """Resize rule: the paper's, torchvision's (bilinear), or Caffe's (warped to a square)."""
     threads: Annotated[int, Range(least=1)] = 2
     """Threads that decode and batch images."""
     max_bad: Annotated[float | None, Range(least=0, most=1)] = None
-    """Share of a class of a folder, or of a prepared split, that may be unreadable and is skipped;
-    more stop the run; none: 0.1 of a class, 0.001 of what was prepared."""
+    """Largest share of unreadable images, which are skipped, in each class of a folder or in a
+    prepared split; with more the run stops; none: 0.1 of a class, 0.001 of a prepared split."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Which model; the fields are those of AlexNet."""
+    """The model; the fields are those of AlexNet."""
 
     variant: str = "notebook"
     """notebook, paper, caffe, caffenet, torchvision or cuda_convnet_cifar10."""
     num_classes: Annotated[int | None, Range(least=2)] = None
-    """Outputs; none: as many as the dataset has classes."""
+    """Number of outputs; none: the number of classes in the dataset."""
     width: Annotated[float, Range(above=0, most=100)] = 1.0
     """Multiplier of the features of every layer but the last."""
     dropout_rate: Annotated[float, Range(least=0, below=1)] = 0.5
@@ -111,24 +111,24 @@ class ModelConfig:
     activation: Literal["relu", "tanh"] = "relu"
     """The function after each layer."""
     relu_logits: bool = False
-    """The notebook's fault of a ReLU on the last layer."""
+    """Apply a ReLU to the last layer, which is a fault of the notebook."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """What happens to images on the device; evaluation takes the central crop."""
+    """Preprocessing of images on the device; evaluation takes the central crop."""
 
     crop_size: int = 224
-    """Side in pixels of what the model sees."""
+    """Side in pixels of the images that the model sees."""
     random_crop: bool = True
     """Crop at random places in training, else at the centre."""
     flip: bool = True
     """Mirror half of the images left to right in training."""
     color_noise: Literal["none", "cuda-convnet", "eigenvalues"] = "none"
-    """PCA colour noise: as strong as in the original code, or by the eigenvalues in wide use."""
+    """PCA colour noise: as strong as in the original code, or with the widely used eigenvalues."""
     scale: Annotated[Scale, Range(above=0)] = 1.0
-    """What grey levels are multiplied with once the mean is subtracted, or one for each channel; 1
-    in the original models."""
+    """Factor for pixel values after the mean is subtracted, or one for each channel; 1 in the
+    original models."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,41 +144,44 @@ class OptimizerConfig:
     weight_decay: Annotated[float, Range(least=0)] = 0.0005
     """Share of the weights added to the gradient."""
     bias_rate: Annotated[float, Range(least=0)] = 1.0
-    """Multiplier of the rate for biases; the original code and Caffe take 2."""
+    """Multiplier of the learning rate of biases; 2 in the original code and in Caffe."""
     decay_biases: bool = True
     """Whether biases decay; in the original code and Caffe they do not."""
     layer_rates: tuple[str, ...] = ()
-    """Multipliers of the rate of layers, such as 'conv*=0.1' fc8=10; patterns as of --freeze."""
+    """Multipliers of the rate of layers, such as 'conv*=0.1' fc8=10; patterns as in --freeze."""
     clip_norm: Annotated[float | None, Range(above=0)] = None
-    """Global norm down to which gradients are scaled; none: not at all."""
+    """Largest global norm of gradients; larger ones are scaled down to it; none: no clipping."""
     schedule: Literal["constant", "steps", "plateau"] = "constant"
-    """Constant; drops at drop_epochs; or drops when the validation error stops improving."""
+    """constant: no drops; steps: drops at drop_epochs; plateau: drops when the validation error
+    stops improving."""
     drop_epochs: tuple[float, ...] = ()
     """With steps: the epochs at which the rate drops."""
     drop_factor: Annotated[float, Range(above=0, below=1)] = 0.1
-    """What a drop multiplies the rate with."""
+    """Factor by which a drop multiplies the learning rate."""
     patience: Annotated[int, Range(least=1)] = 3
-    """With plateau: evaluations without a new best before a drop."""
+    """With plateau: number of evaluations without improvement before a drop."""
     max_drops: Annotated[int, Range(least=0)] = 3
-    """With plateau: how many drops there can be."""
+    """With plateau: largest number of drops."""
     warmup_epochs: Annotated[float, Range(least=0)] = 0.0
     """Epochs over which the rate rises linearly."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """What lies and is computed on which device, and which processes take part."""
+    """What each device stores and computes, and the processes of the run."""
 
     layout: Literal["data", "zero", "hybrid", "towers"] = "data"
-    """Whole copies; dense layers stored, or computed, in shares; or the paper's two towers."""
+    """data: whole copies; zero: dense layers stored in shares; hybrid: dense layers also computed
+    in shares; towers: the paper's two towers."""
     mesh: tuple[int, ...] = ()
-    """Devices along each axis of the layout (data; or data and model, or tower); none: see docs."""
+    """Devices along each axis of the layout (data; or data and model; or data and tower); none: see
+    docs/parallelism.md."""
     coordinator: str | None = None
     """HOST:PORT of process 0, where all processes of a run meet; none: as a known launcher says."""
     num_processes: int | None = None
-    """Processes of the run; 1 stays alone even where a launcher started several."""
+    """Number of processes; with 1 this process runs alone even if a launcher started several."""
     process_id: int | None = None
-    """Which of them this one is, from 0."""
+    """Number of this process, from 0."""
     heartbeat_timeout: Annotated[int, Range(least=1, most=LARGEST_TIMEOUT)] = 100
     """Seconds of silence after which a process counts as lost, and the others end."""
     join_timeout: Annotated[int, Range(least=1, most=LARGEST_TIMEOUT)] = 300
@@ -190,36 +193,36 @@ class Config:
     """A training run."""
 
     recipe: str = "quickstart"
-    """Where the defaults come from: quickstart, notebook, paper, cifar10 or finetune."""
+    """Recipe that gives the defaults: quickstart, notebook, paper, cifar10 or finetune."""
     workdir: Path = Path("runs")
-    """Where all that the run writes goes; starting again in the same place resumes."""
+    """Folder for everything that the run writes; another start in the same folder resumes it."""
     allow_changes: bool = False
-    """Resume even though the configuration differs from the one that the run was started with; with
-    another batch size it goes on after the images that it has seen."""
+    """Resume even if the configuration differs from that of the first start; with another batch
+    size the run continues after the images that it has seen."""
     seed: Annotated[int, Range(least=0, most=2**32 - 1)] = 0
     """Determines initial values, the order of images and every random draw."""
     init_from: Path | None = None
     """Start from a trained model: a weight file (see convert) or a run's --workdir. Its variant and
     preprocessing become the defaults; its last layer is replaced where the classes differ."""
     freeze: tuple[str, ...] = ()
-    """Layers that keep their values: names or patterns (as of files, or regular expressions), such
-    as conv1,conv2 or 'conv*' or 'fc[67]'."""
+    """Layers whose parameters do not change: names, patterns as for file names, or regular
+    expressions, such as conv1,conv2 or 'conv*' or 'fc[67]'."""
     batch_size: Annotated[int, Range(least=1, most=LARGEST_BATCH)] = 128
     """Images in a step, over all devices."""
     epochs: Annotated[float, Range(above=0)] = 90.0
-    """Passes over the training images; more of them lengthen a run that is there."""
+    """Passes over the training images; a larger number continues an existing run for longer."""
     steps: Annotated[int | None, Range(least=1)] = None
-    """Stop after this many steps, of whatever batch size, even if the epochs are not over; more of
-    them lengthen a run that is there."""
+    """Stop after this many steps, of any batch size, even before the last epoch; a larger number
+    continues an existing run for longer."""
     eval_epochs: Annotated[float, Range(least=1e-6)] = 1.0
     """Epochs between evaluations; each is followed by a checkpoint."""
     log_every: Annotated[int, Range(least=1)] = 50
-    """Steps between lines of metrics; there is one an epoch at least."""
+    """Steps between lines of metrics; there is at least one line in each epoch."""
     on_divergence: Literal["stop", "rollback"] = "stop"
     """When the loss or a gradient is not finite: stop, or go back to the last checkpoint with half
     the rate, three times at most."""
     save_patience: Annotated[float, Range(least=0)] = 60.0
-    """Minutes for which a run goes on although nothing can be saved, such as with a full disk."""
+    """Minutes for which a run continues while nothing can be saved, for example on a full disk."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder for the next start."""
     keep_memory: bool = True
