@@ -25,7 +25,7 @@ from flax_alexnet.utils.outputs import moved_away
 
 T = TypeVar("T")
 
-# What fails is said here in one line, and not by Orbax's threads with all their tracebacks.
+# Failures are reported here in one line, and not by the tracebacks of Orbax's threads.
 absl.logging.set_verbosity(absl.logging.FATAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
@@ -40,17 +40,17 @@ DISK = tuple(os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, e
 class Checkpoints:
     """The steps saved under a folder: the latest two, and the best by top-1 accuracy.
 
-    Each carries a manifest of the digests of its files, written before it gets its name. What is
-    there already must be whole: see `set_aside_damaged`.
+    Each step has a manifest with the digests of its files, written before its folder gets its name.
+    Steps that exist already must be whole; see `set_aside_damaged`.
 
-    Where a state cannot be saved, the steps before it stay as they are, a line is said, and the
-    next `save` is another attempt. With several processes of a run it is an error at once.
+    If a state cannot be saved, the earlier steps stay unchanged, a line is printed, and the next
+    `save` is another attempt. In a run of several processes it is an error at once.
 
     Args:
-      folder: made if it is not there.
+      folder: the folder, which is created if it does not exist.
       patience: seconds after which failing attempts are an error.
-      say: says a line.
-      marker: a file that is made, elsewhere, once there is a step: see `check_steps`.
+      say: prints a line.
+      marker: a file outside the folder, created once there is a step; see `check_steps`.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Checkpoints:
             # Without `best_fn` metrics stay in memory, and a resumed run would forget the best.
             best_fn=_top1,
             cleanup_tmp_directories=True,
-            # It comes when all is written and the folder has not yet its name.
+            # Orbax calls it when all files are written, before the folder gets its name.
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._certify),
         )
         try:
@@ -114,18 +114,18 @@ class Checkpoints:
         metrics: dict[str, float] | None = None,
         first: Callable[[], None] = lambda: None,
     ) -> None:
-        """Starts saving `state`, and returns as soon as it may change again.
+        """Starts saving `state`, and returns as soon as the caller may change it again.
 
         A step that is saved already is left as it is.
 
         Args:
-          step: its number.
+          step: the number of the step.
           state: arrays of any structure.
-          metrics: of an evaluation of it; "eval_top1" decides which step is the best.
+          metrics: the evaluation of the state; "eval_top1" decides which step is the best.
           first: writes what must be on the disk before; if it fails, the step is not saved.
 
         Raises:
-          UserError: nothing could be saved for as long as the patience lasts.
+          UserError: no attempt has succeeded for `patience` seconds.
         """
         self.saved()
         if step == self.latest_step():
@@ -141,7 +141,7 @@ class Checkpoints:
     def _check_room(self, state: Any) -> None:
         """Raises OSError where the disk is too full or read-only.
 
-        Earlier, and tidier, than Orbax would, whose threads wait for minutes after some failures.
+        Orbax would fail later, and after some failures its threads wait for minutes.
         """
         tempfile.TemporaryFile(dir=self._folder).close()
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -149,10 +149,10 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def saved(self) -> bool:
-        """Waits for the save under way; whether it has succeeded, or there was none.
+        """Waits for the save in progress; returns whether the last save has succeeded.
 
         Raises:
-          UserError: it has not, nor has any for as long as the patience lasts.
+          UserError: it has failed, and no attempt has succeeded for `patience` seconds.
         """
         if self._started is None:
             return self._failing_since is None
@@ -166,14 +166,14 @@ class Checkpoints:
         return True
 
     def look(self) -> None:
-        """Says at once, without waiting, if the save under way has failed; raises as `saved`."""
+        """Reports a failed save without waiting for one in progress; raises as `saved` does."""
         if not self._manager.is_saving_in_progress():
             self.saved()
 
     def _fail(self, error: Exception) -> None:
-        """Says what could not be saved, and clears it away, so that it takes no room."""
+        """Reports a failed save, and removes its files so that they take no disk space."""
         step, self._started = self._started, None
-        if not self._folder.parent.exists():  # which to open it again would make
+        if not self._folder.parent.exists():  # `_open` would create it again
             raise moved_away(self._folder.parent) from None
         now = time.monotonic()
         if self._failing_since is None:
@@ -199,8 +199,8 @@ class Checkpoints:
         """The state of `step`, in the shapes, types and shardings of `template`.
 
         Raises:
-          UserError: it is of another model or optimizer, whose first difference is named; or it has
-            been damaged since the start, when all were looked at.
+          UserError: the checkpoint is of another model or optimizer, and the message names the
+            first difference; or it was damaged after the check at the start of the run.
         """
         folder = self._folder / str(step)
         if jax.process_index() == 0 and (problem := _damage(folder)):
@@ -220,7 +220,7 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.StandardRestore(template))
 
     def close(self) -> bool:
-        """Waits for the save under way, and ends; whether that has succeeded."""
+        """Waits for the save in progress, and closes; returns whether the last save succeeded."""
         saved = self.saved()
         self._manager.close()
         return saved
@@ -229,14 +229,14 @@ class Checkpoints:
 def set_aside_damaged(folder: Path, aside: Path) -> list[str]:
     """Reads every step under `folder`, and moves those that are not whole into `aside`.
 
-    So it does with what a kill in the middle of a save has left. Nothing is deleted. With steps of
-    which none is whole nothing is moved either.
+    It also moves what a kill in the middle of a save has left. It deletes nothing. If there are
+    steps but none is whole, it moves nothing.
 
     Returns:
-      A line for each that was moved.
+      A line for each folder that was moved.
 
     Raises:
-      UserError: there are steps, but none is whole, or one cannot be moved.
+      UserError: there are steps, but none is whole; or a folder cannot be moved.
     """
     problems = {step: _damage(folder / step) for step in _steps(folder)}
     damaged = {step: problem for step, problem in problems.items() if problem}
@@ -266,7 +266,7 @@ def set_aside_damaged(folder: Path, aside: Path) -> list[str]:
 
 
 def check_steps(folder: Path, marker: Path) -> None:
-    """Raises UserError where steps were saved, as `marker` tells, and none is under `folder`."""
+    """Raises UserError if `marker` shows that steps were saved, but `folder` has none."""
     if marker.exists() and not _steps(folder):
         raise UserError(
             f"{folder} has no checkpoint, though this run has saved some: restore one from a copy, "
@@ -289,7 +289,7 @@ def newest_intact(folder: Path) -> tuple[int | None, list[str]]:
 
 
 def manifest(step: int) -> str:
-    """The name of the manifest of a step; with it in a folder of another name, both are damage."""
+    """The name of a step's manifest; in a folder of another step it counts as damage."""
     return f"{step}.sha256"
 
 
@@ -315,9 +315,9 @@ def _steps(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _reading(folder: Path) -> Iterator[ocp.PyTreeCheckpointHandler]:
-    """Orbax's reader, and a line with its reason where it cannot read the step in `folder`.
+    """Orbax's reader; if it cannot read the step in `folder`, a UserError gives its reason.
 
-    It is the handler itself, since a `Checkpointer` keeps back why there are no metadata.
+    The reader is the handler itself, since a `Checkpointer` hides why there are no metadata.
     """
     reader = ocp.PyTreeCheckpointHandler()
     try:
@@ -330,10 +330,10 @@ def _reading(folder: Path) -> Iterator[ocp.PyTreeCheckpointHandler]:
 
 
 def restore_model(folder: Path) -> tuple[Any, np.ndarray]:
-    """The parameters and the mean image alone of a step's folder, in memory, without its optimizer.
+    """Reads only the parameters and the mean image of a step's folder, not the optimizer's state.
 
     Raises:
-      UserError: it is no checkpoint of a run.
+      UserError: the folder is not a checkpoint of a run.
     """
     path = _in_utf8(folder.absolute()) / "default"  # Orbax takes no relative path
     with _reading(folder) as reader:
@@ -353,7 +353,7 @@ def restore_model(folder: Path) -> tuple[Any, np.ndarray]:
 
 
 def _in_utf8(folder: Path) -> Path:
-    """The folder; UserError where TensorStore, which takes paths in UTF-8 alone, cannot read it."""
+    """Returns the folder. Raises UserError if its path is not UTF-8, which TensorStore needs."""
     try:
         str(folder).encode()
     except UnicodeEncodeError:

@@ -20,7 +20,7 @@ from flax_alexnet.utils.process import escape_output
 
 T = TypeVar("T")
 
-LARGEST_BATCH = 2**20  # beyond it a value is a slip of the keyboard
+LARGEST_BATCH = 2**20  # a larger value is a typing error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +44,13 @@ NO_DATASET = UseDataConfig()
 
 
 class Main(Protocol):
-    """The `main` of a command: from its arguments, else those of the process, to an exit code."""
+    """The `main` of a command: it maps `argv`, or the process's arguments, to an exit code."""
 
     def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
 def command(run: Callable[[Sequence[str]], int | None]) -> Main:
-    """Makes the `main` of a command of a function that takes its arguments.
+    """Makes the `main` of a command from a function that takes the command's arguments.
 
     `main` returns the exit code: what `run` returns, else 0; 2 with one line on standard error
     after a UserError, and 128 + the signal's number after a signal.
@@ -85,7 +85,7 @@ def _environment_explained() -> Iterator[None]:
 
 
 def check_device(count: Callable[[], int]) -> int:
-    """What `count`, such as `jax.device_count`, gives; UserError where JAX finds no device."""
+    """Returns `count()`, such as `jax.device_count()`. Raises UserError if JAX has no device."""
     try:
         return count()
     except (RuntimeError, AssertionError) as error:
@@ -104,18 +104,18 @@ def check_batch(size: int) -> None:
 
 
 def check_png(flag: str, path: Path | None) -> None:
-    """Raises UserError for an image to be written under another ending."""
+    """Raises UserError if the path of an image to be written does not end in .png."""
     check_flag(flag, path, path is None or path.suffix == ".png", "a .png file")
 
 
 def parse(schema: type[T], argv: Sequence[str], default: T | None, program: str) -> T:
-    """`default` with the flags of `argv` applied; None where `schema` has positional arguments.
+    """Applies the flags of `argv` to `default`, which is None if `schema` has positional arguments.
 
-    Every command begins here, and from here on prints what the terminal cannot show as escapes.
+    Every command begins here, and from here on escapes characters that the terminal cannot show.
 
     Raises:
-      UserError: an unknown flag, with the nearest one, or a value that is not of its type or
-        names another user's home that is not there.
+      UserError: a flag is unknown, and the message suggests the nearest one; or a value is not of
+        its type, or names the home of another user that does not exist.
       SystemExit: after `--help`.
     """
     escape_output()
@@ -138,7 +138,7 @@ def parse(schema: type[T], argv: Sequence[str], default: T | None, program: str)
 
 
 def _expand(config: Any) -> Any:
-    """Paths with the home for "~", which a shell leaves alone in `--flag=~/path`."""
+    """Replaces "~" in paths by the home, which a shell does not do in `--flag=~/path`."""
     changes = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -160,7 +160,7 @@ def _expand_path(path: Path) -> Path:
     except RuntimeError as error:
         raise UserError(f"{path}: {error}") from None
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:  # which later looks would raise, some of them late
+        if error.errno == errno.ENAMETOOLONG:  # later calls would raise it, some of them late
             shown = f"{str(path)[:40]}…"
             raise UserError(f"the path {shown} is too long for this system: shorten it") from None
     return path
@@ -193,7 +193,7 @@ def value_of(flag: str, argv: Sequence[str], default: str) -> str:
 
 
 def _first_paragraph(box: str) -> str:
-    """What tyro says first in its box of text, which is a title and paragraphs between rulers."""
+    """The first paragraph of tyro's text box, which has a title and paragraphs between rulers."""
     text = re.sub(r"^╭.*╮$", "title\n---", box.strip(), flags=re.MULTILINE)
     lines = [line.strip(" │|") for line in text.splitlines()]
     paragraphs = "\n".join(line if re.search(r"\w", line) else "---" for line in lines).split("---")

@@ -17,10 +17,10 @@ from flax_alexnet.models.architectures import ARCHITECTURES
 from flax_alexnet.utils.errors import UserError, unknown
 from flax_alexnet.utils.text import printable
 
-# Beyond these a value is a slip of the keyboard.
+# A larger value is a typing error.
 LARGEST_NUMBER = 1e10
 LARGEST_IMAGE = 8192
-LARGEST_TIMEOUT = 10**6  # seconds; with more, JAX's own would overflow
+LARGEST_TIMEOUT = 10**6  # seconds; a larger value would overflow in JAX
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Range:
     below: float | None = None
 
     def holds(self, value: Any) -> bool:
-        """Whether a number is one of them, or all of a tuple are; None always is."""
+        """Whether a number, or each number of a tuple, is in the range; None always is."""
         numbers = value if isinstance(value, tuple) else () if value is None else (value,)
         return all(
             (self.least is None or self.least <= number)
@@ -258,13 +258,13 @@ LOCAL = frozenset(
         "data.threads",
         "dataset.folder",
         "dataset.times",
-        "parallel.coordinator",  # only process 0 needs to know itself by another name
+        "parallel.coordinator",  # process 0 may know its own host by another name
         "parallel.join_timeout",
         "parallel.num_processes",
         "parallel.process_id",
     }
 )
-# What differs where digests do.
+# What has changed if a digest differs, in words.
 CONTENT = {
     "dataset.train_digest": "the images to train on",
     "dataset.eval_digest": "the images to evaluate on",
@@ -283,8 +283,8 @@ FREE_TO_CHANGE = LOCAL | {
     "parallel.mesh",
     "parallel.heartbeat_timeout",
 }
-# JAX's own settings, such as JAX_ENABLE_X64, by which the same flags give other numbers, with their
-# types. They are kept with a run as "jax.enable_x64".
+# Settings of JAX that change the numbers of a run, such as JAX_ENABLE_X64, with their types. A run
+# records them under names such as "jax.enable_x64".
 JAX_SETTINGS: dict[str, Any] = {
     "default_matmul_precision": str | None,
     "default_prng_impl": str,
@@ -341,10 +341,10 @@ def _check_ranges(config: Any, prefix: str = "") -> None:
 
 
 def frozen_layers(config: Config, names: Sequence[str]) -> frozenset[str]:
-    """The layers of those called `names` that `--freeze` means.
+    """The layers among `names` that `--freeze` selects.
 
     Raises:
-      UserError: a pattern that is none, or means no layer; or all are frozen.
+      UserError: a pattern is not valid or matches no layer, or all layers are frozen.
     """
     patterns = [pattern for value in config.freeze for pattern in value.split(",") if pattern]
     if config.freeze and not patterns:
@@ -356,10 +356,10 @@ def frozen_layers(config: Config, names: Sequence[str]) -> frozenset[str]:
 
 
 def layer_rates(config: Config, names: Sequence[str]) -> dict[str, float]:
-    """What multiplies the rate of each layer that `--optimizer.layer-rates` means.
+    """The factor of the rate for each layer that `--optimizer.layer-rates` selects.
 
     Raises:
-      UserError: something that is not PATTERN=NUMBER, or a pattern that means no layer.
+      UserError: a value is not PATTERN=NUMBER, or a pattern matches no layer.
     """
     flag = "optimizer.layer-rates"
     rates: dict[str, float] = {}
@@ -375,10 +375,10 @@ def layer_rates(config: Config, names: Sequence[str]) -> dict[str, float]:
 
 
 def _matching(flag: str, pattern: str, names: Sequence[str]) -> list[str]:
-    """The names that a pattern means: a regular expression, else a pattern as of file names.
+    """The names that match a pattern: a regular expression, or else a file name pattern.
 
     Raises:
-      UserError: it means none.
+      UserError: the pattern matches no name.
     """
     problem = ""
     try:
@@ -393,14 +393,14 @@ def _matching(flag: str, pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def misfit(values: Mapping[str, Any]) -> str:
-    """What a run's `config.json` has that no run wrote, in a few words; "" if there is nothing.
+    """The first entry of a run's `config.json` that is not valid, in a few words; "" if none.
 
-    That is a key which is unknown, or a value of another type than its field's.
+    An entry is not valid if its key is unknown or its value is not of its field's type.
 
     Args:
       values: flat, as JSON has them; some may be missing, as in a file of an older version.
     """
-    hints = _hints(Config) | {  # beside the flags: facts on the data, the past, the start, and JAX
+    hints = _hints(Config) | {  # besides the flags: data, batch sizes so far, --init-from, JAX
         "batch_sizes": tuple[tuple[int, int], ...],
         "dataset.train": int,
         "dataset.eval": int,
@@ -416,7 +416,7 @@ def misfit(values: Mapping[str, Any]) -> str:
         if name not in hints:
             return f"an {unknown('key', printable(name), hints, shown=('those of --help',))}"
         if not _fits(value, hint := hints[name]):
-            # Without modules: a path's is another in each version of Python.
+            # Module names are removed: that of a path depends on the version of Python.
             whole = hint.__name__ if isinstance(hint, type) else str(hint)
             expected = re.sub(r"(\w+\.)+(?=\w)", "", whole)
             return f"{name} {value!r}, where {expected} is expected"
@@ -433,7 +433,7 @@ def _hints(schema: type, prefix: str = "") -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value out of JSON is one of a field's type."""
+    """Whether a value from JSON has the type of a field."""
     choices = typing.get_args(hint)
     match typing.get_origin(hint):
         case typing.Literal:

@@ -11,10 +11,10 @@ from flax_alexnet.data.sources import NO_LABEL, Dataset
 from flax_alexnet.utils.errors import UserError, cause
 from flax_alexnet.utils.inputs import LARGEST_TEXT, read_bytes
 
-MOST_OF_CLASS = 0.1  # of a folder's: there are such images wherever people gather some
-MOST_OF_PREPARED = 0.001  # which was whole when it was prepared
-# Told of each image that cannot be read, its name, why, and its label or `NO_LABEL`; raises
-# UserError to end the run.
+MOST_OF_CLASS = 0.1  # of each class of a folder; collected images usually include a few bad ones
+MOST_OF_PREPARED = 0.001  # of a prepared split, which had no bad images when it was prepared
+# Called for each image that cannot be read, with its name, the reason, and its label or `NO_LABEL`;
+# it raises UserError to end the run.
 OnBad = Callable[[str, str, int], None]
 
 
@@ -28,9 +28,9 @@ class Limit:
     """How many images may be bad before a run ends: a share of each class.
 
     Args:
-      classes: what the images with each label are called, and how many there are, such as
-        `{0: ("images of cat", 40)}`; those under `NO_LABEL` are all that have none of the others.
-      share: of a class, 0 to 1.
+      classes: for each label, what its images are called and how many there are, such as
+        `{0: ("images of cat", 40)}`; `NO_LABEL` stands for all other labels.
+      share: the largest share of bad images in a class, 0 to 1.
     """
 
     def __init__(self, classes: Mapping[int, tuple[str, int]], share: float):
@@ -44,7 +44,7 @@ class Limit:
             self._counts[label if label in self._classes else NO_LABEL] += 1
 
     def exceeded(self, label: int) -> str:
-        """What is wrong where too many of the class with this label are bad, else ""."""
+        """The problem, if too many images of the class with this label are bad, else ""."""
         label = label if label in self._classes else NO_LABEL
         what, total = self._classes[label]
         count = self._counts[label]
@@ -56,8 +56,8 @@ class Limit:
 def limits(dataset: Dataset, max_bad: float | None) -> tuple[Limit, Limit]:
     """How many images of `dataset.train` and of `dataset.eval` may be bad.
 
-    Of a folder that is a share of each class, over both; of a prepared dataset, where labels are
-    not known before images are read, a share of each of both.
+    For a folder, the limit is a share of each class, over both splits together. For a prepared
+    dataset, it is a share of each split, since labels are not known before images are read.
 
     Args:
       dataset: as it was opened.
@@ -79,36 +79,36 @@ def limits(dataset: Dataset, max_bad: float | None) -> tuple[Limit, Limit]:
 
 
 class BadRecords:
-    """The bad images of one split, as they are found, by any thread.
+    """Records the bad images of one split as they are found, by any thread.
 
-    Counted is what this process has found since it started, so that an image that was repaired
-    no longer counts. The file names what any start of the run has found: a line
-    `{"split": …, "name": …, "problem": …}` an image, which no later start repeats. It does not
-    exist while nothing is bad.
+    Only images that this process has found since its start are counted, so that a repaired image no
+    longer counts. The file lists the images that any start of the run has found, one line
+    `{"split": …, "name": …, "problem": …}` for each, without repetitions. It does not exist while
+    no image is bad.
 
     Args:
-      workdir: of the run; process 0 writes `bad_records.jsonl` there, process p
+      workdir: the folder of the run; process 0 writes `bad_records.jsonl` there, process p
         `bad_records.p.jsonl`.
-      split: what the lines call it.
-      total: its images.
-      limit: of how many may be bad; with more the run ends. Several splits may share it.
-      process: this one.
+      split: the name of the split in the lines.
+      total: the number of images in the split.
+      limit: how many images may be bad before the run ends. Several splits may share it.
+      process: the index of this process.
     """
 
     def __init__(self, workdir: Path, split: str, total: int, limit: Limit, process: int = 0):
         self.path = workdir / (f"bad_records.{process}.jsonl" if process else "bad_records.jsonl")
         self._split, self._total, self._limit = split, total, limit
         self._names: set[str] = set()
-        self._last_count = 0  # how many `report` has told of
+        self._last_count = 0  # the number of images in the last report
         self._waiting: list[bytes] = []  # lines to be written
-        self._written: set[bytes] | None = None  # lines of the file; None: look
+        self._written: set[bytes] | None = None  # lines of the file; None: not known
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._names)
 
     def add(self, name: str, problem: str, label: int = NO_LABEL) -> None:
-        """Takes down an image; it may come again, and counts once.
+        """Records a bad image; an image that is added again counts once.
 
         Raises:
           UserError: there are too many.
@@ -132,7 +132,7 @@ class BadRecords:
             )
 
     def report(self) -> str:
-        """One line for the terminal, or "" where nothing was found since it was last asked for."""
+        """A line for the terminal, or "" if no bad image was found since the last call."""
         known, self._last_count = self._last_count, len(self)
         if self._last_count == known:
             return ""
@@ -142,7 +142,7 @@ class BadRecords:
         )
 
     def _write(self) -> None:
-        """Writes the lines that wait, but for those that an earlier start wrote."""
+        """Writes the waiting lines, except those that an earlier start has written."""
         cut = False  # whether a kill or a full disk cut the last line off
         if self._written is None:
             there = read_bytes(self.path, LARGEST_TEXT) if self.path.exists() else b""

@@ -15,10 +15,10 @@ from flax_alexnet.utils.errors import UserError
 
 CACHE_BYTES = 2**30  # decoded datasets up to this are kept in memory
 CHUNK = 64  # images that a thread is given at once
-READ_AT_ONCE = 16  # prepared images that it reads before it decodes them
+READ_AT_ONCE = 16  # prepared images that a thread reads before it decodes them
 EVERYTHING = slice(None)
 
-UNKNOWN, BAD = -2, -1  # in the place of a label: not tried yet, cannot be read
+UNKNOWN, BAD = -2, -1  # special labels: the image is not decoded yet, or cannot be read
 
 # "image": uint8[b, size, size, 3], "label": int32[b], and perhaps "mask": bool[b], false where an
 # image could not be read or only fills up the batch.
@@ -36,10 +36,10 @@ class Examples(abc.ABC):
         """The images at `indices`, with "mask"."""
 
     def take(self, indices: Sequence[int]) -> Batch:
-        """The images at `indices`; for a bad one the next, in a circle, that can be read.
+        """The images at `indices`; a bad one is replaced by the next one that can be read.
 
-        Who takes the place of a bad image follows from the data alone, and so is the same in any
-        thread, on any process, and after a run was resumed.
+        After the last image the search continues at the first. The replacement depends on the data
+        alone, so it is the same in any thread, on any process, and after a run was resumed.
 
         Raises:
           UserError: no image can be read.
@@ -60,7 +60,7 @@ class Examples(abc.ABC):
 
 
 class DecodedExamples(Examples):
-    """Images read and decoded each time they are asked for; `on_bad` is told of bad ones."""
+    """Images that are decoded at each request; `on_bad` is called for each bad one."""
 
     def __init__(
         self, source: Source, size: int, resize: ResizeRule = "paper", on_bad: OnBad = refuse
@@ -79,9 +79,9 @@ class DecodedExamples(Examples):
 
 
 class CachedExamples(Examples):
-    """Images decoded once and kept in memory: those of `share` now, others when asked for.
+    """Images decoded once and kept in memory: those of `share` at once, others on request.
 
-    `on_bad` is told of those that cannot be read.
+    `on_bad` is called for each image that cannot be read.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class CachedExamples(Examples):
     def _fill(self, rows: Sequence[int]) -> list[Example]:
         """Decodes some images; returns the bad ones."""
         examples = _read(self._source, rows, self._size, self._resize)
-        # Put there when they are whole, since another thread may read them already.
+        # Images are stored only once they are complete, since another thread may read them.
         for row, example in zip(rows, examples, strict=True):
             if example.image is not None:
                 self._images[row] = example.image
@@ -124,14 +124,14 @@ def open_examples(
     resize: ResizeRule = "paper",
     on_bad: OnBad = refuse,
 ) -> Examples:
-    """`source` brought to `size` × `size`: kept in memory where that takes less than 1 GiB.
+    """Opens `source` at `size` × `size`; its images are kept in memory if they take up to 1 GiB.
 
-    All images of `share` are tried here, before the training. Large datasets that were prepared
-    were tried then, and are not here.
+    All images of `share` are decoded here once, before the training, to find bad ones. Large
+    prepared datasets are not, since they were checked when they were prepared.
 
     Raises:
-      UserError: an image without a label; or one that cannot be read, where `on_bad`, which is
-        told of each in order, raises it.
+      UserError: an image has no label; or `on_bad`, which is called in order for each image that
+        cannot be read, raises it.
     """
     if len(source) * size * size * 3 <= CACHE_BYTES:
         return CachedExamples(source, size, share, resize, on_bad)
@@ -143,7 +143,7 @@ def open_examples(
 def _try(
     source: Source, share: slice, function: Callable[[Sequence[int]], list[Example]], on_bad: OnBad
 ) -> None:
-    """Tells `on_bad` of the bad images of `share`, in order, which `function` of rows finds."""
+    """Calls `on_bad`, in order, for the bad images that `function` finds in the rows of `share`."""
     for bad in map_threads(function, chunks(np.arange(len(source))[share])):
         for example in bad:
             on_bad(example.name, example.problem, example.label)
@@ -169,8 +169,8 @@ def _batch(images: np.ndarray, labels: np.ndarray) -> Batch:
 def _records(source: Source, rows: Sequence[int]) -> Iterator[Record]:
     """The images at `rows`, encoded.
 
-    Reading is Python, in which threads wait for one another: some at once take less time. Of a
-    folder, whose files may be as large as `decode` allows, no more than one is held.
+    Reading is Python code, in which threads wait for one another, so reading several at once takes
+    less time. The files of a folder may be as large as `decode` allows and are read one by one.
     """
     at_once = READ_AT_ONCE if source.prepared else 1
     for start in range(0, len(rows), at_once):
@@ -184,9 +184,9 @@ def _read(
     resize: ResizeRule,
     out: Iterable[np.ndarray] | None = None,
 ) -> list[Example]:
-    """The images at `rows`; UserError for a label that is out of range.
+    """Decodes the images at `rows`. Raises UserError for a label that is out of range.
 
-    With `out`, squares for them are put there.
+    `out` gives the arrays into which the images are decoded.
     """
     places = itertools.repeat(None) if out is None else out
     examples = [

@@ -17,24 +17,24 @@ from flax_alexnet.utils.errors import first_line
 from flax_alexnet.utils.inputs import open_regular, read_bytes
 from flax_alexnet.utils.text import printable
 
-LARGEST_IMAGE = 178_956_970  # pixels: where Pillow refuses an image; half of that it warns at
-# Pixels up to which an image is decoded whole, which takes up to 22 bytes each. A larger JPEG is
-# decoded at a half, a quarter or an eighth of its size; other formats cannot be. All threads
-# together decode no more at a time, however many they are; but small JPEGs are not counted, since
-# counting takes a lock that threads wait for: a fortieth of the time of a prepared image.
+LARGEST_IMAGE = 178_956_970  # pixels: Pillow rejects more, and warns from half of that on
+# The most pixels that are decoded at full size, which takes up to 22 bytes each. A larger JPEG is
+# decoded at a half, a quarter or an eighth of its size; a larger image in another format is not
+# decoded. The limit holds for all threads together. Small JPEGs do not count, since the lock takes
+# a fortieth of the time of a prepared image.
 LARGEST_WHOLE = 20_000_000
 SMALL = 2**17  # pixels: 3 MB
-# A JPEG in several scans, such as a progressive one, keeps 2 bytes of each value until the last,
-# whatever its size then, and each scan passes over all of them, however little it says.
+# For a JPEG in several scans, such as a progressive one, the decoder keeps 2 bytes of each value
+# until the last scan, at any decoded size, and each scan passes over all values.
 LARGEST_IN_SCANS = 150_000_000  # pixels times channels
 LONGEST_IN_SCANS = 1_500_000_000  # pixels times scans: about 2 s
-# What Pillow decodes in Python takes some seconds a megapixel: plain and scaled PPM, BMP in runs.
+# Pillow decodes these in Python, in seconds per megapixel: plain and scaled PPM, BMP in runs.
 LARGEST_SLOW = 2**18  # pixels, and bytes
-# An image that is arithmetic coded, which no camera does, takes ten times as long.
+# An arithmetic-coded JPEG, which no camera writes, takes ten times as long.
 ARITHMETIC_IS_SLOWER = 10
-MOST_ROWS = 2**18  # of what Pillow decodes, which keeps a pointer to each
+MOST_ROWS = 2**18  # of an image that Pillow decodes; Pillow keeps a pointer to each row
 LARGEST_FILE = 200_000_000  # bytes
-# Of what Pillow reads; some others start programs, or read what is no image of pixels.
+# The formats of Pillow that are read; some others start programs or are not images of pixels.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 TILE_WIDTH, TILE_LENGTH = 322, 323  # of a TIFF
 # Kinds of a JPEG's segments.
@@ -42,14 +42,14 @@ PROGRESSIVE, LOSSLESS, ARITHMETIC = {0xC2, 0xCA}, {0xC3, 0xCB}, {0xC9, 0xCA, 0xC
 EXIF, XMP = ("exif", "Raw profile type exif"), ("XML:com.adobe.xmp", "xmp")  # Pillow's names
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of damaged metadata
-# Of large images in blocks of 16 MB, as Pillow has them, each thread's heap would keep some for
-# ever. One block goes back to the system.
+# Pillow stores a large image in blocks of 16 MB by default, and each thread's heap would keep some
+# of them forever. A single block is given back to the system.
 Image.core.set_block_size(2**27)
-PngImagePlugin.MAX_TEXT_MEMORY = 2**22  # bytes, of which each thread may hold so many; else 64 MB
+PngImagePlugin.MAX_TEXT_MEMORY = 2**22  # bytes that each thread may hold; the default is 64 MB
 
 
 class _Room:
-    """So many pixels that threads may hold at a time; whoever needs more than are left waits."""
+    """A number of pixels that threads may hold; a thread waits if it needs more than are left."""
 
     def __init__(self, pixels: int):
         self._all = self._left = pixels
@@ -57,7 +57,7 @@ class _Room:
 
     @contextlib.contextmanager
     def take(self, pixels: int) -> Iterator[None]:
-        """Holds so many pixels, or all."""
+        """Holds `pixels` pixels, or all that there are if these are fewer."""
         pixels = min(pixels, self._all)
         with self._changed:
             self._changed.wait_for(lambda: pixels <= self._left)
@@ -76,26 +76,26 @@ ROOM = _Room(LARGEST_WHOLE)
 def decode(
     encoded: bytes, size: int, resize: ResizeRule = "paper", out: np.ndarray | None = None
 ) -> np.ndarray:
-    """An image in any usual format to uint8[size, size, 3], RGB.
+    """Decodes an image in any usual format to uint8[size, size, 3], RGB.
 
-    What is inside counts, not what a file's name says. Grey and CMYK become RGB, 16 bits a channel
-    become 8, transparency is dropped, of an animation the first frame is taken, and an image is
-    turned as its EXIF orientation says. JPEGs of more than `LARGEST_WHOLE` pixels are decoded at a
-    lower resolution, still at least twice `size`, so that no image takes more than 500 MB. Nor
-    do several threads together: small images are decoded side by side, large ones in turn.
+    The content decides the format, not the file name. Grey and CMYK become RGB, 16 bits a channel
+    become 8, transparency is dropped, the first frame of an animation is taken, and the image is
+    rotated to its EXIF orientation. JPEGs of more than `LARGEST_WHOLE` pixels are decoded at a
+    lower resolution, still at least twice `size`, so that no image takes more than 500 MB. Several
+    threads together take no more: they decode small images in parallel and large ones in turn.
 
     Args:
       encoded: the image as it lies on the disk.
       size: pixels a side.
       resize: the rule.
-      out: uint8[size, size, 3] that takes the result, such as a row of a batch: a prepared JPEG is
-        decoded right into it. Whatever it holds after an error is no image. None makes it.
+      out: uint8[size, size, 3] for the result, such as a row of a batch; a prepared JPEG is decoded
+        directly into it. After an error its content is not an image. None: a new array is made.
 
     Raises:
-      DecodeError: the bytes are truncated, damaged, no image, one with 32 bits a channel, one of
-        more pixels than `LARGEST_IMAGE` (of a JPEG in several scans `LARGEST_IN_SCANS` over its
-        channels, of another format `LARGEST_WHOLE`, or `LARGEST_SLOW`), or one whose file is made
-        up of more parts than an image needs (`containers`).
+      DecodeError: the bytes are truncated, damaged or no image; the image has 32 bits a channel, or
+        more pixels than `LARGEST_IMAGE` (in a JPEG of several scans, than `LARGEST_IN_SCANS` over
+        its channels; in another format, than `LARGEST_WHOLE` or `LARGEST_SLOW`); or its file has
+        more parts than an image needs (`image_files`).
     """
     with contextlib.ExitStack() as resources:
         resized = resize_to(_pixels(encoded, 2 * size, resources, out), size, resize)
@@ -106,7 +106,7 @@ def decode(
 
 
 def read_file(path: str | Path) -> bytes:
-    """An image's bytes; DecodeError where there are none to be had, or too many."""
+    """The bytes of an image. Raises DecodeError if the file cannot be read or is too large."""
     try:
         return read_bytes(path, LARGEST_FILE)
     except OSError as error:
@@ -116,7 +116,7 @@ def read_file(path: str | Path) -> bytes:
 def is_image_file(path: str | Path) -> bool | None:
     """Whether a file begins as an image does, in a format that `decode` reads.
 
-    None where nobody can tell, since it is empty or cannot be read: it may have been one.
+    The result is None if the file is empty or cannot be read: it may have been an image.
     """
     try:
         with open_regular(path) as file:
@@ -132,7 +132,7 @@ def is_image_file(path: str | Path) -> bool | None:
     if start.startswith(b"P") and not start[2:3].isspace():  # likewise
         return False
     Image.init()  # once
-    padded = start.ljust(18, b"\0")  # Pillow's own functions look at a place without asking
+    padded = start.ljust(18, b"\0")  # Pillow's own functions do not check the length
     return any(accept(padded) for name in FORMATS if (accept := Image.OPEN[name][1]))
 
 
@@ -164,7 +164,7 @@ def resize_to(image: np.ndarray, size: int, resize: ResizeRule = "paper") -> np.
         resized = opened.resize(sides, Image.Resampling.BILINEAR)
         resized = resized.crop((left, top, left + size, top + size))
     else:
-        # The square is cut out of the original's pixels and scaled once: no resized copy between.
+        # The square is cut out and scaled in one operation, without a resized copy in between.
         left, top = (width - short) / 2, (height - short) / 2
         box = (left, top, left + short, top + short)
         resized = opened.resize((size, size), Image.Resampling.BICUBIC, box=box)
@@ -177,9 +177,9 @@ def _pixels(
     resources: contextlib.ExitStack,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """uint8[h, w, 3], upright; of a very large JPEG with sides of at least `enough` pixels.
+    """uint8[h, w, 3], upright; a very large JPEG is reduced to sides of at least `enough` pixels.
 
-    It may lie in `out`, where that has the same shape. The room that they take is given back when
+    The result may lie in `out`, if that has the same shape. The pixels count against `ROOM` until
     `resources` is closed.
     """
     if not encoded:
@@ -220,7 +220,7 @@ def _jpeg(
 
 
 def _check_few_scans(jpeg: bytes, segments: list[Segment], channels: int, pixels: int) -> None:
-    """Raises DecodeError where a JPEG that is not decoded row by row is too large for that."""
+    """Raises DecodeError if a JPEG that cannot be decoded row by row is too large."""
     kinds = {segment.kind for segment in segments}
     first = segments[-1]
     if jpeg[first.body : first.body + 1] == bytes([channels]) and not kinds & PROGRESSIVE:
@@ -232,7 +232,7 @@ def _check_few_scans(jpeg: bytes, segments: list[Segment], channels: int, pixels
 
 
 def _other(encoded: bytes, resources: contextlib.ExitStack) -> np.ndarray:
-    """What Pillow decodes: any format, or a JPEG without its EXIF data, which is not turned."""
+    """Decodes with Pillow: any other format, or a JPEG without EXIF data, which is not rotated."""
     image_files.check_decodable(encoded)
     with Image.open(image_files.Stream(encoded), formats=FORMATS) as image:
         _check_at_most(LARGEST_WHOLE, _stored(image))
@@ -251,14 +251,14 @@ def _other(encoded: bytes, resources: contextlib.ExitStack) -> np.ndarray:
         if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey rather than scale it
             grey = (np.asarray(image) >> 8).astype(np.uint8)
             return _turned(np.repeat(grey[..., None], 3, axis=-1), _orientation(image))
-        if image.mode in ("I", "F"):  # and of these nobody knows the range
+        if image.mode in ("I", "F"):  # the range of their values is not known
             raise DecodeError("it has 32 bits a channel; save it with 8 or 16")
         rgb = image if image.mode == "RGB" else image.convert("RGB")  # else a copy for nothing
         return _turned(np.asarray(rgb), _orientation(image))
 
 
 def _stored(image: Image.Image) -> int:
-    """The pixels that are decoded: a TIFF's tiles may reach far over the edges of its image."""
+    """The number of pixels that are decoded; a TIFF's tiles may extend far beyond its image."""
     tags = getattr(image, "tag_v2", {})
     tile = tags.get(TILE_WIDTH, 1), tags.get(TILE_LENGTH, 1)
     width, height = (-(-side // step) * step for side, step in zip(image.size, tile, strict=True))
@@ -277,7 +277,7 @@ def _check_at_most(largest: int, pixels: int) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8, of an image that Pillow has decoded and not turned: PNG and WebP."""
+    """The orientation, 1 to 8, of an image that Pillow has not rotated itself: PNG and WebP."""
     if image.format == "TIFF":  # which Pillow has turned
         return 1
     exif, raw = (image.info.get(name) for name in EXIF)
@@ -289,7 +289,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """The pixels upright, where EXIF data say this of them."""
+    """The pixels rotated and mirrored from their EXIF orientation to upright."""
     if orientation in (5, 6, 7, 8):  # the first row of the file is a side of the image
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):

@@ -1,4 +1,4 @@
-"""Decoded images, each with its outcome: one that cannot be read stops no other."""
+"""Decoded images, each with its outcome: an image that cannot be read does not stop the others."""
 
 import functools
 import glob
@@ -38,12 +38,12 @@ class Example(NamedTuple):
 def find_images(arguments: Sequence[str]) -> FolderSource:
     """The files that paths, folders (with all below them) and globs name, in that order.
 
-    Hidden files are passed over; any other is taken, whatever its name says, so that each has an
-    outcome. A file that is named twice is taken once, and no link to a folder is followed but one
-    that is named, or is what a part of a glob other than "**" stands for: it may lead back.
+    Hidden files are skipped. All other files are taken, whatever their names, so that each has an
+    outcome. A file that is named twice is taken once. A link to a folder is followed only if it is
+    named, or if a part of a glob other than "**" matches it, since links may form a cycle.
 
     Raises:
-      UserError: an argument that names nothing, or a folder that cannot be read.
+      UserError: an argument names no file, or a folder cannot be read.
     """
     if not arguments:
         raise UserError("no images: name files, folders or globs")
@@ -51,10 +51,10 @@ def find_images(arguments: Sequence[str]) -> FolderSource:
     place = functools.cache(os.path.realpath)
     for argument in arguments:
         expanded = os.path.expanduser(argument)
-        # A name may hold the signs of a glob, so what is there goes first.
+        # A file name may contain the wildcards of a glob, so an existing path takes precedence.
         with reading():
             named = [expanded] if os.path.lexists(expanded) else _expand(expanded)
-            # What a link leads to, and is also there, keeps its own name.
+            # Links come last, so that a folder that is also found directly keeps its own name.
             named.sort(key=lambda path: (os.path.islink(path) and os.path.isdir(path), path))
             paths = [Path(file) for path in named for file in _files(path)]
         if not paths:
@@ -76,7 +76,7 @@ def open_split(
     Args:
       name: as for `open_splits`.
       data_dir: likewise.
-      split: of TFDS, or as `FolderSplits` has it; None is "validation" where there is one, else
+      split: a split of TFDS, or one of `FolderSplits`; None is "validation" if there is one, else
         "test".
       image_key: as for `open_splits`.
       label_key: likewise.
@@ -99,7 +99,7 @@ def _files(path: str) -> list[str]:
 
 
 def _expand(pattern: str) -> list[str]:
-    """What a glob names, where "**" is any number of folders, each once: it follows no link."""
+    """The paths that a glob names, each once; "**" matches any number of folders, but no links."""
     parts = pattern.split(os.sep)
     if "**" not in parts:
         return glob.glob(pattern)
@@ -135,10 +135,10 @@ def read_examples(
 
 
 def read_record(source: Source, index: int, *, strict: bool = False) -> Record:
-    """One image of a source, still encoded; one that cannot be read has a problem.
+    """One encoded image of a source; if it cannot be read, its record says why.
 
     Raises:
-      UserError: the dataset is damaged, if `strict`; else that is the problem of the image.
+      UserError: the dataset is damaged and `strict` is set; else the record says so.
     """
     try:
         return source.read(index)
@@ -154,7 +154,7 @@ def read_record(source: Source, index: int, *, strict: bool = False) -> Record:
 def decode_record(
     record: Record, size: int, resize: ResizeRule, out: np.ndarray | None = None
 ) -> Example:
-    """A record brought to `size` × `size`; with `out` the image is put there, see `decode`."""
+    """Decodes a record to `size` × `size`, into `out` if it is given; see `decode`."""
     image, problem = None, record.problem
     if not problem:
         try:
@@ -165,7 +165,7 @@ def decode_record(
 
 
 def summarize(problems: Sequence[tuple[str, str]], total: int, what: str = "images") -> str:
-    """What became of `total` images, of which those of `problems`, (name, why), were not read."""
+    """A summary of `total` images, of which those in `problems`, (name, reason), were not read."""
     lines = [f"{total - len(problems):,} of {total:,} {what} read"]
     if problems:
         lines[0] += f"; {len(problems):,} not:"

@@ -1,7 +1,7 @@
 """The order of images, and batches of them, with Grain.
 
-Which images a batch holds, and in which order, follows from the seed and the number of images
-before it alone: not from the number of processes or threads, nor from where a run was interrupted.
+The images of a batch and their order depend only on the seed and on the number of images before
+it. They do not depend on the number of processes or threads, or on where a run was interrupted.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +23,12 @@ def training_batches(
     threads: int = 2,
     rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Batches without end, each epoch a new permutation, after the first `start` images.
+    """Endless batches after the first `start` images; each epoch is a new permutation.
 
     The stream of images is cut into batches of `batch_size`, which may span two epochs, so
-    that every image is seen equally often. The place of one that cannot be read is taken by the
-    next one in `examples`. Of each batch only `rows` are read, those of the process's own devices;
-    None is all.
+    that every image is seen equally often. An image that cannot be read is replaced by the next
+    one in `examples`. Only the `rows` of each batch are read, which are those of the process's own
+    devices; None: all rows.
     """
     order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
     return _batches(order, examples.take, batch_size, start, threads, rows)
@@ -43,8 +43,8 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Every image exactly once, in order; the last batch is filled up and masked.
 
-    Batches have an entry "mask": bool[b], false for what was filled up, and for what stands in the
-    place of an image that cannot be read.
+    Batches have an entry "mask": bool[b], which is false for rows that fill up the batch and for
+    images that cannot be read.
     """
     whole = -(-len(examples) // batch_size) * batch_size
 
@@ -62,9 +62,9 @@ def evaluation_batches(
 
 
 class _Batches(grain.MapDataset):
-    """Some rows of each batch of an order of indices, all of which `read` reads at once.
+    """Some rows of each batch of a sequence of indices; `read` reads all rows of a batch at once.
 
-    The first batch begins at place `start` of the order.
+    The first batch begins at position `start` of the sequence.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ def _batches(
         flags.FLAGS.mark_as_parsed()
     rows = range(batch_size) if rows is None else rows
     dataset = _Batches(order, read, batch_size, start, rows)
-    # Each thread makes a whole batch: two ahead of each keep the device fed without much memory.
+    # Each thread makes whole batches. Two prefetched batches per thread keep the device busy
+    # without much memory.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return iter(dataset.to_iter_dataset(options))

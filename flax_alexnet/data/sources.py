@@ -1,7 +1,7 @@
 """Where images come from: the embedded dataset, TFDS names, folders of class folders.
 
-Each has `Splits`; each split is a `Source`: a length, encoded images with their labels by index,
-and label names.
+Each of these has `Splits`, and each split is a `Source`: it has a length, encoded images with their
+labels by index, and label names.
 """
 
 import contextlib
@@ -42,14 +42,14 @@ from flax_alexnet.utils.text import printable
 from flax_alexnet.utils.user_folders import home
 
 FOLDER = "folder:"
-NO_LABEL = -1  # of an image whose right class nobody said
+NO_LABEL = -1  # the label of an image whose class is not known
 PREPARED_FOLDER = "prepared_folder"  # what TFDS calls folders once they are prepared
-POLL = 0.2  # seconds between two looks at what another process does
-END_OF_IMAGE = 2**12  # bytes at either end of a file that are compared
-END_OF_SHARD = 2**16  # the last ones say where each of its records lies
+POLL = 0.2  # seconds between two checks whether another process has finished
+END_OF_IMAGE = 2**12  # bytes that are compared at either end of an image file
+END_OF_SHARD = 2**16  # the same for a shard; its last bytes say where each record is
 # What TFDS raises for a prepared dataset whose description is damaged.
 UNREADABLE = (ParseError, tfds.core.dataset_info.DatasetInfoFileError)
-# What else it stumbles over in one that is JSON, but is not what it expects.
+# What TFDS also raises for a description that is JSON, but has unexpected content.
 MISREAD = (AssertionError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
@@ -63,7 +63,7 @@ class Record(NamedTuple):
 
 
 class Records(Protocol):
-    """Encoded images by index, any of which may turn out to be none."""
+    """Encoded images by index, any of which may turn out to be unreadable."""
 
     label_names: Sequence[str]
 
@@ -75,14 +75,14 @@ class Records(Protocol):
         """The image at `index`.
 
         Raises:
-          DecodeError: why there is none.
+          DecodeError: the image cannot be read, and the message says why.
           UserError: the prepared dataset is damaged.
         """
         ...
 
 
 class Source(Records, Protocol):
-    """What any dataset is to the rest of the program."""
+    """The interface of a split for the rest of the program."""
 
     prepared: bool  # whether every image was decoded once before, when it was prepared
 
@@ -96,11 +96,11 @@ class Source(Records, Protocol):
         ...
 
     def stamp(self, index: int, /) -> tuple[int, int]:
-        """The bytes of the image's own file and when it was changed, in ns; 0, 0 of none."""
+        """Size and modification time (ns) of the image's own file; 0, 0 if it has none."""
         ...
 
     def digest(self) -> Digest:
-        """Over all images: another one says that some have changed, or cannot be read now."""
+        """A digest of all images, which differs if some have changed or can no longer be read."""
         ...
 
 
@@ -115,17 +115,17 @@ class Dataset(NamedTuple):
 
 
 class Splits(Protocol):
-    """A dataset of which nothing is opened yet."""
+    """The splits of a dataset, none of which is opened yet."""
 
     @property
     def names(self) -> Sequence[str]: ...
 
     def open(self, split: str, /) -> Source:
-        """A split, or what else the dataset calls so; UserError where there is none."""
+        """Opens a split by any name that the dataset accepts. Raises UserError for other names."""
         ...
 
     def note(self) -> str:
-        """What the user should know of what was opened, in lines, or ""."""
+        """Lines that tell the user about the splits that were opened, or ""."""
         ...
 
 
@@ -133,7 +133,7 @@ def default_data_dir() -> Path:
     """Where TFDS keeps its datasets: `TFDS_DATA_DIR`, or `tensorflow_datasets` in the home.
 
     Raises:
-      UserError: neither is there, as in a container whose user the system does not know.
+      UserError: the variable is not set, and the user has no home, as in some containers.
     """
     if variable := os.environ.get("TFDS_DATA_DIR"):
         return Path(os.path.expanduser(variable))
@@ -159,15 +159,15 @@ def open_dataset(
     Args:
       name: "shapes_and_textures", a TFDS name, or "folder:PATH".
       data_dir: where prepared datasets lie.
-      train_split: of TFDS, slices such as "train[:90%]" included; of a folder as `FolderSplits`.
-      eval_split: likewise; None is "validation" where there is one, else "test".
-      image_key: of the images.
-      label_key: of the labels.
-      label_order: of a folder.
+      train_split: a split of TFDS, or a slice such as "train[:90%]", or one of `FolderSplits`.
+      eval_split: likewise; None is "validation" if there is one, else "test".
+      image_key: the feature of TFDS with the images.
+      label_key: the feature of TFDS with the labels.
+      label_order: the order of the classes of a folder.
 
     Raises:
-      UserError: no such dataset or split, not prepared, of a form that cannot be read, or without
-        labels.
+      UserError: the dataset or a split does not exist, is not prepared, has a form that cannot be
+        read, or has no labels.
     """
     splits = open_splits(name, data_dir, image_key, label_key, label_order)
     held_out = eval_split or held_out_split(splits)
@@ -189,7 +189,7 @@ def open_dataset(
 
 
 def held_out_split(splits: Splits) -> str | None:
-    """The split that a training does not see, and evaluates on; None where there is none."""
+    """The split that a run evaluates on and does not train on; None if there is none."""
     return next((split for split in ("validation", "test") if split in splits.names), None)
 
 
@@ -200,21 +200,21 @@ def open_splits(
     label_key: str | None = None,
     label_order: Sequence[str] = (),
 ) -> Splits:
-    """What splits the dataset called `name` has; only those that are asked for are opened.
+    """The splits of the dataset called `name`; each of them is opened only on request.
 
-    The embedded dataset is prepared here if it is not yet; others must have been.
+    The embedded dataset is prepared here if it is not prepared yet; others must be prepared.
 
     Args:
       name: "shapes_and_textures", a TFDS name, or "folder:PATH"; a TFDS name may carry a
         configuration and a version, such as "cifar10:3.0.2".
       data_dir: where prepared datasets lie; None for `default_data_dir()`.
-      image_key: the feature of TFDS with the images; None for the first of its supervised keys,
-        or "image" where it has none.
-      label_key: that with the labels; None for the second, or "label".
-      label_order: the classes of a folder in the order that a run has them in.
+      image_key: the feature of TFDS with the images; None: the first of the supervised keys, or
+        "image" if there are none.
+      label_key: the feature of TFDS with the labels; None: the second of these keys, or "label".
+      label_order: the classes of a folder in the order that a run has recorded.
 
     Raises:
-      UserError: no such dataset, not prepared, or of a form that cannot be read.
+      UserError: the dataset does not exist, is not prepared, or has a form that cannot be read.
     """
     if name.startswith(FOLDER):
         return FolderSplits(folder_of(name), label_order)
@@ -236,20 +236,20 @@ def open_splits(
 def prepare_with_tfds(
     make: Callable[[], tfds.core.DatasetBuilder],
 ) -> tfds.core.DatasetBuilder:
-    """Prepares what a builder of TFDS makes: one process does, and the others wait for it.
+    """Prepares a dataset of TFDS: one process prepares it, and the others wait for it.
 
     Args:
-      make: gives the builder, again where another process has prepared the dataset.
+      make: returns the builder; it is called again after another process prepared the dataset.
 
     Returns:
-      The builder of the dataset, which is prepared.
+      The builder of the prepared dataset.
     """
     waits = False
     while not (builder := make()).is_prepared():
         folder = Path(builder.data_path)
         try:
             with alone(folder):
-                # A process that was killed leaves them.
+                # Remove the folders that a killed process left.
                 for left in folder.parent.glob(f"incomplete.*_{folder.name}"):
                     shutil.rmtree(left)
                 if not (builder := make()).is_prepared():
@@ -263,7 +263,7 @@ def prepare_with_tfds(
 
 
 def place_of(name: str, data_dir: Path | None = None) -> Path:
-    """The folder, from everywhere, that a dataset called `name` lies in or is prepared in."""
+    """The absolute path of the folder in which the dataset called `name` lies or is prepared."""
     folder = folder_of(name) if name.startswith(FOLDER) else data_dir or default_data_dir()
     return folder.resolve()
 
@@ -284,7 +284,7 @@ class TfdsSplits:
     ):
         self._builder = builder
         self.names = list(builder.info.splits)
-        # With two there are an image and its label; with three, a weight as well.
+        # Two keys are those of an image and its label; a third key is that of a weight.
         keys: Sequence[str] = builder.info.supervised_keys or ()
         named = len(keys) in (2, 3) and all(isinstance(key, str) for key in keys)
         image, label = keys[:2] if named else ("image", "label")
@@ -344,11 +344,11 @@ class TfdsSource:
         return len(self._data)
 
     def name(self, index: int) -> str:
-        """What messages call the image."""
+        """The name of the image in messages."""
         return f"{self._split}[{index}]"
 
     def label(self, index: int) -> int:
-        """Not known before the record is read."""
+        """`NO_LABEL`, since the label is not known before the record is read."""
         del index
         return NO_LABEL
 
@@ -358,19 +358,19 @@ class TfdsSource:
         return list(self._files)
 
     def stamp(self, index: int) -> tuple[int, int]:
-        """Nothing, since many images share a file."""
+        """0, 0, since many images share a file."""
         del index
         return 0, 0
 
     def digest(self) -> Digest:
-        """Over its files; their times count for nothing."""
+        """The digest of its files, without their modification times."""
         digest = digest_files([(path.name, path) for path in self._files], END_OF_SHARD)
         return digest._replace(times="")
 
     def read(self, index: int) -> Record:
         """The record at `index`; UserError where its file is missing, cut off, or damaged."""
         try:
-            # As TFDS does, eight times as fast: Python, in which threads wait for one another.
+            # TFDS's own parsing takes eight times as long, in Python, where threads must wait.
             example = tf_example_pb2.Example.FromString(self._data[index])
             values = example.features.feature
             (image,) = values[self._image].bytes_list.value
@@ -402,20 +402,20 @@ class FolderSource:
         return printable(str(self.files[index][0]))
 
     def label(self, index: int) -> int:
-        """That of its folder."""
+        """The label of the folder that the image is in."""
         return self.files[index][1]
 
     def stamp(self, index: int) -> tuple[int, int]:
-        """The bytes of the image's file and when it was changed; 0, 0 where it cannot be read."""
+        """Size and modification time (ns) of the image's file; 0, 0 if it cannot be read."""
         try:
             status = os.stat(self.files[index][0])
         except OSError:
             return 0, 0
-        # It is stored in 64 bits, which count the nanoseconds until the year 2262.
+        # A feature file stores the time in 64 bits, which hold nanoseconds until the year 2262.
         return status.st_size, min(status.st_mtime_ns, 2**63 - 1)
 
     def digest(self) -> Digest:
-        """Over its files, by their places below the folder that all are in."""
+        """The digest of its files, by their paths relative to their common folder."""
         paths = [os.fspath(path) for path, _ in self.files]
         top = len(os.path.commonpath(paths))
         return digest_files([(path[top:], path) for path in paths], END_OF_IMAGE)
@@ -427,19 +427,19 @@ class FolderSource:
 
 
 class FolderSplits:
-    """The images of a folder of class folders, or of folders that hold such.
+    """The splits of a folder of class folders, or of a folder with one such folder per split.
 
-    These are PATH/train, PATH/validation and PATH/test, by any of the names in `SPLITS`. Or they
-    are PATH, or PATH/train alone, with a tenth held out as "test": every tenth image in the order
-    of classes and names, so that each class gives its share and the same image is held out every
-    time.
+    The splits are PATH/train, PATH/validation and PATH/test, by any of the names in `SPLITS`. If
+    there is only PATH, or PATH/train alone, a tenth of it is held out as "test": every tenth image
+    in the order of classes and names, so that each class gives its share and the same images are
+    held out every time.
 
     Args:
       path: the folder.
-      label_order: of the classes; their natural order where these are not the classes.
+      label_order: the order of the classes; if it has other classes, their natural order is used.
 
     Raises:
-      UserError: no folder, or one that cannot be read.
+      UserError: the folder does not exist or cannot be read.
     """
 
     def __init__(self, path: Path, label_order: Sequence[str] = ()):
@@ -453,18 +453,18 @@ class FolderSplits:
             self._folders = {s: path / name for s, name in split_folders(path).items()}
             others = [path / name for name in subfolders(path) if standard_split(name)]
         self._unused = [p for p in others if self._folders and p not in self._folders.values()]
-        # A tenth is held out where nothing else is.
+        # The folder of which a tenth is held out, if there is no other held-out split.
         self._whole = (
             self._folders.get("train", path) if self._folders.keys() <= {"train"} else None
         )
         self.names = ["train", "test"] if self._whole else list(self._folders)
 
     def open(self, split: str) -> "FolderSource | Joined":
-        """The split of a standard name, or of one of its `SPLITS`; "all" is all of them.
+        """Opens a split by its standard name or another one in `SPLITS`; "all" joins all splits.
 
         Raises:
-          UserError: none of that name, one that cannot be read, too few classes or images, or
-            classes that are not those of the other splits.
+          UserError: the split does not exist, cannot be read, has too few classes or images, or
+            has other classes than the other splits.
         """
         if split == "all":
             return Joined([self.open(name) for name in self.names])
@@ -512,11 +512,11 @@ class FolderSplits:
 
     @property
     def others(self) -> list[str]:
-        """Files there that are none."""
+        """The files in these class folders that are not images."""
         return [other for _, others in self._listed.values() for other in others]
 
     def note(self) -> str:
-        """How many these others are; and folders called as splits that have no class folders."""
+        """Lines with the number of `others`, and with split folders that have no class folders."""
         lines = [
             f"{printable(str(folder))} has no class folders and is not used"
             for folder in self._unused
@@ -526,7 +526,7 @@ class FolderSplits:
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """Says in a line which folder cannot be read."""
+    """Turns an OSError into a UserError that says which folder cannot be read."""
     try:
         yield
     except OSError as error:
@@ -554,27 +554,27 @@ class Joined:
         return self._parts[-1], index
 
     def name(self, index: int) -> str:
-        """What its part calls the image."""
+        """The name of the image in its part."""
         source, index = self._find(index)
         return source.name(index)
 
     def label(self, index: int) -> int:
-        """What its part says."""
+        """The label of the image in its part."""
         source, index = self._find(index)
         return source.label(index)
 
     def stamp(self, index: int) -> tuple[int, int]:
-        """That of its part."""
+        """The stamp of the image in its part."""
         source, index = self._find(index)
         return source.stamp(index)
 
     @property
     def paths(self) -> list[Path]:
-        """Those of its parts."""
+        """The files of all parts."""
         return [path for part in self._parts for path in part.paths]
 
     def digest(self) -> Digest:
-        """Over those of its parts."""
+        """A digest over the digests of the parts."""
         return join([part.digest() for part in self._parts])
 
     def read(self, index: int) -> Record:
@@ -607,7 +607,7 @@ def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
     check_descriptions(name, data_dir)
     try:
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=str(data_dir))
-    # None of that name; or one that cannot be read; or no name at all.
+    # The dataset does not exist or cannot be read, or the name is not valid.
     except (tfds.core.DatasetNotFoundError, *MISREAD, *UNREADABLE) as error:
         reason = error
     others = []
@@ -625,12 +625,12 @@ def _open_builder(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:
 
 
 def check_descriptions(name: str, data_dir: Path) -> None:
-    """Makes sure that TFDS can read what describes the dataset `name`, as far as it is prepared.
+    """Checks that TFDS can read the description of each prepared version of the dataset `name`.
 
     Raises:
-      UserError: it cannot, in any version, since TFDS looks at all of them.
+      UserError: one description cannot be read; TFDS reads those of all versions.
     """
-    # There it finds the version that is meant where none is named.
+    # TFDS looks in this folder for the version to use if none is named.
     default = data_dir / _base(name) / ".config"
     others = [
         folder for other, folder in _prepared(data_dir).items() if _base(other) == _base(name)

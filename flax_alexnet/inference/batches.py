@@ -20,11 +20,11 @@ from flax_alexnet.weights.pretrained import Pretrained
 def infer(
     function: Callable[[jax.Array], Any], examples: Iterable[Example], batch_size: int
 ) -> Iterator[tuple[Example, Any]]:
-    """Each image with its row of what `function` gives, or with None where it could not be read.
+    """Yields each image with its row of the results, or with None if it could not be read.
 
     Args:
-      function: uint8[b, size, size, 3] to a tree of arrays [b, …]; jitted, or made of jitted ones.
-        All batches have the same size; the last one is filled up.
+      function: maps uint8[b, size, size, 3] to a tree of arrays [b, …]; it is jitted or calls
+        jitted functions. All batches have the same size; the last one is filled up.
       examples: read lazily, some batches ahead.
       batch_size: images at once; rounded up to a multiple of the devices.
     """
@@ -48,7 +48,7 @@ def infer(
 
 
 def _grouped(examples: Iterable[Example], batch_size: int) -> Iterator[list[Example]]:
-    """As many images as hold `batch_size` that could be read; those that could not between."""
+    """Groups the images, in order, by `batch_size` readable ones; the last may have fewer."""
     group: list[Example] = []
     readable = 0
     for example in examples:
@@ -69,11 +69,11 @@ def _rows(results: Any, count: int) -> list[Any]:
 
 
 def check_numbers(values: Any, what: str) -> None:
-    """Raises UserError where a model gives NaN or ∞, as one of huge or damaged weights does.
+    """Raises UserError if a model returns NaN or ∞, as one with huge or damaged weights does.
 
     Args:
-      values: an array, such as log-probabilities; −∞ is that of 0.
-      what: they are of, such as the name of an image.
+      values: an array, such as log-probabilities, where −∞ is valid: it is that of 0.
+      what: what the values are of, such as the name of an image.
     """
     if not np.all(values < np.inf):
         raise UserError(
@@ -85,7 +85,7 @@ def check_numbers(values: Any, what: str) -> None:
 def on_devices(
     pretrained: Pretrained, function: Callable[[AlexNet, Any, jax.Array], Any]
 ) -> Callable[[jax.Array], Any]:
-    """`function` of (model, params, images) as one of images alone, jitted, for `infer`."""
+    """Turns `function` of (model, params, images) into a jitted one of images, for `infer`."""
     layout = make_layout("data", (), devices=jax.local_devices())
     # The layout keeps XLA from gathering whole batches for convolutions with groups.
     model = pretrained.model.clone(partition=layout.partition)

@@ -1,14 +1,14 @@
 """Features of many images in one file, HDF5 or NumPy, written row by row and resumable.
 
-Both have the same columns, with a row an image: `name` (bytes, UTF-8), `label` (int32, −1 where
-unknown), `status` (uint8: 0 not yet, 1 read, 2 could not be read), `problem` (bytes: why not),
-`size` and `changed` (int64: the bytes of the image's file and when it was last changed, in
-nanoseconds since 1970; 0 of what is no file of its own), and one for each layer (float32; NaN where
-the image could not be read). HDF5 holds each as a dataset,
+Both formats have the same columns and one row for each image: `name` (bytes, UTF-8), `label`
+(int32, −1 if unknown), `status` (uint8: 0 not yet, 1 read, 2 could not be read), `problem` (bytes:
+why not), `size` and `changed` (int64: the size of the image's file in bytes and its modification
+time, in nanoseconds since 1970; 0 if the image has no file of its own), and one column for each
+layer (float32; NaN if the image could not be read). HDF5 stores each column as a dataset,
 
     h5py.File("features.h5")["fc7"][:]
 
-and NumPy one structured array, to be mapped and not loaded:
+and NumPy stores all as one structured array, which is memory-mapped and not loaded:
 
     np.load("features.npy", mmap_mode="r")["fc7"]
 """
@@ -33,19 +33,19 @@ SUFFIXES = (".h5", ".hdf5", ".npy")
 
 
 class FeatureFile:
-    """A file of features, made or opened to go on with; no other process can do so meanwhile.
+    """A file of features, new or resumed; no other process can resume it until it is closed.
 
-    All room is taken on the disk when the file is made. Later only numbers are written, by plain
-    writes at their places in the file, which neither the HDF5 library nor a mapping could lose or
-    turn into a crash; so a process that is killed leaves a file that can be read and gone on with.
+    The file takes all its disk space when it is created. Later, plain writes put only numbers at
+    their positions in the file. They involve neither the HDF5 library nor a mapping, which could
+    lose numbers or crash, so a process that is killed leaves a file that can be read and resumed.
 
     Args:
-      path: with one of `SUFFIXES`.
-      names: of the images, in order.
+      path: the file, with one of `SUFFIXES`.
+      names: the names of the images, in order.
       layers: {name: shape of an image's features}.
 
     Raises:
-      UserError: there is a file that is not of these images and layers, or none can be made.
+      UserError: the file exists with other images or layers, or cannot be created.
     """
 
     def __init__(self, path: Path, names: Sequence[str], layers: Mapping[str, Sequence[int]]):
@@ -88,7 +88,7 @@ class FeatureFile:
             self._resources = resources.pop_all()
 
     def _make(self, names: np.ndarray, partial: Path) -> None:
-        """Makes the file under another name until it is whole, so that none is used half made."""
+        """Creates the file under another name, and renames it once it is complete."""
         if self.path.suffix == ".npy":
             array = np.lib.format.open_memmap(partial, "w+", self.types, (self._length,))
             array["name"] = names
@@ -108,10 +108,10 @@ class FeatureFile:
         partial.replace(self.path)
 
     def _places(self) -> dict[str, tuple[int, int]]:
-        """Where each column begins in the file, and from row to row how many bytes lie.
+        """The offset of each column in the file, and the number of bytes from row to row.
 
         Raises:
-          ValueError: they are not as they would be made, or lie somewhere else.
+          ValueError: the columns are not as `_make` creates them, or are not in this file.
         """
         if self.path.is_symlink():
             raise ValueError("it is a link")
@@ -129,7 +129,7 @@ class FeatureFile:
             return {name: (self._place(file, name), self.types[name].itemsize) for name in names}
 
     def _place(self, file: h5py.File, name: str) -> int:
-        """Where the numbers of a dataset lie, which must be in one piece and in this file."""
+        """The offset of the numbers of a dataset, which must be contiguous and in this file."""
         of_own_kind = isinstance(file.get(name, getlink=True), h5py.HardLink)
         if not of_own_kind or not isinstance(file[name], h5py.Dataset):
             raise ValueError(f"its {name} is a link or a group")
@@ -148,16 +148,16 @@ class FeatureFile:
         return place
 
     def __getitem__(self, column: str) -> np.ndarray:
-        """A column, to be read: its values are those in the file, and change with them."""
+        """A read-only view of a column in the file, which shows later writes too."""
         return self._columns[column]
 
     def write(self, rows: Sequence[int], columns: Mapping[str, Any], status: np.ndarray) -> None:
-        """Writes rows; each counts, by its status, once its values are on the disk.
+        """Writes rows; their status is written only once their values are on the disk.
 
         Args:
-          rows: their numbers, in increasing order.
-          columns: values of all rows, by the names of columns.
-          status: of each, uint8[len(rows)].
+          rows: the numbers of the rows, in increasing order.
+          columns: the values of these rows, by the names of columns.
+          status: the status of each row, uint8[len(rows)].
 
         Raises:
           UserError: they cannot be written.
@@ -213,15 +213,15 @@ def nearest(
     Args:
       file: complete or not; only rows that were read count.
       layer: whose features are compared.
-      queries: rows.
-      count: neighbours of each; the query itself is none.
-      distance: the paper's Euclidean one, or that of the vectors scaled to unit length, which suits
-        maps, whose lengths differ much.
+      queries: the rows whose neighbours are searched.
+      count: the number of neighbours of each query, which does not include the query itself.
+      distance: the paper's Euclidean distance, or that of the vectors scaled to unit length, which
+        suits maps, since their lengths differ much.
       block: numbers in memory at once.
 
     Returns:
-      Rows, int[queries, count], and distances, float[queries, count], the nearest first. Fewer than
-      `count` columns where there are not so many other images.
+      Rows, int[queries, count], and distances, float[queries, count], the nearest first. They have
+      fewer than `count` columns if there are fewer other images.
     """
 
     def vectors(values: np.ndarray) -> np.ndarray:

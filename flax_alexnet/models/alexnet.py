@@ -36,7 +36,7 @@ Initializer = Callable[..., Any]
 
 
 def unpartitioned(layer: Layer, operator: Operator) -> Operator:
-    """The operator of a layer as it is: where its arrays lie is left to `jit`."""
+    """Returns the operator of a layer unchanged; `jit` decides how its arrays are sharded."""
     del layer
     return operator
 
@@ -44,15 +44,15 @@ def unpartitioned(layer: Layer, operator: Operator) -> Operator:
 class AlexNet(nn.Module):
     """Any variant of AlexNet: float[b, h, w, 3] images to float[b, num_classes] logits.
 
-    Images are NHWC and RGB, less their mean, of any size that leaves at least one pixel before the
+    Images are NHWC and RGB, mean-subtracted, of any size that leaves at least one pixel before the
     first dense layer. Parameters are float32 and called `conv1` … `conv5`, `fc6`, `fc7`, `fc8`
     (`cuda_convnet_cifar10`: `conv1` … `conv3`, `fc10`), each with `kernel` and `bias`; convolution
     kernels are (h, w, in / groups, out) and dense kernels (in, out), where `fc6` reads its input
     flattened in the order (h, w, c).
 
-    With `mutable=["intermediates"]` every activation comes back under its name, as an array: each
+    With `mutable=["intermediates"]` every activation is returned under its name, as an array: each
     layer after its activation function, `norm1`, `pool1`, …, and `logits`. With Flax's own
-    `capture_intermediates=True` a layer with parameters has what Flax gives for it instead, its
+    `capture_intermediates=True` a layer with parameters returns what Flax captures instead: its
     output before the activation function, as `["conv1"]["__call__"][0]`.
 
     Example:
@@ -76,9 +76,8 @@ class AlexNet(nn.Module):
         of variance 2 / fan in and zero biases (He et al. 2015), which also trains where N(0, 0.01)
         stalls.
       activation: the function after each layer; the paper's Figure 1 compares `nn.relu`, `nn.tanh`.
-      partition: (layer, operator) to the operator that is used instead, as
-        `flax_alexnet.parallel.layouts` makes them to split a layer's work over devices; the result
-        must be the same.
+      partition: maps (layer, operator) to an operator with the same result, which is used instead;
+        `flax_alexnet.parallel.layouts` splits a layer's work over devices with it.
 
     Raises:
       UserError (a ValueError): an unknown variant, or an image too small, naming the layer that
@@ -104,9 +103,10 @@ class AlexNet(nn.Module):
         first: str | None = None,
         last: str | None = None,
     ) -> jax.Array:
-        """Logits, or the activation called `last`: then nothing after it is computed or needed.
+        """Returns the logits, or the activation called `last`.
 
-        With `first`, the name of a map, `images` are that activation, and what follows is computed.
+        With `last`, later layers are not computed, and their parameters are not needed. With
+        `first`, `images` is the activation of that name, and only the layers after it are computed.
         """
         layers = architecture(self.variant).scaled(self.num_classes, self.width)
         logits = layers[-1]
@@ -119,7 +119,7 @@ class AlexNet(nn.Module):
             raise ValueError(f"images must be (batch, height, width, channels), not {images.shape}")
         infer_shapes(
             layers, *images.shape[1:]
-        )  # says which layer an image that is too small breaks
+        )  # raises UserError for an image that is too small, and names the layer
 
         x = images.astype(self.dtype)
         for layer in layers:
@@ -163,7 +163,7 @@ class AlexNet(nn.Module):
             captured = affine and affine.has_variable("intermediates", "__call__")
             wanted = self.is_mutable_collection("intermediates") and not self.is_initializing()
             if wanted and not captured:
-                # Flax's `sow` refuses a name that a submodule bears, and `conv1` is to be both.
+                # Flax's `sow` rejects the name of a submodule, and `conv1` is both here.
                 self.put_variable("intermediates", name, x)
         return x
 
@@ -186,7 +186,7 @@ class AlexNet(nn.Module):
 
 
 class Affine(nn.Module):
-    """An operator of an array and a kernel, plus a bias: what a layer with parameters computes."""
+    """A layer with parameters: it applies an operator to an array and a kernel, and adds a bias."""
 
     operator: Operator
     shape: tuple[int, ...]  # of the kernel; outputs come last
@@ -203,12 +203,12 @@ class Affine(nn.Module):
 
 
 def make_model(*, dtype: str, activation: str, **attributes: Any) -> AlexNet:
-    """The model that a configuration describes, in which types and functions have names.
+    """Creates the model from a configuration, which gives types and functions by name.
 
     Args:
       dtype: "float32" or "bfloat16".
       activation: "relu" or "tanh".
-      attributes: the others of `AlexNet`.
+      attributes: the other attributes of `AlexNet`.
     """
     function = {"relu": nn.relu, "tanh": nn.tanh}[activation]
     return AlexNet(dtype=jnp.dtype(dtype), activation=function, **attributes)
@@ -225,11 +225,11 @@ def implementations(
     """A line that says which implementations `flax_alexnet.ops.dispatch` picks for the layers.
 
     Args:
-      layers: with their features.
-      platform: as JAX calls it when it compiles: "cpu", "cuda", "tpu" …
-      dtype: of the computation.
+      layers: layers whose features are set; see `Architecture.scaled`.
+      platform: JAX's name of the platform of the compilation: "cpu", "cuda", "tpu" …
+      dtype: type of the computation.
       rows: images that a device computes at once.
-      channels: of the images.
+      channels: channels of the images.
     """
     used: dict[str, dict[str, list[str]]] = {}
     forward, gradient = Direction.FORWARD, Direction.GRADIENT
@@ -249,7 +249,7 @@ def implementations(
             case Conv(groups=groups):
                 sizes = channels // groups, layer.features // groups
                 facts = Convolution(*sizes, layer.kernel_size, layer.stride, dtype)
-                # The gradient by the images is not computed.
+                # The gradient with respect to the images is not computed.
                 directions = of_kernels[::2] if layer is layers[0] else of_kernels
                 note(layer, Operation.CONVOLUTION, directions, facts)
                 channels = layer.features

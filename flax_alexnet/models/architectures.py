@@ -1,8 +1,8 @@
 """The variants of AlexNet as tables of layers, and the arithmetic of shapes over them.
 
-Nothing here computes: a variant is a frozen description, and `flax_alexnet.AlexNet` walks it.
-Every difference between the variants (sizes, padding, groups, order of pooling and normalization,
-initial values) stands in these tables and nowhere else.
+A variant is a frozen description, and `flax_alexnet.AlexNet` computes what it describes. Every
+difference between the variants (sizes, padding, groups, order of pooling and normalization, initial
+values) is in these tables and nowhere else.
 
 Sources: the TensorFlow notebook this project starts from; Krizhevsky, Sutskever and Hinton,
 "ImageNet Classification with Deep Convolutional Neural Networks" (2012), with its source code's
@@ -44,7 +44,7 @@ class Conv:
 class Dense:
     """A dense layer on the flattened (height, width, channel) input, then the activation function.
 
-    `features=None` marks the last layer: as many as there are classes, and no activation function.
+    `features=None` marks the last layer: it has one feature per class and no activation function.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Pool:
 
 @dataclasses.dataclass(frozen=True)
 class AdaptivePool:
-    """Average pooling to `size` × `size`, whatever comes in (PyTorch's AdaptiveAvgPool2d)."""
+    """Average pooling to `size` × `size` for any input size (PyTorch's AdaptiveAvgPool2d)."""
 
     name: str
     size: int
@@ -247,14 +247,14 @@ ARCHITECTURES = {
 
 
 def architecture(variant: str) -> Architecture:
-    """The table called `variant`; `UserError` with the nearest name where there is none."""
+    """The table called `variant`. Raises UserError with the nearest name if there is none."""
     if variant not in ARCHITECTURES:
         raise UserError(unknown("variant", variant, ARCHITECTURES))
     return ARCHITECTURES[variant]
 
 
 def activation_names(layers: Iterable[Layer]) -> tuple[str, ...]:
-    """The names of the activations in their order, of which the last is "logits"."""
+    """The names of the activations in their order; the last one is "logits"."""
     names = [layer.name for layer in layers if not isinstance(layer, Dropout)]
     return (*names[:-1], "logits")
 
@@ -302,7 +302,7 @@ def parameter_shapes(
 
 
 class LayerInfo(NamedTuple):
-    """What a layer gives and costs for one image; `shape` is (h, w, c), or (c,) once flattened."""
+    """The output and the cost of a layer for one image; `shape` is (h, w, c), or (c,) if flat."""
 
     layer: Layer
     shape: tuple[int, ...]

@@ -1,18 +1,19 @@
-"""Convolution whose three directions are each computed in the form that is fastest where it runs.
+"""Convolution that computes each of its three directions in the form fastest on the platform.
 
-Forward, gradient of the kernel and gradient of the input are products of the same three arrays:
+The forward pass, the gradient of the kernel and the gradient of the input are products of the same
+three arrays. Each has these forms:
 
-- "xla": as XLA computes a convolution. On a CPU that reaches from 5 to 95 % of the rate of a matrix
-  product, on a GPU little where there are few channels.
-- "patches": as a matrix product with the values under each place of the window side by side
+- "xla": XLA's own convolution. On a CPU it reaches 5 to 95 % of the rate of a matrix product; on a
+  GPU it is slow if there are few channels.
+- "patches": a matrix product with the values under each position of the window side by side
   (im2col; Chellapilla et al. 2006, and Caffe).
-- "space_to_depth": with a stride of s, as a convolution of stride 1 over blocks of s × s pixels, of
+- "space_to_depth": for a stride of s, a convolution of stride 1 over blocks of s × s pixels, with
   s² times the channels.
-- "onednn": as oneDNN computes a convolution, where it is there; the gradients are convolutions too,
-  that of the input one for each place in a stride.
+- "onednn": oneDNN's convolution, where it is available. The gradients are convolutions too; the
+  gradient of the input takes one for each position within a stride.
 - "onednn_patches": the same, but the gradient of the kernel is oneDNN's product of patches.
 
-`dispatch` says which is used where.
+`flax_alexnet.ops.dispatch` chooses the form.
 """
 
 import dataclasses
@@ -33,10 +34,10 @@ from flax_alexnet.ops.primitives import Pads
 
 Implementation = Literal["xla", "patches", "space_to_depth", "onednn", "onednn_patches"]
 Shape = tuple[int, ...]
-Form = Callable[..., jax.Array]  # of two arrays, the shape of the result, stride and padding
+Form = Callable[..., jax.Array]  # takes two arrays, the shape of the result, stride and padding
 DIRECTIONS = (Direction.FORWARD, Direction.INPUT_GRADIENT, Direction.KERNEL_GRADIENT)
-PARTS = 4  # of a batch: see `_side_by_side`
-# Outside of a program JAX would compile a loop again at each call.
+PARTS = 4  # the parts that a batch is split into; see `_side_by_side`
+# Outside of `jit`, JAX would compile a loop again at each call.
 _compiled_once = functools.partial(jax.jit, static_argnames=("shape", "stride", "padding"))
 
 
@@ -56,15 +57,16 @@ def convolve(
       kernel: float[kh, kw, c / groups, features].
       stride: along both axes.
       padding: pixels of zeros ((top, bottom), (left, right)).
-      groups: output features of each of so many equal groups see only their own input channels.
-      implementation: one of the above for the result and both gradients; None takes for each what
-        `flax_alexnet.ops.dispatch` says of the platform it is compiled for.
+      groups: number of equal groups; the features of a group depend on its input channels only.
+      implementation: one form for the result and both gradients; with None,
+        `flax_alexnet.ops.dispatch` chooses a form for each by the platform of the compilation.
 
     Returns:
       float[b, h', w', features].
     """
-    # Each group is a convolution of its own: XLA's gradients of one with groups are up to ten times
-    # slower on a CPU; on an H200 the paper's conv2 takes 6.2 ms both ways so, and 3.7 ms apart.
+    # Each group is computed as a separate convolution. XLA's gradients of a grouped convolution are
+    # up to ten times slower on a CPU; on an H200 the paper's conv2 takes 6.2 ms forward and
+    # backward as a grouped convolution, and 3.7 ms as separate ones.
     parts = zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
     results = [_convolve(x, k, stride, padding, implementation) for x, k in parts]
     return results[0] if groups == 1 else jnp.concatenate(results, axis=-1)
@@ -113,7 +115,7 @@ class _Operator:
         return self._compute(direction, fixed, varied, ())
 
     def _compute(self, direction: Direction, a: jax.Array, b: jax.Array, shape: Shape) -> jax.Array:
-        """By what is asked for or what is best on the platform."""
+        """Computes a direction in the requested form, or in the fastest one on the platform."""
         settings = {"shape": shape, "stride": self.stride, "padding": self.padding}
         forms = {
             name: functools.partial(form[direction], **settings) for name, form in _FORMS.items()
@@ -146,7 +148,7 @@ def _space_to_depth(x: jax.Array, kernel: jax.Array, stride: int, padding: Pads)
 def _blocks(x: jax.Array, side: int, counts: Sequence[int], starts: Sequence[int]) -> jax.Array:
     """[b, h, w, c] to [b, counts[0], counts[1], side² · c], after `starts` zeros along each axis.
 
-    What is missing at the end is zeros, and what is too much is cut off.
+    The end of each axis is filled up with zeros, or cut off, to fit.
     """
     ends = [
         count * side - size - start
@@ -160,7 +162,7 @@ def _blocks(x: jax.Array, side: int, counts: Sequence[int], starts: Sequence[int
 
 
 def _directions(function: Callable[..., jax.Array]) -> dict[Direction, Form]:
-    """What a convolution gives, and its gradients as JAX derives them."""
+    """The forms of a convolution, with the gradients that JAX derives from `function`."""
 
     def forward(
         x: jax.Array, kernel: jax.Array, shape: Shape, stride: int, padding: Pads
@@ -196,7 +198,7 @@ def _product_forward(
 def _product_input_gradient(
     g: jax.Array, kernel: jax.Array, shape: Shape, stride: int, padding: Pads
 ) -> jax.Array:
-    """Each pixel gets what all patches that it is in have for it (col2im)."""
+    """Sums for each pixel its values in all patches that contain it (col2im)."""
     rows, columns = kernel.shape[:2]
     sizes = [size + sum(pads) for size, pads in zip(shape[1:3], padding, strict=True)]
     ends = [(size - 1) * stride + 1 for size in g.shape[1:3]]  # from the first place to the last
@@ -216,7 +218,7 @@ def _product_input_gradient(
                 result = result + there
         return result[:, top : sizes[0] - bottom, left : sizes[1] - right]
 
-    # A loop, or XLA adds them all up once more wherever what follows reads a pixel.
+    # Without this loop, XLA repeats the sums wherever a later operation reads a pixel.
     parts = math.gcd(shape[0], PARTS)
     return lax.map(part, g.reshape(parts, -1, *g.shape[1:])).reshape(shape)
 
@@ -239,8 +241,8 @@ def _onednn_product_kernel_gradient(
         patches, g = _rows(*images, shape, stride, padding)
         return total + onednn.product(patches, g, transpose_a=True), None
 
-    # In turn: the product keeps all cores busy, one part's patches take a quarter of the memory,
-    # and a loop's body is compiled once.
+    # The parts are computed in turn: a product keeps all cores busy, the patches of one part take a
+    # quarter of the memory, and the body of the loop is compiled once.
     parts = math.gcd(x.shape[0], PARTS)
     x, g = (a.reshape(parts, a.shape[0] // parts, *a.shape[1:]) for a in (x, g))
     zero = jnp.zeros((math.prod(shape[:-1]), shape[-1]), x.dtype)
@@ -250,11 +252,11 @@ def _onednn_product_kernel_gradient(
 def _side_by_side(
     part: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, g: jax.Array
 ) -> jax.Array:
-    """What `part` gives for some of the images, added up.
+    """The sum of the results of `part` over parts of the batch.
 
-    That keeps more cores busy, where one part does not: a product that has far more rows than the
-    kernel has numbers, or a convolution of three maps. What one core does for a part goes on beside
-    another part.
+    Several parts keep more cores busy than one does, for a product that has far more rows than the
+    kernel has numbers, or for a convolution of three maps. What a single core computes for one part
+    overlaps with another part.
     """
     parts = math.gcd(x.shape[0], PARTS)
     return functools.reduce(jnp.add, map(part, jnp.split(x, parts), jnp.split(g, parts)))
@@ -263,13 +265,13 @@ def _side_by_side(
 def _rows(
     x: jax.Array, g: jax.Array, window: Shape, stride: int, padding: Pads
 ) -> tuple[jax.Array, jax.Array]:
-    """By place of the window, what lies under it and its gradient: float[n, ...] both."""
+    """The values under the window and the gradients, a row for each position: float[n, ...]."""
     patches = _patches(x, window[:2], stride, padding)
     return patches.reshape(-1, patches.shape[-1]), g.reshape(-1, g.shape[-1])
 
 
 def _patches(x: jax.Array, window: Sequence[int], stride: int, padding: Pads) -> jax.Array:
-    """What lies under each place of the window: float[b, h', w', kh · kw · c]."""
+    """The values under each position of the window: float[b, h', w', kh · kw · c]."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     batch, height, width, channels = x.shape
     rows, columns = (
@@ -281,7 +283,7 @@ def _patches(x: jax.Array, window: Sequence[int], stride: int, padding: Pads) ->
         for i in range(window[0])
         for j in range(window[1])
     ]
-    # Or XLA computes them once more wherever a product reads them.
+    # Without this barrier, XLA computes the patches again for each product that reads them.
     return lax.optimization_barrier(jnp.concatenate(slices, axis=-1))
 
 
@@ -295,11 +297,10 @@ def _onednn_forward(
 def _onednn_input_gradient(
     g: jax.Array, kernel: jax.Array, shape: Shape, stride: int, padding: Pads
 ) -> jax.Array:
-    """Convolutions of g with the kernel upside down, one for each place in a stride.
+    """Convolutions of g with the flipped kernel, one for each position within a stride.
 
-    Pixels that are `place` rows from the first, and each stride-th from there on, meet only each
-    stride-th row of the kernel, from `first` on; of `g` they meet the row `shift` places further
-    with the first of these, and earlier ones with the others. With columns it is the same.
+    The gradient of pixel row place + i · stride needs only the kernel rows first + m · stride for
+    m = 0, 1, …, each multiplied by row i + shift − m of g. The same holds for columns.
     """
     result = jnp.zeros((), g.dtype)
     for places in itertools.product(*(range(min(stride, size)) for size in shape[1:3])):
@@ -313,7 +314,7 @@ def _onednn_input_gradient(
             pads.append((rows - 1 - shift, count + shift - outputs))
             apart.append((place, size - place - (count - 1) * stride - 1, stride - 1))
         part = kernel[firsts[0] :: stride, firsts[1] :: stride]
-        if 0 in part.shape:  # the stride passes over these pixels
+        if 0 in part.shape:  # the stride skips these pixels
             continue
         y = _onednn_padded(g, jnp.flip(part, (0, 1)).swapaxes(2, 3), pads)
         result = result + lax.pad(y, jnp.zeros((), y.dtype), ((0, 0, 0), *apart, (0, 0, 0)))
@@ -323,7 +324,7 @@ def _onednn_input_gradient(
 def _onednn_kernel_gradient(
     x: jax.Array, g: jax.Array, shape: Shape, stride: int, padding: Pads
 ) -> jax.Array:
-    """A convolution of x with g, whose channels are the images."""
+    """A convolution of x with g in which the images of the batch are the channels."""
     pads = [
         (before, (places - 1) * stride + side - before - size)
         for size, places, side, (before, _) in zip(
@@ -335,14 +336,14 @@ def _onednn_kernel_gradient(
         maps, kernels = x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)
         return _onednn_padded(maps, kernels, pads, stride).transpose(1, 2, 0, 3)
 
-    # Three channels, as images of that convolution, are too few to share among cores.
+    # The channels of x are the batch of that convolution, and three are too few for all cores.
     return _side_by_side(part, x, g) if x.shape[-1] < PARTS else part(x, g)
 
 
 def _onednn_padded(
     x: jax.Array, kernel: jax.Array, pads: Sequence[tuple[int, int]], dilation: int = 1
 ) -> jax.Array:
-    """With a stride of 1; negative padding leaves pixels out."""
+    """A convolution by oneDNN with a stride of 1; negative padding crops pixels."""
     edges = [(min(before, 0), min(after, 0), 0) for before, after in pads]
     x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
     rows, columns = ((max(before, 0), max(after, 0)) for before, after in pads)

@@ -1,11 +1,11 @@
-"""Which implementation of an operator is used where, and the measurement that says so.
+"""A table of the implementation that each operator uses on each platform, with measurements.
 
-Operators keep one signature and have several implementations; with `implementation=None` the first
-row below that fits decides. Whatever depends on the platform asks for it here.
+An operator has one signature and several implementations. With `implementation=None` the first row
+of `CHOICES` that fits decides. All code that depends on the platform calls this module.
 
-Times are in milliseconds, of the row's implementation against XLA's own where nothing else is said;
-on the CPU (two cores of an AMD EPYC with AVX-512, for dense layers and pooling of an Intel Xeon;
-jax 0.10.2) in float32 for 64 images. docs/performance.md tells the rest of what was tried.
+Times are in milliseconds, of the row's implementation against XLA's own unless the row says
+otherwise; on a CPU (two cores of an AMD EPYC with AVX-512, for dense layers and pooling of an Intel
+Xeon; jax 0.10.2) in float32 for 64 images. docs/performance.md describes the other experiments.
 """
 
 import enum
@@ -19,7 +19,7 @@ from jax import lax
 from flax_alexnet.ops import onednn
 from flax_alexnet.ops.linear import Direction
 
-PLATFORMS = ("cpu", "cuda")  # that the table tells from others
+PLATFORMS = ("cpu", "cuda")  # platforms that have their own rows in the table
 
 FORWARD, GRADIENT = Direction.FORWARD, Direction.GRADIENT
 INPUT_GRADIENT, KERNEL_GRADIENT = Direction.INPUT_GRADIENT, Direction.KERNEL_GRADIENT
@@ -36,7 +36,7 @@ class Operation(enum.StrEnum):
 
 
 class Convolution(NamedTuple):
-    """What decides about a convolution; of one with groups, what each group is."""
+    """The facts that decide about a convolution; with groups, the facts of one group."""
 
     channels: int
     features: int
@@ -46,14 +46,14 @@ class Convolution(NamedTuple):
 
 
 class Product(NamedTuple):
-    """What decides about the product of a dense layer."""
+    """The facts that decide about the product of a dense layer."""
 
     rows: int
     dtype: Any = jnp.float32
 
 
 class Pooling(NamedTuple):
-    """What decides about pooling."""
+    """The facts that decide about pooling."""
 
     kernel_size: int
     stride: int
@@ -68,10 +68,10 @@ class Choice(NamedTuple):
 
     operation: Operation
     directions: tuple[Direction, ...]  # empty: all
-    platform: str  # as JAX calls it, "cpu with oneDNN", or "any"
+    platform: str  # JAX's name of it, "cpu with oneDNN", or "any"
     implementation: str
     measured: str = ""
-    shapes: str = "all"  # for which
+    shapes: str = "all"  # the shapes that `fits` accepts, in words
     fits: Callable[[Any], bool] = lambda _: True
 
 
@@ -238,17 +238,17 @@ def dispatch(
     *arrays: jax.Array,
     implementation: str | None = None,
 ) -> jax.Array:
-    """One of `forms`, of `arrays`: the one asked for, or what the table says of the platform.
+    """Applies one of `forms` to `arrays`: `implementation`, or the platform's form in the table.
 
-    That is the platform for which the program is compiled, of which an exported one has several.
+    The platform is the one for which the program is compiled; an exported program has several.
 
     Args:
-      operation: for the table.
-      direction: likewise.
-      facts: likewise.
+      operation: selects the row of the table.
+      direction: selects the row of the table.
+      facts: select the row of the table.
       forms: functions of `arrays` by the names of their implementations.
-      arrays: what the operator is computed of.
-      implementation: the one to take, whatever the table says.
+      arrays: the inputs of the operator.
+      implementation: the name of the form to use instead of the table's; None: the table's.
     """
     if implementation is not None:
         return forms[implementation](*arrays)
@@ -261,7 +261,7 @@ def dispatch(
 def by_platform(
     *arrays: jax.Array, default: Callable[..., Any], **functions: Callable[..., Any]
 ) -> Any:
-    """Of `arrays`, the function of the platform for which the program is compiled: `cpu=`, …"""
+    """Applies to `arrays` the function of the platform that is compiled for: `cpu=`, …"""
     if not functions:
         return default(*arrays)
     return lax.platform_dependent(*arrays, default=default, **functions)

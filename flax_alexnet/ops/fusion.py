@@ -1,4 +1,4 @@
-"""Where XLA is not to fuse what it would."""
+"""Barriers that keep XLA from fusing operations on a CPU."""
 
 from typing import Any
 
@@ -10,30 +10,30 @@ from flax_alexnet.ops.dispatch import by_platform
 
 
 def written_on_cpu(x: jax.Array) -> jax.Array:
-    """The same numbers, which a CPU computes and writes down once, before anything reads them.
+    """Returns x unchanged, but a CPU computes and stores it once, before anything reads it.
 
-    XLA fuses cheap operators with all that read them, several times if there are several readers.
-    For a gradient that is a sum of nine arrays it then writes all nine: the paper's first norm,
-    pool and what is between take 195 ms backward, and 89 so. Nothing changes on other platforms,
-    whose fusions save more than they cost.
+    XLA fuses a cheap operator into each operator that reads it, and so computes it several times.
+    For a gradient that is a sum of nine arrays it then stores all nine: the backward pass from the
+    paper's first pooling to its first norm takes 195 ms, and 89 ms with this function. On other
+    platforms nothing changes, since their fusions save more than they cost.
     """
-    if 0 in x.shape or jax.device_count() > 1:  # which would have to agree on the branch
+    if 0 in x.shape or jax.device_count() > 1:  # several devices would have to agree on a branch
         return x
     return by_platform(x, cpu=_through_a_branch, default=lambda x: x)
 
 
 def apart_on_cpu(updates: Any) -> Any:
-    """The same updates, computed before the parameters that they are added to.
+    """Returns the same updates, but a CPU computes them before it adds them to the parameters.
 
-    On a CPU XLA then writes both to where they lie (119 ms for the notebook's fc6; else it writes
-    velocities to a new place first, 244 ms); on a GPU one pass over both is faster.
+    XLA then updates velocities and parameters in place (119 ms for the notebook's fc6); otherwise
+    it first writes velocities to a new buffer (244 ms). On a GPU one pass over both is faster.
     """
     return by_platform(updates, cpu=lax.optimization_barrier, default=lambda updates: updates)
 
 
 def _through_a_branch(x: jax.Array) -> jax.Array:
-    # Nothing is fused across a branch; across XLA's own `optimization_barrier` it is. No compiler
-    # knows of this question that the answer is yes.
+    # XLA does not fuse across a branch, but it does across its own `optimization_barrier`. The
+    # compiler cannot know that this condition is always true.
     first = x[(0,) * x.ndim]
     yes = jnp.isnan(first) | (first <= jnp.inf)
     return lax.cond(yes, lambda x: x, jnp.zeros_like, x)

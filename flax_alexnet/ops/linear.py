@@ -1,10 +1,10 @@
 """Linear functions whose transposes are written by hand, for derivatives in both modes.
 
-An operator whose gradient is faster in a form of its own could say so with `jax.custom_vjp`, but
-JAX then refuses forward mode. Here it says with `jax.custom_jvp` that its derivative is `linear`:
-forward mode computes that function, and reverse mode its transpose, which is the gradient.
+An operator with a faster gradient of its own could use `jax.custom_vjp`, but JAX then rejects
+forward mode. Here it declares with `jax.custom_jvp` that its derivative is `linear`: forward mode
+computes that function, and reverse mode its transpose, which is the gradient.
 
-Within `jax.shard_map` that takes `check_vma=False`, as in all of `flax_alexnet.parallel.layouts`.
+Inside `jax.shard_map` this needs `check_vma=False`, as `flax_alexnet.parallel.layouts` sets it.
 """
 
 import dataclasses
@@ -23,18 +23,18 @@ from flax_alexnet.ops.primitives import compiled
 
 
 class Direction(enum.StrEnum):
-    """What is computed of an operator."""
+    """The functions that an operator can compute."""
 
-    FORWARD = "forward"  # of x and a kernel, of which the kernel varies
-    FORWARD_OF_INPUT = "forward, of the input"  # of a kernel and x, which varies
+    FORWARD = "forward"  # of x and a kernel, as a function of the kernel
+    FORWARD_OF_INPUT = "forward, of the input"  # of a kernel and x, as a function of x
     INPUT_GRADIENT = "input gradient"
     KERNEL_GRADIENT = "kernel gradient"
     DERIVATIVE = "derivative"  # of an operator of one array, in forward mode
     GRADIENT = "gradient"  # of such an operator: the transpose of the derivative
 
 
-# (direction, *fixed, x) to an array; hashable and equal to others of the same settings, so that
-# what was compiled for one is found again.
+# Maps (direction, *fixed, x) to an array. It must be hashable, and equal to any operator with the
+# same settings, so that JAX finds the compiled program again.
 Operator = Callable[..., jax.Array]
 
 
@@ -52,8 +52,8 @@ def linear(
       direction: the one to compute.
       transpose: the one that maps (*fixed, g), with g of the shape of the result, to an array of
         the shape of x.
-      fixed: arrays that both functions read; JAX derives the derivatives by these itself.
-      x: what the function is linear in.
+      fixed: arrays that both functions read; JAX itself differentiates with respect to them.
+      x: the array in which the function is linear.
     """
     return _linear.bind(*fixed, x, operator=operator, direction=direction, transpose=transpose)
 
@@ -67,8 +67,8 @@ def bilinear(
       operator: has the directions FORWARD of (x, kernel), FORWARD_OF_INPUT of (kernel, x),
         INPUT_GRADIENT of (kernel, g) and KERNEL_GRADIENT of (x, g).
       arrays: x and the kernel.
-      tangents: theirs. Where one is a symbolic zero, such as that of the images that the first
-        layer reads, nothing is computed for it.
+      tangents: the tangents of x and the kernel. Nothing is computed for a symbolic zero, such as
+        the tangent of the images that the first layer reads.
     """
     x, kernel = arrays
     of_x, of_kernel = tangents
@@ -124,8 +124,8 @@ def _transposed(
 ) -> Any:
     *fixed, x = arrays
     del direction
-    # What the function is made of, and no operation that hides it: JAX looks in a program for what
-    # has to know its devices, as the kernels for GPUs do.
+    # The operator is called directly and not through a primitive, which would hide its operations:
+    # JAX searches a program for operations that must know its devices, such as GPU kernels.
     of_x = ad.Zero(x.aval) if isinstance(g, ad.Zero) else operator(transpose, *fixed, g)
     return [None] * len(fixed) + [of_x]
 

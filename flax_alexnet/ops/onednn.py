@@ -1,10 +1,9 @@
 """oneDNN's convolution and matrix product, which jaxlib has and XLA does not use by itself.
 
-On an x86-64 CPU a convolution takes half the time of XLA's own, or less. XLA has operations for
-them, of which nobody promises that they stay as they are, and which end the process where they are
-called wrongly: so another process tries them first (`probe`), and where that fails `dispatch` takes
-other forms. What they are called with stands in XLA's `xla/service/cpu/onednn_config.proto` and
-`onednn_contraction_rewriter.cc`.
+On an x86-64 CPU such a convolution takes half the time of XLA's own, or less. XLA's operations for
+oneDNN are not a stable interface, and a wrong call ends the process. Therefore another process
+tries them first (`probe`), and if that fails, `dispatch` chooses other forms. Their arguments are
+defined in XLA's `xla/service/cpu/onednn_config.proto` and `onednn_contraction_rewriter.cc`.
 """
 
 import contextlib
@@ -35,14 +34,14 @@ from flax_alexnet.utils.inputs import read_json
 from flax_alexnet.utils.outputs import replacing
 from flax_alexnet.utils.user_folders import cache_folder
 
-TARGETS = "__onednn$"  # with which the names of the operations begin
+TARGETS = "__onednn$"  # the prefix of the operations' names
 CHECK = "from flax_alexnet.ops import onednn; print(onednn.check())"  # what a probe runs
 CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
 PROBE_SECONDS = 300  # after which a probe has failed; it takes three on two cores
 
 
 def usable(dtype: Any) -> bool:
-    """Whether it is there, passed the probe, and computes in `dtype`."""
+    """Whether oneDNN is available, has passed the probe, and computes in `dtype`."""
     return dtype == jnp.float32 and _passed()
 
 
@@ -64,14 +63,14 @@ def _passed() -> bool:
     if passed is None:
         print("oneDNN could not be tried in a process of its own; XLA is used", file=sys.stderr)
     elif known:
-        # Where it cannot be written, or another process does so just now, the next one asks again.
+        # If the file cannot be written, or another process is writing it, the next start probes.
         with contextlib.suppress(OSError, UserError), replacing(known) as partial:
             partial.write_text(json.dumps({"passed": passed}) + "\n")
     return bool(passed)
 
 
 def _circumstances() -> str:
-    """A digest of all that the answer depends on: a home may be shared by several machines."""
+    """A digest of all that the answer depends on, since several machines may share a home."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         kind = sorted({line for line in lines if line.startswith(("model name", "flags"))})
@@ -81,10 +80,10 @@ def _circumstances() -> str:
 
 
 def probe() -> bool | None:
-    """Whether a process of its own, which may crash, finds that they compute what XLA does.
+    """Whether oneDNN's operations give XLA's results, tried in a separate process that may crash.
 
-    And that a program with them stays out of the compilation cache. None where the process could
-    not be made, or ended without an answer, as where there is no memory left.
+    The process also checks that a program with them stays out of the compilation cache. The result
+    is None if it could not start or ended without an answer, for example without enough memory.
     """
     place = str(Path(__file__).parents[2])  # where this package is, however it was found
     code = f"import sys; sys.path.insert(0, {place!r}); {CHECK}"
@@ -113,7 +112,7 @@ def probe() -> bool | None:
 
 
 def check() -> bool:
-    """What the process of `probe` looks at."""
+    """The test that the process of `probe` runs."""
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = (4, 17, 20, 24), (3, 5, 24, 40), (64, 50), (50, 70)
     x, kernel, a, b = (jax.random.normal(*pair) for pair in zip(keys, shapes, strict=True))
@@ -136,10 +135,10 @@ def check() -> bool:
 
 
 def _keep_out_of_the_cache() -> bool:
-    """Keeps programs with oneDNN out of JAX's compilation cache, and others in; whether it can.
+    """Keeps only programs with oneDNN out of JAX's compilation cache; returns whether it can.
 
-    XLA cannot write such a program to a file, and what it does when JAX's cache asks for that is
-    undefined. JAX has no public way to leave one program out.
+    XLA cannot serialize such a program, and its behaviour is undefined when JAX's cache tries to.
+    JAX has no public way to exclude a program.
     """
     try:
         from jax._src import compilation_cache
@@ -169,7 +168,7 @@ def convolution(
       kernel: float32[kh, kw, c, features].
       stride: along both axes.
       padding: pixels of zeros ((top, bottom), (left, right)), none of them negative.
-      dilation: pixels from one number of the kernel to the next.
+      dilation: distance in pixels between neighbouring numbers of the kernel.
 
     Returns:
       float32[b, h', w', features].
@@ -237,8 +236,8 @@ class _Product:
         return (a.T if self.transpose_a else a) @ (b.T if self.transpose_b else b)
 
 
-# To JAX both are one primitive, of which XLA's own operations tell the rest: its derivatives, of
-# any order, and what it is under `vmap`.
+# For JAX, both operations are one primitive. XLA's own operations define its derivatives, of any
+# order, and its behaviour under `vmap`.
 _primitive = Primitive("onednn")
 
 
@@ -271,9 +270,9 @@ def _lowered_by_xla(context: Any, *arrays: Any, operation: Any) -> Any:
 
 
 def _lowered(context: Any, *arrays: Any, operation: Any) -> Any:
-    exported = context.module_context.lowering_parameters.for_export  # to who knows which XLA
-    # Given nothing, such as a batch of no images, or 64 bits, oneDNN ends the process or writes
-    # nothing.
+    exported = context.module_context.lowering_parameters.for_export  # may run with another XLA
+    # For empty arrays, such as a batch of no images, or for 64-bit numbers, oneDNN ends the process
+    # or writes no result.
     refused = any(0 in a.shape or a.dtype == jnp.float64 for a in context.avals_in)
     if exported or refused:
         return _lowered_by_xla(context, *arrays, operation=operation)

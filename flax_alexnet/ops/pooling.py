@@ -1,4 +1,4 @@
-"""Pooling in the paddings of the original models."""
+"""Pooling with the paddings of the original models."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from flax_alexnet.ops.linear import Direction, linear
 from flax_alexnet.ops.primitives import Pads
 
 Implementation = Literal["xla", "slices"]
-# Of two values one, and the value that changes nothing, which padding has.
+# A function that combines two values, and its neutral element, which is the value of padding.
 Reduction = tuple[Callable[[Any, Any], jax.Array], float]
 LARGEST: Reduction = (lax.max, -jnp.inf)
 SUM: Reduction = (lax.add, 0.0)
@@ -36,11 +36,11 @@ def max_pool(
       x: images.
       window: pixels a side.
       stride: along both axes.
-      padding: ((top, bottom), (left, right)); it never wins, since it counts as minus infinity.
+      padding: ((top, bottom), (left, right)); padded pixels count as minus infinity.
       implementation: "xla" is XLA's `reduce_window`, whose gradient a CPU scatters pixel by pixel;
-        "slices" takes the pixels at one place of all windows at once. Values are the same, and the
-        gradient, which goes to the first of equal values, row by row, is the same to the bit. None
-        takes for each what `flax_alexnet.ops.dispatch` says of the platform.
+        "slices" takes the pixels at one position of all windows at once. Both give the same values
+        and, to the bit, the same gradient, which goes to the first of equal values, row by row.
+        With None, `flax_alexnet.ops.dispatch` chooses for each of them by the platform.
     """
     facts = Pooling(window, stride, x.dtype)
     chosen = choose(Operation.MAX_POOLING, Direction.GRADIENT, current_platform(), facts)
@@ -65,7 +65,7 @@ def _chosen(
     operation: Operation,
     implementation: str | None,
 ) -> jax.Array:
-    """`_reduce` by what is asked for, or by what the table says of `operation` on the platform."""
+    """`_reduce` by `implementation`, or else by the table's choice for `operation`."""
     settings = window, stride, padding, reduction
     forms = {
         "xla": lambda x: _reduce(x, *settings, "xla"),
@@ -79,7 +79,7 @@ def _chosen(
 def _reduce(
     x: jax.Array, window: int, stride: int, padding: Pads, reduction: Reduction, chosen: str
 ) -> jax.Array:
-    """What `reduction` makes of each window's values: float[b, h', w', c]."""
+    """Reduces the values of each window with `reduction`: float[b, h', w', c]."""
     combine, neutral = reduction
     if chosen == "slices":
         return functools.reduce(combine, _places(x, window, stride, padding, neutral).values())
@@ -89,10 +89,10 @@ def _reduce(
 def _places(
     x: jax.Array, window: int, stride: int, padding: Pads, outside: float
 ) -> dict[tuple[int, int], jax.Array]:
-    """By place in the window, row by row, what lies there of each: float[b, h', w', c]."""
+    """For each position in the window, row by row, its pixels in all windows: [b, h', w', c]."""
     filled = jnp.array(outside, x.dtype)
     x = lax.pad(x, filled, ((0, 0, 0), *((*pads, 0) for pads in padding), (0, 0, 0)))
-    rows, columns = (max(size - window + 1, 0) for size in x.shape[1:3])  # a window may begin in
+    rows, columns = (max(size - window + 1, 0) for size in x.shape[1:3])  # where windows can begin
     return {
         (top, left): x[:, top : top + rows : stride, left : left + columns : stride]
         for top in range(window)
@@ -131,7 +131,7 @@ class _MaxPool:
         return self.derivative(x, y, varied)
 
     def winners(self, x: jax.Array, y: jax.Array) -> dict[tuple[int, int], jax.Array]:
-        """By place in the window, whether the first of the largest values lies there: bool."""
+        """For each position in the window, whether the first largest value is there: bool."""
         taken = jnp.zeros(y.shape, bool)
         result = {}
         for place, here in self.places(x, -jnp.inf).items():
@@ -152,8 +152,8 @@ class _MaxPool:
         shape, padding = x.shape[1:3], self.padding
         sizes = [size + sum(pads) for size, pads in zip(shape, padding, strict=True)]
         dx, zero = jnp.zeros((), g.dtype), jnp.zeros((), g.dtype)
-        # From the last place on, since a pixel lies at it in the first of its windows: so they are
-        # added in XLA's order, to the same bits.
+        # The last position comes first, since a pixel has that position in its first window: this
+        # is the order in which XLA adds, and gives the same bits.
         for place, wins in reversed(self.winners(x, y).items()):
             edges = [
                 (start, size - start - max((windows - 1) * self.stride + 1, 0), self.stride - 1)
@@ -184,8 +184,8 @@ def average_pool(
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
     """Means over `size` × `size` cells: float[b, h, w, c] → float[b, size, size, c].
 
-    Cell i covers the pixels from floor(i·n / size) up to ceil((i + 1)·n / size), which may overlap
-    and which repeats pixels where the image is smaller (PyTorch's `AdaptiveAvgPool2d`).
+    Cell i covers the pixels from floor(i·n / size) up to ceil((i + 1)·n / size). Cells may overlap,
+    and they repeat pixels if the image is smaller (PyTorch's `AdaptiveAvgPool2d`).
     """
     if x.shape[1:3] == (size, size):
         return x

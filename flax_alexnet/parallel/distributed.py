@@ -1,6 +1,6 @@
 """Several processes of one run: how they find each other, agree, and add up.
 
-Each function does nothing, or the obvious, where there is one process.
+In a run of one process, each function does nothing or returns the trivial result.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from flax_alexnet.parallel.meeting import meet, place
 from flax_alexnet.parallel.program import program
 from flax_alexnet.utils.errors import LOST, UserError, exit_code, first_line
 
-PATIENCE = 5.0  # seconds of waiting for others that nothing is said of
+PATIENCE = 5.0  # seconds of waiting for other processes before a line says so
 
 
 def join(
@@ -35,21 +35,21 @@ def join(
 ) -> None:
     """Joins the other processes of the run, if there are any; JAX leaves them when this one ends.
 
-    There are when `coordinator` says where to meet, or when a launcher that JAX knows started this
-    process as one of several (`detected`); with `num_processes=1` it stays alone in any case. Must
-    come before the first use of a device.
+    There are others if `coordinator` says where to meet, or if a launcher that JAX knows started
+    this process as one of several (`detected`). With `num_processes=1` this process stays alone in
+    any case. This function must be called before the first use of a device.
 
     Args:
       coordinator: "HOST:PORT" of process 0, which all can reach.
-      num_processes: of the run; None: as the launcher says, as is `process_id`.
-      process_id: of this one, from 0.
+      num_processes: the number of processes of the run; None: the launcher's.
+      process_id: the index of this process, from 0; None: the launcher's.
       heartbeat_timeout: seconds of silence after which a process counts as lost; the others then
         end with a code that is not zero.
       join_timeout: seconds to wait for the others to come.
 
     Raises:
-      UserError: flags that are incomplete or wrong, the others cannot be reached, or they are of
-        another program.
+      UserError: flags are missing or wrong, the others cannot be reached, or they run another
+        program.
     """
     cluster = detected(os.environ)
     flags = {
@@ -70,7 +70,7 @@ def join(
         last = num_processes - 1
         if process_id is not None:
             check_flag("parallel.process-id", process_id, 0 <= process_id <= last, f"0 to {last}")
-    # It would catch SIGTERM, and only tell those who ask.
+    # This service of JAX would catch SIGTERM, and report it only on request.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         where, number, own = coordinator, num_processes, process_id
@@ -85,7 +85,7 @@ def join(
                 num_processes,
                 process_id,
                 initialization_timeout=join_timeout,
-                # `meet` has noticed before; JAX aborts the process with a trace.
+                # `meet` notices a loss earlier; JAX would abort the process with a traceback.
                 heartbeat_timeout_seconds=2 * heartbeat_timeout + 10,
                 cluster_detection_method=None if missing else "deactivate",
             )
@@ -102,7 +102,7 @@ def join(
 def _by_launcher(
     coordinator: str | None, num_processes: int | None, process_id: int | None, seconds: int
 ) -> tuple[str | None, int | None, int | None]:
-    """What `jax.distributed.initialize` would find out from the launcher, where it is not given."""
+    """Replaces each None by the launcher's value, as `jax.distributed.initialize` would."""
     from jax._src.clusters import ClusterEnv
 
     coordinator, num_processes, process_id, _ = ClusterEnv.auto_detect_unset_distributed_params(
@@ -137,10 +137,10 @@ def detected(environment: Mapping[str, str]) -> str | None:
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Ends this process at once after an error, if there are others.
+    """Ends this process at once after an error, if the run has other processes.
 
-    An orderly exit would wait for them, and they wait for this one. Exit codes: 2 for a mistake of
-    the user; 130 for Ctrl-C; `LOST` where the error is that another process is gone; else 1.
+    An orderly exit would wait for the others, and they wait for this one. The exit code is 2 for a
+    UserError, 130 for Ctrl-C, `LOST` if the error is that another process is gone, and 1 otherwise.
     """
     try:
         yield
@@ -148,8 +148,8 @@ def exit_on_error() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         code = 1
-        # A ValueError where the step is waited for as soon as it is asked for; a UserError where a
-        # checkpoint cannot be saved, since for that the processes meet at JAX's service.
+        # The loss of a process raises ValueError if JAX runs a step while it dispatches it, and
+        # UserError if a checkpoint cannot be saved, since for that the processes use JAX's service.
         of_loss = _SERVICE if isinstance(error, UserError) else _LOSS
         kinds = (jax.errors.JaxRuntimeError, ValueError)
         lost = isinstance(error, kinds) and of_loss.search(str(error))
@@ -165,13 +165,13 @@ def exit_on_error() -> Iterator[None]:
         os._exit(code)
 
 
-# What collectives, and the service that processes meet at, say of one that has gone.
+# What JAX's coordination service and the collectives report about a process that is gone.
 _SERVICE = re.compile("coordination service")
 _LOSS = re.compile("gloo|nccl|unavailable|aborted|deadline|coordination|connection", re.IGNORECASE)
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and talks for all."""
+    """Whether this is process 0, which writes files and prints for all."""
     return jax.process_index() == 0
 
 
@@ -188,11 +188,11 @@ def say_if_slow(what: str) -> Iterator[None]:
 
 
 def gather(text: str, purpose: str = "agree") -> list[str]:
-    """What each process says, in the order of processes; all must call it.
+    """The texts of all processes, in the order of processes; all must call it.
 
     Args:
-      text: of this process.
-      purpose: what the processes meet for, which is said of one that waits for long.
+      text: the text of this process.
+      purpose: why the processes meet; a process that waits for long prints it.
     """
     if jax.process_count() == 1:
         return [text]

@@ -1,11 +1,11 @@
-"""Layouts: which device holds what, and which layers work on whose share.
+"""Layouts: how arrays, and the work of layers, are split over devices.
 
-A layout is a mesh of devices, rules from parameter paths to `PartitionSpec`, and, for the layers
-that it splits, the collectives they need, written down with `shard_map` so that what crosses
+A layout is a mesh of devices, rules from parameter paths to `PartitionSpec`, and the collectives of
+the layers that it splits. These are written with `shard_map`, so that all communication between
 devices can be read here and counted in the compiled program. The model and the step are the same
-for all layouts, and so are all random draws: they are made for the whole batch, wherever it lies.
+for all layouts, and so are the random numbers: they are drawn for the whole batch on any layout.
 
-- `data`: a whole copy of the parameters on each device, the batch split.
+- `data`: each device has a whole copy of the parameters and a share of the batch.
 - `zero`: as `data`, but dense kernels, and with them their velocities, are split too; a device
   gathers a kernel when it is used (as in ZeRO, Rajbhandari et al. 2020).
 - `hybrid`: convolutions as in `data`; each device of the `model` axis computes its share of the
@@ -33,8 +33,8 @@ from flax_alexnet.utils.errors import UserError
 LayoutName = Literal["data", "zero", "hybrid", "towers"]
 P = PartitionSpec
 
-# The axes of each layout's mesh; along the last one layers are split, along all but it (and in
-# "hybrid" along it too, up to the first dense layer) images.
+# The axes of each layout's mesh. Images are split along "data", and in "hybrid" up to the first
+# dense layer along "model" too. The features of layers are split along "model" or "tower".
 AXES: dict[LayoutName, tuple[str, ...]] = {
     "data": ("data",),
     "zero": ("data",),
@@ -50,8 +50,8 @@ SPLIT: dict[LayoutName, tuple[type[Conv] | type[Dense], ...]] = {
     "towers": (Conv, Dense),
 }
 
-# Which parameters are split, by the end of their path; those of no rule lie on every device whole.
-# The last bias does, since it is added to each device's own logits.
+# Which parameters are split, by the end of their path; all others are replicated. The last bias is
+# replicated, since it is added to each device's own logits.
 RULES: dict[LayoutName, tuple[tuple[str, PartitionSpec], ...]] = {
     "data": (),
     "zero": ((r"fc\d+/kernel", P("data", None)),),
@@ -66,12 +66,12 @@ RULES: dict[LayoutName, tuple[tuple[str, PartitionSpec], ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the state and the batches of a model lie on a mesh, and how its layers work there.
+    """How the state and the batches of a model are sharded on a mesh, and its layers split.
 
     Attributes:
       name: a key of `AXES` and `RULES`.
-      mesh: its axes are `AXES[name]`.
-      layers: of the model, with their features.
+      mesh: the mesh, whose axes are `AXES[name]`.
+      layers: the layers of the model, whose features are set.
     """
 
     name: LayoutName
@@ -85,7 +85,7 @@ class Layout:
 
     @property
     def batch(self) -> NamedSharding:
-        """Images in equal blocks of the leading axis; the two towers see the same ones."""
+        """The sharding of a batch into equal blocks of images; both towers see the same images."""
         axes = ("data", "model") if self.name == "hybrid" else "data"
         return NamedSharding(self.mesh, P(axes))
 
@@ -108,7 +108,7 @@ class Layout:
         )
 
     def partition(self, layer: Layer, operator: Callable[..., jax.Array]) -> Callable[..., Any]:
-        """The operator of a layer, split over the devices: `AlexNet.partition` of this layout."""
+        """Splits the operator of a layer over the devices; it serves as `AlexNet.partition`."""
         if self.name == "zero" and isinstance(layer, Dense):
             return self._gather_kernel(operator)
         if isinstance(layer, SPLIT[self.name]):
@@ -122,8 +122,8 @@ class Layout:
     def _on_own_images(self, operator: Callable[..., jax.Array]) -> Callable[..., Any]:
         if self.mesh.size == 1:  # the sum of gradients over one device would be a copy of them
             return operator
-        # Left to itself, XLA gathers the whole batch on every device for a grouped convolution, and
-        # for what it does not know, such as an operation of oneDNN's.
+        # Without this, XLA gathers the whole batch on every device for a grouped convolution, and
+        # for an operation that it does not know, such as oneDNN's.
         images = self.batch.spec
         return self._on_shares(operator, (images, P()), images)
 
@@ -143,11 +143,11 @@ class Layout:
     ) -> Callable[..., Any]:
         """Each device of the last axis computes its share of the features.
 
-        What the layer reads is split by features too, and gathered first, unless the layer has
-        groups of its own for each device. Only the first of the layers that are split reads
-        something else: whole images (towers), or the device's own images (hybrid).
-        The last layer gives each device the logits of its own images; classes that do not divide
-        are not split, and its input is exchanged instead.
+        The input of the layer is split by features too, and is gathered first, unless each device
+        has its own groups of the layer. Only the first layer that is split reads something else:
+        whole images (towers), or the device's own images (hybrid). The last layer gives each device
+        the logits of its own images. If the number of classes does not divide by the devices, the
+        last layer is not split, and its input is exchanged instead.
         """
         data, axis = self.mesh.axis_names
         count = self.mesh.shape[axis]
@@ -253,14 +253,14 @@ def make_layout(
 
     Args:
       name: "data", "zero", "hybrid" or "towers".
-      layers: the model's, with their features.
-      shape: devices along each axis of the mesh; none: all along "data", but for "hybrid" those of
-        a process along "model", and for "towers" two along "tower".
-      devices: on which; None: all, of all processes.
+      layers: the layers of the model, whose features are set.
+      shape: devices along each axis of the mesh; none: all along "data", but in "hybrid" those of a
+        process along "model", and in "towers" two along "tower".
+      devices: the devices of the mesh; None: all devices of all processes.
 
     Raises:
-      UserError: a mesh that does not multiply to the number of devices, towers without groups or on
-        an odd number of devices, or features that do not divide.
+      UserError: the mesh does not multiply to the number of devices, "towers" has no groups or an
+        odd number of devices, or the features do not divide by the devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     count = len(devices)

@@ -1,9 +1,10 @@
-"""Where the processes of a run meet before JAX lets them, and find out whether they fit together.
+"""A meeting of the processes of a run, before JAX connects them, to check that they fit together.
 
-Where they do not, JAX waits for ever or ends the program with a trace of its own: the port is
-taken, a number is given twice, one never comes. So they meet at the same place once before. Each
-says in one line who it is, process 0 compares, and all get the same answer. They stay connected,
-and notice when nothing is heard of one any more, which JAX would end them for with a trace as well.
+If they do not, JAX waits forever or ends the program with a traceback: for example if the port is
+taken, two processes have the same number, or one never comes. So the processes first meet at the
+same address. Each sends one line that describes it, process 0 compares the lines, and all get the
+same answer. They stay connected, and notice when one of them goes silent. JAX would notice this
+too, but it would end the others with a traceback.
 """
 
 import contextlib
@@ -22,12 +23,12 @@ from flax_alexnet.utils.errors import LOST, UserError, cause
 from flax_alexnet.utils.inputs import parse_json
 from flax_alexnet.utils.text import printable
 
-NAME = "flax_alexnet"  # which no other program says
-LONGEST = 2**16  # bytes of what one says, or is answered
-PAUSE = 0.2  # seconds between two looks, and two attempts
-BEAT = 1.0  # seconds between two signs of life
-LATE = 2.0  # seconds that those who start together may come after one another
-GRACE = 5.0  # seconds for an answer to arrive, and for one that knocks to say who it is
+NAME = "flax_alexnet"  # marks the messages of this program
+LONGEST = 2**16  # bytes of a message or an answer
+PAUSE = 0.2  # seconds between two checks, and between two attempts
+BEAT = 1.0  # seconds between two heartbeats
+LATE = 2.0  # seconds that the report of a problem waits for processes that start later
+GRACE = 5.0  # seconds for an answer to arrive, and for a visitor to say who it is
 
 
 def meet(
@@ -40,20 +41,20 @@ def meet(
 ) -> None:
     """Waits until all processes of the run are there and fit together.
 
-    Process 0 waits at the port, which is free again afterwards. From then on the process ends with
-    `LOST` and a line when nothing is heard of another for long.
+    Process 0 listens at the port, which is free again afterwards. From then on this process ends
+    with a line and the exit code `LOST` if another process is silent for `heartbeat` seconds.
 
     Args:
       coordinator: "HOST:PORT" of process 0.
-      processes: of the run.
-      process: which of them this one is.
-      seconds: to wait at most.
+      processes: the number of processes of the run.
+      process: the index of this process.
+      seconds: the longest time to wait.
       heartbeat: seconds of silence after which a process counts as lost.
-      about: what must be the same on all, as JSON has it.
+      about: values, as JSON has them, that must be the same on all processes.
 
     Raises:
-      UserError: the port is taken, process 0 cannot be reached, one has not come in time or has
-        come twice, or they differ. All that have come raise it.
+      UserError: the port is taken, process 0 cannot be reached, a process does not come in time or
+        comes twice, or the processes differ. All processes that have come raise it.
     """
     own = {
         "process": process,
@@ -91,9 +92,9 @@ def place(coordinator: str) -> tuple[str, int]:
 
 
 def difference(reports: Mapping[int, Mapping[str, Any]]) -> str:
-    """What first differs between what processes say of themselves; "" where nothing does.
+    """The first difference between the descriptions of processes; "" if there is none.
 
-    Such as "seed is 0 on process 0 and 1 on process 2".
+    An example is "seed is 0 on process 0 and 1 on process 2".
     """
     (first, own), *others = sorted(reports.items())
     for process, other in others:
@@ -123,7 +124,7 @@ def _ask(
         connection = None
         try:
             connection = socket.create_connection(place(coordinator), left)
-            # Process 0 keeps to this time, and can say more than that it has passed.
+            # Process 0 knows this deadline, and after it sends more than a timeout could tell.
             connection.settimeout(left + GRACE)
             _tell(connection, **own, left=left)
             answer = _parse(_line(connection)).get("answer")
@@ -150,7 +151,7 @@ def _tell(connection: socket.socket, **message: Any) -> None:
 
 
 def _line(connection: socket.socket) -> bytes:
-    """The next line, or what there is of one; what comes after it is left to be read."""
+    """Reads the next line, or the part of it that arrives, but nothing after it."""
     line = bytearray()
     while len(line) < LONGEST and not line.endswith(b"\n"):
         if not (byte := connection.recv(1)):
@@ -160,7 +161,7 @@ def _line(connection: socket.socket) -> bytes:
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    """What one of us has said; {} of anybody else."""
+    """The message of a process of this program; {} for any other bytes."""
     with contextlib.suppress(ValueError):
         message = parse_json(line)
         if isinstance(message, dict) and message.get("name") == NAME:
@@ -171,11 +172,11 @@ def _parse(line: bytes) -> dict[str, Any]:
 def _watch(
     connection: socket.socket, who: str, seconds: float, lost: Callable[[str], object]
 ) -> None:
-    """Sends signs of life and waits for those of `who`; calls `lost` where none come.
+    """Sends heartbeats and waits for those of `who`; calls `lost` if none come.
 
-    Only seconds in which this process was awake itself are counted, so that one that was stopped
-    does not take the others for lost. One that has ended is no matter here: those that need it
-    notice at once.
+    Only the seconds in which this process itself runs are counted, so that a process that was
+    stopped does not take the others for lost. A process that has ended is not handled here, since
+    those that need it notice at once.
     """
     beat = min(BEAT, seconds / 4)
     silent = 0.0
@@ -212,14 +213,14 @@ def _end(reason: str) -> NoReturn:
 
 
 class _Room(socketserver.ThreadingTCPServer):
-    """Process 0's part: it listens at the port and gives all who come the same answer.
+    """The server of process 0: it listens at the port and gives all processes the same answer.
 
     Raises:
-      UserError: the port cannot be listened at.
+      UserError: it cannot listen at the port.
     """
 
-    # What is left of ended connections keeps nobody from the port; who listens there does, and
-    # with whom JAX would share it: any other run of the same user.
+    # Closed connections do not block the port, but another listener does. JAX would share the port
+    # with such a listener if it belongs to another run of the same user.
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 128
@@ -228,11 +229,11 @@ class _Room(socketserver.ThreadingTCPServer):
         _, port = place(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator))
         self.where, self.processes, self.own = coordinator, processes, own
         self.heartbeat = heartbeat
-        self.connections: list[socket.socket] = []  # to those who are told of a loss
-        self.there: set[int] = set()  # who has come
-        self.visitors = 0  # who have not been answered
-        self.answer: str | None = None  # none yet
-        self.problem, self.known_at = "", 0.0  # which all hear of, those too that come a bit later
+        self.connections: list[socket.socket] = []  # to the processes that are told of a loss
+        self.there: set[int] = set()  # the processes that have come
+        self.visitors = 0  # the number of visitors that wait for an answer
+        self.answer: str | None = None  # None: not decided yet
+        self.problem, self.known_at = "", 0.0  # for all, including those that come a bit later
         self.changed = threading.Condition()
         both = socket.has_dualstack_ipv6()
         self.address_family = socket.AF_INET6 if both else socket.AF_INET
@@ -266,14 +267,14 @@ class _Room(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def decide(self, answer: str) -> None:
-        """Answers all who wait, and who is still to come, unless that was done."""
+        """Sets the answer for all processes, including later ones, unless it is set already."""
         with self.changed:
             if self.answer is None:
                 self.answer = answer
             self.changed.notify_all()
 
     def come(self, process: int, about: Mapping[str, Any]) -> None:
-        """Notes that a process has come, and decides where that settles it."""
+        """Notes that a process has come, and decides the answer if it is the last one."""
         with self.changed:
             problem = ""
             if process in self.there:
@@ -290,7 +291,7 @@ class _Room(socketserver.ThreadingTCPServer):
                 self.decide(self.problem)
 
     def give_up(self, seconds: float) -> None:
-        """Decides that those who have waited so long need not wait any longer."""
+        """Ends the waiting with an answer that names the missing processes."""
         missing = sorted(set(range(self.processes)) - self.there)
         who = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
         self.decide(
@@ -299,22 +300,22 @@ class _Room(socketserver.ThreadingTCPServer):
         )
 
     def lost(self, reason: str) -> NoReturn:
-        """Ends all processes that can be told, and this one."""
+        """Ends all processes that can be reached, and this one."""
         for connection in self.connections:
             with contextlib.suppress(OSError):
                 _tell(connection, lost=reason)
-        time.sleep(BEAT)  # in which they end, before JAX there misses this one
+        time.sleep(BEAT)  # the others end in this time, before their JAX misses this process
         _end(reason)
 
 
 class _Visitor(socketserver.BaseRequestHandler):
-    """One that has come, which may be anybody."""
+    """A connection to the port, which may come from any program."""
 
     server: _Room
     request: socket.socket
 
     def handle(self) -> None:
-        """Hears who it is, waits with it for the answer, and stays with it."""
+        """Reads who the visitor is, sends it the answer, and then watches its heartbeats."""
         room = self.server
         self.request.settimeout(GRACE)
         message = _parse(_line(self.request))

@@ -1,4 +1,4 @@
-"""From a configuration to what a run is made of: model, optimizer, compiled steps, state."""
+"""Builds the parts of a run from its configuration: optimizer, compiled steps and state."""
 
 import functools
 import os
@@ -59,8 +59,8 @@ def compile_steps(
 ) -> tuple[Callable[..., tuple[TrainState, jax.Array]], Callable[..., Totals]]:
     """The training and the evaluation step as jitted functions over a layout's mesh.
 
-    The state lies as the layout says and is given up to the step (its buffers are used again);
-    batches come split over the devices, and XLA adds the sum of gradients over them.
+    The state is sharded as the layout says, and is donated to the step, which reuses its buffers.
+    Batches are split over the devices, and XLA inserts the sum of the gradients over the devices.
     """
     replicated, batch, state = layout.replicated, layout.batch, shardings(template)
     model = model.clone(partition=layout.partition)
@@ -120,10 +120,10 @@ def initialize(
     template: TrainState,
     initial: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """The state before the first step, each array made where it stays; see `create_state`."""
-    # It runs once: compiled with the fewest optimizations that give the same bits, in a third of
-    # the time (6.9 against 2.5 s for the notebook's model, which then takes 6 s to draw either
-    # way).
+    """The state before the first step, with its final sharding; see `create_state`."""
+    # The program runs once, so it is compiled with the fewest optimizations that give the same
+    # bits. For the notebook's model the compilation then takes 2.5 s instead of 6.9 s; drawing the
+    # parameters takes 6 s either way.
     options = {"xla_backend_optimization_level": 1}
     init = jax.jit(init_fn, out_shardings=shardings(template), compiler_options=options)
     return init(key, mean, initial)
@@ -152,5 +152,6 @@ def use_compilation_cache() -> None:
         )
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # By itself JAX keeps what took a second, and the many small ones take as much together.
+    # By default JAX caches only programs that took a second to compile, but the many small ones
+    # take as long together.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

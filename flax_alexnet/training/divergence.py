@@ -1,4 +1,4 @@
-"""What ails a model that does not train: the layer that explodes, the units that are dead."""
+"""Diagnoses of a model that does not train: exploding activations and dead units."""
 
 import collections
 import functools
@@ -16,29 +16,29 @@ from flax_alexnet.models.architectures import Conv, Dense, activation_names, arc
 from flax_alexnet.training.step import TrainState
 from flax_alexnet.utils.errors import UserError
 
-# Share of ln(classes) within which a loss has not moved from it. In quickstart with the notebook's
-# own initial values it is within 0.03 % after one epoch and two, with He et al.'s 20 % below.
+# A loss within this share of ln(classes) counts as not moved. In quickstart with the notebook's own
+# initial values it is within 0.03 % after one and two epochs; with He et al.'s it is 20 % below.
 PLATEAU = 0.01
-PLATEAU_EPOCHS = 5  # in which a loss that does not move is worth a warning
-LEAST_BACKOFF = 1 / 8  # of the rate: after three halvings a run that diverges ends
+PLATEAU_EPOCHS = 5  # the last epoch in which a loss that does not move causes a warning
+LEAST_BACKOFF = 1 / 8  # least factor of the rate: a run that diverges after three halvings ends
 REMEDY = (
     "start again in a new --workdir with a lower --optimizer.learning-rate or with "
     "--optimizer.clip-norm"
 )
-LARGE_SCALE = 0.1  # of grey levels: more, and what the model sees is far from a deviation of 1
+LARGE_SCALE = 0.1  # of grey levels: above it, inputs have a standard deviation far above 1
 
 
-# From a state to its parameters and to images float[b, h, w, 3] as the model sees them.
+# Maps a state to its parameters and to preprocessed images, float[b, h, w, 3].
 Inspect = Callable[[TrainState], tuple[Mapping[str, Any], jax.Array]]
 
 
 class DivergenceMonitor:
-    """Looks for losses that are not finite, and decides what follows.
+    """Checks whether losses are finite, and decides whether a diverged run ends or goes back.
 
     Args:
       model: the model that is trained.
-      inspect: what its activations are computed from; it is called only after divergence.
-      stops: whether the run then ends at once, and does not go back.
+      inspect: gives the inputs of the activations; it is called only after divergence.
+      stops: whether a diverged run ends at once instead of going back to a checkpoint.
     """
 
     def __init__(self, model: AlexNet, inspect: Inspect, *, stops: bool):
@@ -46,11 +46,11 @@ class DivergenceMonitor:
         self._pending: collections.deque[tuple[int, jax.Array]] = collections.deque()
 
     def add(self, step: int, loss: jax.Array) -> None:
-        """The loss of a step, which need not be computed yet."""
+        """Adds the loss of a step; the device may still be computing it."""
         self._pending.append((step, loss))
 
     def first_not_finite(self, keep: int) -> int:
-        """The first step without a finite loss, or 0; the last `keep` are looked at later."""
+        """The first step whose loss is not finite, or 0; the last `keep` are checked later."""
         while len(self._pending) > keep:
             step, loss = self._pending.popleft()
             if not math.isfinite(float(loss)):
@@ -60,17 +60,17 @@ class DivergenceMonitor:
     def explain(
         self, step: int, rate: float, state: TrainState, saved: int | None, lowered: jax.Array
     ) -> str:
-        """What to say of a step that has diverged, where the run goes back and tries again.
+        """The message about a diverged step, for a run that goes back and tries again.
 
         Args:
-          step: that could not be made.
+          step: the step that diverged.
           rate: the learning rate.
-          state: before that step.
+          state: the state before that step.
           saved: the newest step that is saved.
-          lowered: the share of the rate that the run would go on with.
+          lowered: the factor of the rate with which the run would continue.
 
         Raises:
-          UserError: the run is to end, or has gone back three times.
+          UserError: `stops` is set, or the run has gone back three times.
         """
         self._pending.clear()
         largest = largest_activation(self._model, *self._inspect(state))
@@ -85,14 +85,14 @@ class DivergenceMonitor:
 
 
 class PlateauMonitor:
-    """Notices once in a run that its loss stays at that of equal chances.
+    """Warns once in a run if its loss stays at that of a uniform prediction.
 
     Args:
       model: the model that is trained.
-      inspect: what its activations are computed from; it is called only on the plateau.
-      classes: of the data.
-      evaluations: (epoch, loss) of those made before.
-      remedies: what may help, see `plateau_remedies`.
+      inspect: gives the inputs of the activations; it is called only on the plateau.
+      classes: the number of classes of the data.
+      evaluations: (epoch, loss) of the evaluations so far.
+      remedies: changes that may help; see `plateau_remedies`.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class PlateauMonitor:
         self._evaluations, self._remedies = list(evaluations), remedies
 
     def look(self, epoch: float, loss: float, state: TrainState) -> list[str]:
-        """The warning, if there is one, after an evaluation with this loss."""
+        """Adds an evaluation with this loss; returns the warning in a list, or an empty list."""
         self._evaluations.append((epoch, loss))
         if not new_plateau(self._evaluations, self._classes):
             return []
@@ -120,13 +120,13 @@ def largest_activation(
 ) -> tuple[str, float]:
     """The name of the activation with the largest absolute value, and that value.
 
-    One that is not finite is larger than any; of several the first counts, which the others come
-    from.
+    A value that is not finite counts as the largest. If several activations have one, the first
+    is named, since the others follow from it.
 
     Args:
       model: the model.
       params: its parameters.
-      images: float[b, h, w, 3] as it sees them.
+      images: preprocessed images, float[b, h, w, 3].
     """
     largest = {
         name: float(jnp.nan_to_num(jnp.abs(values).max(), nan=jnp.inf, posinf=jnp.inf))
@@ -137,10 +137,10 @@ def largest_activation(
 
 
 def dead_units(model: AlexNet, params: Mapping[str, Any], images: jax.Array) -> dict[str, float]:
-    """By layer, the share of its units (or channels) that are above zero nowhere in any image.
+    """For each layer, the share of its units (or channels) that no image makes positive.
 
-    Such a unit gets no gradient from these images. The last layer, which is linear, is left out,
-    and so are all of a model whose activation function is another than ReLU.
+    Such a unit gets no gradient from these images. The last layer is left out, since it is linear.
+    The result is empty for a model whose activation function is not ReLU.
     """
     if model.activation is not nn.relu:
         return {}
@@ -157,15 +157,14 @@ def dead_units(model: AlexNet, params: Mapping[str, Any], images: jax.Array) -> 
 
 
 def on_plateau(loss: float, classes: int) -> bool:
-    """Whether a loss has not moved from that of equal chances for all classes, ln(classes)."""
+    """Whether a loss is still that of a uniform prediction over all classes, ln(classes)."""
     return abs(loss - math.log(classes)) <= PLATEAU * math.log(classes)
 
 
 def new_plateau(evaluations: Sequence[tuple[float, float]], classes: int) -> bool:
-    """Whether the last of these (epoch, loss) is the first that is worth a warning.
+    """Whether the last of these (epoch, loss) pairs is the first that calls for a warning.
 
-    Those that count are the evaluations from epoch 1 to 5, and the first from epoch 1 on where it
-    comes later.
+    The evaluations from epoch 1 to epoch 5 count, or the first later one if there are none.
     """
     counting = [(epoch, loss) for epoch, loss in evaluations if epoch >= 1]
     places = [
@@ -177,7 +176,7 @@ def new_plateau(evaluations: Sequence[tuple[float, float]], classes: int) -> boo
 
 
 def plateau_warning(classes: int, dead: Mapping[str, float], remedies: Sequence[str]) -> str:
-    """What to say of a loss that `on_plateau`, with what `dead_units` found and what may help."""
+    """The warning about a loss on the plateau, with the result of `dead_units` and remedies."""
     shares = ", ".join(f"{layer} {share:.0%}" for layer, share in dead.items())
     return (
         f"warning: the loss has not moved from ln({classes}) = {math.log(classes):.3f}; "
@@ -192,13 +191,13 @@ def plateau_remedies(
     initialization: str,
     scale: float | Sequence[float],
 ) -> list[str]:
-    """What may bring a run off the plateau, of what it does not have yet.
+    """The settings that may bring a run off the plateau and that it does not use yet.
 
     Args:
-      pretrained: whether it started from a trained model, whose preprocessing is to stay.
+      pretrained: whether the run started from a trained model, whose preprocessing must stay.
       frozen: whether any layers keep their values.
       initialization: "published" or "he".
-      scale: what grey levels are multiplied with.
+      scale: the factor by which grey levels are multiplied.
     """
     if pretrained:
         thaw = ["fewer layers with --freeze"] if frozen else []
@@ -211,13 +210,13 @@ def plateau_remedies(
 
 
 def divergence(step: int, rate: float, layer: str, largest: float, saved: int | None) -> str:
-    """What to say where the loss or a gradient is not finite.
+    """The message about a loss or a gradient that is not finite.
 
     Args:
-      step: that could not be made.
+      step: the step that diverged.
       rate: the learning rate.
-      layer: of the largest activation.
-      largest: its value; see `largest_activation`.
+      layer: the layer with the largest activation.
+      largest: the value of that activation; see `largest_activation`.
       saved: the newest step that is saved.
     """
     return (

@@ -1,4 +1,4 @@
-"""Steps, images and epochs of a run, whose batches may have changed in size on the way."""
+"""Steps, images and epochs of a run whose batch size may have changed during the run."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from typing import NamedTuple
 class Part(NamedTuple):
     """Steps with batches of one size."""
 
-    step: int  # how many were made before
+    step: int  # the number of steps before this part
     batch_size: int
 
 
@@ -22,28 +22,28 @@ class Epochs:
     its last image, though the batch may go on with images of the next one.
 
     Attributes:
-      images: in an epoch, ≥ 1.
-      parts: of the run, by their steps; the first from step 0 on.
+      images: the number of images in an epoch, ≥ 1.
+      parts: the parts of the run in the order of their steps; the first begins at step 0.
     """
 
     images: int
     parts: tuple[Part, ...]
 
     def going_on(self, step: int, batch_size: int) -> "Epochs":
-        """The same until `step`, and batches of `batch_size` from there on."""
+        """The same epochs up to `step`, with batches of `batch_size` after it."""
         parts = [part for part in self.parts if part.step < step]
         if not parts or parts[-1].batch_size != batch_size:
             parts.append(Part(step, batch_size))
         return Epochs(self.images, tuple(parts))
 
     def seen(self, step: int) -> int:
-        """How many images the first `step` steps see; one of two epochs counts twice."""
+        """How many images the first `step` steps see; an image counts once for each epoch."""
         return sum(
             part.batch_size * max(min(step, end) - part.step, 0) for part, end in self._spans()
         )
 
     def steps(self, epochs: float) -> int:
-        """The fewest steps that see so many epochs."""
+        """The smallest number of steps that see `epochs` epochs."""
         left = max(math.ceil(epochs * self.images - 1e-6), 1)  # 0.1 · 30 is a little more than 3
         for part, end in self._spans():
             step = part.step + -(-left // part.batch_size)
@@ -53,7 +53,7 @@ class Epochs:
         raise AssertionError("the last part has no end")
 
     def fraction(self, step: int) -> float:
-        """The epochs that are seen after `step`, to the image."""
+        """The number of epochs that are seen after `step`, exact to the image."""
         return self.seen(step) / self.images
 
     def ends(self, step: int) -> bool:
@@ -61,14 +61,14 @@ class Epochs:
         return self.seen(step) // self.images > self.seen(step - 1) // self.images
 
     def epoch(self, step: int) -> float:
-        """The epoch after `step`, to show: a whole number where one ends with it."""
+        """The epoch after `step`, for display; a whole number if an epoch ends with the step."""
         return float(int(self.fraction(step))) if self.ends(step) else self.fraction(step)
 
     @property
     def first_step(self) -> float:
-        """The step at which epoch 0 would have begun, had all batches been as large as the last.
+        """The step at which epoch 0 would begin if all batches had the size of the last one.
 
-        0 where their size never changed.
+        It is 0 if the batch size never changed.
         """
         last = self.parts[-1]
         return last.step - self.seen(last.step) / last.batch_size

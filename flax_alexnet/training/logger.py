@@ -1,4 +1,4 @@
-"""What a run says while it goes: lines of JSON, TensorBoard events, and the terminal."""
+"""The logs of a run in progress: lines of JSON, TensorBoard events, and terminal output."""
 
 import contextlib
 import itertools
@@ -16,7 +16,7 @@ from flax_alexnet.utils.errors import UserError
 from flax_alexnet.utils.inputs import parse_json, read_text
 from flax_alexnet.utils.outputs import moved_away, replacing
 
-# tensorboardX imports PyTorch where it is installed, to no use here: seconds and much memory.
+# tensorboardX imports PyTorch if it is installed, which takes seconds and memory and has no use.
 _hidden = "torch" not in sys.modules
 if _hidden:
     sys.modules["torch"] = None  # type: ignore[assignment]
@@ -27,26 +27,26 @@ if _hidden:
     del sys.modules["torch"]
 
 LARGEST_METRICS = 2**30  # bytes: some ten million lines
-LARGEST_FLOAT = 3.4e38  # of float32, in which metrics are computed
+LARGEST_FLOAT = 3.4e38  # the largest float32; metrics are computed in float32
 _MEND = "remove it or repair it by hand"
 
 
 class RunLog:
-    """Metrics of a run to `metrics.jsonl`, to TensorBoard, and to the terminal.
+    """Writes the metrics of a run to `metrics.jsonl`, to TensorBoard, and to the terminal.
 
-    On a terminal there is a progress bar with the latest loss, accuracy and images per second;
-    elsewhere each line of metrics is a line of text. What cannot be written, because the disk is
-    full, is kept and tried again with the next line.
+    On a terminal it shows a progress bar with the latest loss, accuracy and images per second;
+    elsewhere it prints each line of metrics as text. Lines that cannot be written, because the disk
+    is full, are kept and written together with the next line.
 
     Args:
-      workdir: where the files go.
-      start_step: where this part of the run starts. What an interrupted one logged beyond that
-        step is removed, since those steps are made again.
-      total_steps: where it ends.
-      clock: kept with each line.
+      workdir: the folder for the files.
+      start_step: the step after which this process starts. Lines that an interrupted run logged
+        beyond it are removed, since those steps are made again.
+      total_steps: the last step.
+      clock: saved with each line.
 
     Raises:
-      UserError: what is there is damaged, or the files cannot be written.
+      UserError: the existing files are damaged, or the files cannot be written.
     """
 
     def __init__(self, workdir: Path, start_step: int, total_steps: int, clock: "Clock"):
@@ -64,7 +64,7 @@ class RunLog:
         )
 
     def advance(self) -> None:
-        """One step was made."""
+        """Moves the progress bar by one step."""
         self._bar.update()
 
     def rewind(self, step: int) -> None:
@@ -82,10 +82,10 @@ class RunLog:
             raise UserError(f"cannot write to {self._workdir}: {error.strerror}") from None
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """One line of metrics; it has a "step" and an "epoch".
+        """Writes one line of metrics, which has a "step" and an "epoch".
 
         Raises:
-          UserError: the directory is no longer in its place.
+          UserError: the working directory was moved or removed.
         """
         try:
             in_place = os.path.samestat(os.stat(self._workdir), self._place)
@@ -127,25 +127,25 @@ class RunLog:
         """Closes the files."""
         self._clock.keep()
         self._bar.close()
-        with contextlib.suppress(OSError):  # which `write` and `sync` have said
+        with contextlib.suppress(OSError):  # `write` and `sync` have reported it
             self._flush()
         self._files.close()
 
 
 def say_line(text: str) -> None:
-    """Prints a line on the terminal that leaves a progress bar whole."""
+    """Prints a line on the terminal without breaking a progress bar."""
     tqdm.tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
 
 class Clock:
-    """Seconds that a run has taken over all its sittings.
+    """Counts the seconds that a run has taken over all its starts.
 
-    They are kept in a file: what a kill takes is the time since the last line of metrics.
+    The count is kept in a file. A kill loses only the time since the last line of metrics.
 
     Args:
-      path: the file; it may not be there.
-      started: of this sitting, by the monotonic clock.
+      path: the file, which need not exist.
+      started: the time of this start, by the monotonic clock.
     """
 
     def __init__(self, path: Path, started: float):
@@ -159,12 +159,12 @@ class Clock:
             print(f"{path} has no number of seconds; they are counted from 0", flush=True)
 
     def seconds(self) -> float:
-        """Of all sittings, this one until now."""
+        """The seconds over all starts of the run, including this one until now."""
         return self._before + time.monotonic() - self._started
 
     def keep(self) -> None:
-        """Writes them over those in the file; they need no room that these did not have."""
-        with contextlib.suppress(OSError):  # a full disk, which `RunLog` says
+        """Overwrites the seconds in the file, which needs no more disk space than before."""
+        with contextlib.suppress(OSError):  # a full disk, which `RunLog` reports
             file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
                 written = os.pwrite(file, f"{self.seconds():.3f}\n".encode(), 0)
@@ -174,7 +174,7 @@ class Clock:
 
 
 class Lines:
-    """Lines added to the end of a file, whole ones only, however often the disk is full."""
+    """Appends lines to a file; only whole lines are written, even when the disk is full."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -183,11 +183,11 @@ class Lines:
         self._pending = b""
 
     def add(self, line: str) -> None:
-        """To be written by `flush`."""
+        """Adds a line, which the next `flush` writes."""
         self._pending += line.encode() + b"\n"
 
     def flush(self) -> None:
-        """Gives all that is pending to the system; raises OSError, and then has written nothing."""
+        """Writes all pending lines. If it raises OSError, it has written none of them."""
         self._put_back()
         try:
             written = 0
@@ -201,7 +201,7 @@ class Lines:
         self._pending = b""
 
     def _put_back(self) -> None:
-        """Writes the file again where it was removed; while it is open, its lines are there."""
+        """Restores the file if it was removed; the open file still has its lines."""
         if not self._pending or self._path.exists() or not self._path.parent.exists():
             return
         with replacing(self._path) as partial:
@@ -219,11 +219,11 @@ class Lines:
 
 
 class Events:
-    """Scalars for TensorBoard.
+    """Writes scalars for TensorBoard.
 
-    `tensorboardX.SummaryWriter` writes in a thread of its own, which dies when the disk is full,
-    and then waits for it for ever. Here a file that cannot be written is given up, and what was
-    pending goes to the next.
+    `tensorboardX.SummaryWriter` writes in a thread that dies when the disk is full, and then waits
+    for that thread forever. This class abandons a file that cannot be written, and writes the
+    pending events to a new one.
     """
 
     _numbers = itertools.count()
@@ -232,13 +232,13 @@ class Events:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._writer: RecordWriter | None = None
-        # TensorBoard forgets what it knows from this step on.
+        # With this event TensorBoard discards the earlier events from `purge_step` on.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._pending = [event_pb2.Event(wall_time=time.time(), step=purge_step, session_log=start)]
         self.flush()
 
     def add(self, metrics: dict[str, Any]) -> None:
-        """All of a line of metrics but its step; to be written by `flush`."""
+        """Adds all values of a line of metrics except its step; the next `flush` writes them."""
         values = [
             summary_pb2.Summary.Value(tag=name, simple_value=value)
             for name, value in metrics.items()
@@ -274,7 +274,7 @@ class Events:
 
 
 class SilentLog:
-    """In the place of a `RunLog` where another process writes it."""
+    """Replaces `RunLog` on a process that does not write the log."""
 
     def _ignore(self, *_: Any) -> None: ...
 
@@ -282,9 +282,9 @@ class SilentLog:
 
 
 class Throughput:
-    """Images per second of training, without compilation, evaluation and saving.
+    """Measures images per second of training, without compilation, evaluation and saving.
 
-    The time from the dispatch of a first step to `pause`, before which the last must be complete.
+    The time counts from the dispatch of a step until `pause`, when all steps must be complete.
     """
 
     def __init__(self, batch_size: int):
@@ -294,18 +294,18 @@ class Throughput:
         self._first = True  # whether there was no lap yet
 
     def step(self) -> None:
-        """One step was dispatched; the first is timed from here on, without its compilation."""
+        """Counts a dispatched step. The first one starts the time, after its compilation."""
         self._started = time.monotonic() if self._started is None else self._started
         self._steps += 1
 
     def pause(self) -> None:
-        """All steps are complete, and something else comes next."""
+        """Stops the time; all steps must be complete."""
         if self._started is not None:
             self._seconds += time.monotonic() - self._started
         self._started = None
 
     def lap(self) -> dict[str, float]:
-        """Images per second since the last lap; nothing of a first step alone, which compiles."""
+        """Images per second since the last lap; {} for the first step alone, which compiles."""
         compiled = self._first and self._steps == 1
         throughput = {"images_per_second": self._steps * self._batch_size / self._seconds}
         self._seconds, self._steps, self._first = 0.0, 0, False
@@ -313,7 +313,7 @@ class Throughput:
 
 
 def average_throughput(metrics: Iterable[Mapping[str, Any]]) -> float:
-    """Images per second over all lines of training; each has the rate of what came before it."""
+    """Images per second over all training lines; each line has the rate since the line before."""
     epochs = time_taken = before = 0.0
     for line in metrics:
         if "images_per_second" in line:
@@ -324,10 +324,10 @@ def average_throughput(metrics: Iterable[Mapping[str, Any]]) -> float:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics file but a last one that a kill cut off; none where there is no file.
+    """All lines of a metrics file, without a last line that a kill cut off; [] without a file.
 
     Raises:
-      UserError: the file cannot be read; or a line, which is named, is none that a run writes.
+      UserError: the file cannot be read, or a line is not valid; the message names the line.
     """
     try:
         texts = read_text(path, LARGEST_METRICS).splitlines() if path.exists() else []
@@ -350,7 +350,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_of_a_run(line: Any) -> bool:
-    """Whether all that is drawn and computed from a line of metrics is there, and is a number."""
+    """Whether a line of metrics has all values that are plotted or averaged, as valid numbers."""
     return (
         isinstance(line, dict)
         and line.keys() >= {"step", "epoch"}

@@ -28,25 +28,25 @@ from flax_alexnet.training.trainer import Trainer, make_trainer
 from flax_alexnet.utils.errors import STOPPED
 from flax_alexnet.utils.host_memory import keep_for_reuse
 
-LOOK_BACK = 2  # steps between making one and looking at its loss
+LOOK_BACK = 2  # steps between the dispatch of a step and the check of its loss
 
 
 def train(config: Config) -> int:
-    """Trains as `config` says, from the newest checkpoint in its working directory on.
+    """Trains as `config` says, starting from the newest checkpoint in its working directory.
 
     Returns:
-      0 when the run is complete; 75 when SIGTERM or Ctrl-C ended it early, and what it had done is
-      saved: starting again goes on.
+      0 when the run is complete; 75 when SIGTERM or Ctrl-C ended it early. In that case its state
+      is saved, and starting it again resumes it.
 
     Raises:
-      UserError: something in `config`, the data or the working directory does not fit, which is
-        said before anything is compiled; or the loss is not finite.
+      UserError: `config`, the data or the working directory is not valid, which is reported before
+        anything is compiled; or the loss is not finite.
     """
     started = time.monotonic()
     if config.keep_memory:
         keep_for_reuse()
     with contextlib.ExitStack() as resources:
-        # Who looks for transfers in a program of their own (JAX_TRANSFER_GUARD) need not see ours.
+        # JAX_TRANSFER_GUARD helps to debug a user's own program; our transfers are intended.
         resources.enter_context(jax.transfer_guard("allow"))
         setup = set_up(config, resources)
         with exit_on_error():
@@ -54,7 +54,7 @@ def train(config: Config) -> int:
 
 
 def run(config: Config, setup: Setup, started: float) -> int:
-    """Trains on what is set up, as `train` says, since `started` by the monotonic clock."""
+    """Trains with the given setup, see `train`; `started` is a time of the monotonic clock."""
     workdir = config.workdir
     clock = Clock(workdir / SECONDS, started)
     say = say_line if is_main() else _say_nothing
@@ -92,10 +92,10 @@ def fit(
     log: RunLog | SilentLog,
     say: Callable[[str], None],
 ) -> tuple[bool, TrainState, dict[str, float]]:
-    """Makes the steps of a run after `step`, which has left `state`, and saves the last one.
+    """Makes the training steps after `step`, which ended in `state`, and saves the last state.
 
     Returns:
-      Whether a signal has stopped it; the state; and its evaluation, where one was made.
+      Whether a signal stopped the run, the last state, and its evaluation if there is one, else {}.
     """
     config, data, schedule = trainer.config, trainer.setup.data, trainer.schedule
     checkpoints, key = trainer.checkpoints, trainer.key
@@ -107,9 +107,9 @@ def fit(
     evaluated: dict[str, float] = {}
     with stop_requests() as stop_requested:
         while step < schedule.total_steps:
-            # The host goes on as soon as the step is in the device's queue, and waits for it only
-            # where its results are needed: to log, to evaluate, to save. A loss is looked at once
-            # the device is two steps further, so that nobody waits for that either.
+            # The host dispatches a step and continues. It waits for the device only where it needs
+            # the results: to log, to evaluate or to save. It checks a loss only after it has
+            # dispatched two more steps, so that the check does not stall the device either.
             step += 1
             state, loss = trainer.step_fn(state, next(batches), key)
             divergence.add(step, loss)
@@ -156,8 +156,8 @@ def fit(
                 say_stopped(step, checkpoints, say)
                 return True, state, {}
 
-        # A full disk, say: there is nothing else left to do. Several processes do not get there,
-        # since of these a save that fails ends all.
+        # If the last save failed, for example on a full disk, it is retried here. This happens only
+        # in a run of one process; with several, a failed save ends all of them.
         while not checkpoints.saved():
             if stopped_in(RETRY_SECONDS, stop_requested):
                 say_stopped(step, checkpoints, say)
@@ -167,7 +167,7 @@ def fit(
 
 
 def plateau_monitor(trainer: Trainer, start: int) -> PlateauMonitor:
-    """Notices a loss that does not move, with the evaluations before step `start` in mind."""
+    """Creates the monitor of a loss that does not move, with the evaluations up to step `start`."""
     config, setup = trainer.config, trainer.setup
     remedies = plateau_remedies(
         pretrained=config.init_from is not None,
@@ -181,7 +181,7 @@ def plateau_monitor(trainer: Trainer, start: int) -> PlateauMonitor:
 
 
 def say_stopped(step: int, checkpoints: Checkpoints, say: Callable[[str], None]) -> None:
-    """Says from which step a run goes on that a signal ends."""
+    """Says at which step a signal stopped the run, and from which step it resumes."""
     saved = step if checkpoints.saved() else checkpoints.latest_step() or 0
     say(f"stopped at step {step:,}; the same command goes on from step {saved:,}")
 
@@ -195,7 +195,7 @@ def train_means(totals: Totals) -> dict[str, float]:
 def lower_rate(
     state: TrainState, evaluated: dict[str, float], config: OptimizerConfig
 ) -> TrainState:
-    """The state after an evaluation under the "plateau" schedule."""
+    """Applies the "plateau" schedule after an evaluation, and returns the new state."""
     opt_state = drop_on_plateau(
         state.opt_state,
         1 - evaluated["eval_top1"],

@@ -11,7 +11,7 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 
 class OnlyFinite(optax.GradientTransformationExtraArgs):
-    """An optimizer whose whole state stays as it is, to the bit, where `finite` is False.
+    """An optimizer that leaves its whole state unchanged, to the bit, if `finite` is False.
 
     `finite` is an argument of its `update`, a bool[], True by default.
     """
@@ -35,29 +35,28 @@ def create_optimizer(
         paper:     v ← m·v − ε·(g + λ·w);    w ← w + v
         notebook:  v ← m·v + (g + λ·ε·w);    w ← w − ε·v
 
-    In the paper's rule (section 5) the rate stands inside the velocity, so that what was gathered
-    at a high rate goes on at that rate after a drop; `optax.sgd` differs there. The notebook
+    In the paper's rule (section 5) the rate is inside the velocity, so that gradients accumulated
+    at a high rate keep that rate after a drop; `optax.sgd` differs in this. The notebook
     multiplies the decay by the rate twice, which makes it 1 / ε times weaker than the paper's.
 
-    The rate that was applied last, and the factors by which plateaus and divergence have lowered
-    it, are part of the optimizer's state: see `applied_rate`, `drop_on_plateau` and
-    `with_backoff`.
+    The optimizer's state contains the rate of the last update, and the factors by which plateaus
+    and divergence have lowered it: see `applied_rate`, `drop_on_plateau` and `with_backoff`.
 
     Args:
-      learning_rate: ε, a constant or a function of the step (int32[]), as of `create_schedule`.
+      learning_rate: ε, a constant or a function of the step (int32[]); see `create_schedule`.
       momentum: m, in [0, 1).
       weight_decay: λ, ≥ 0.
-      rule: which of the two.
+      rule: which of the two rules is used.
       bias_rate: multiplies ε for biases; the original code and Caffe take 2.
       layer_rates: multiplies ε for the parameters of some layers, by their names.
       decay_biases: whether λ applies to biases; the original code and Caffe leave them out.
-      clip_norm: scales gradients down to this global norm, before anything is added; None does not.
+      clip_norm: gradients are scaled down to this global norm first; None: they are not clipped.
 
     Returns:
-      An optax chain; its `update` needs the parameters, and takes `finite` as `trace` does.
+      An optax chain; its `update` needs the parameters, and takes `finite` (see `OnlyFinite`).
 
     Raises:
-      ValueError: a rule that does not exist.
+      ValueError: the rule is unknown.
     """
     schedule = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
     clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
@@ -91,10 +90,10 @@ def create_schedule(
 
     Args:
       learning_rate: the rate after warm-up, > 0.
-      boundaries: steps from which on the rate is multiplied by `drop_factor` once more.
+      boundaries: steps at which the rate is multiplied by `drop_factor` once more.
       drop_factor: in (0, 1); the paper divides by 10.
       warmup_steps: steps over which the rate rises; step 0 has 1 / `warmup_steps` of it.
-      first_step: at which warm-up begins; not 0 where a run goes on with another batch size.
+      first_step: the step at which warm-up begins; not 0 if a run resumes with another batch size.
 
     Returns:
       A function of the step, int32[] to float32[].
@@ -118,8 +117,8 @@ class RateState(NamedTuple):
 
     step: jax.Array  # int32[]
     applied: jax.Array  # float32[]: the rate of the last update
-    factor: jax.Array  # float32[]: what plateaus have brought the rate down to, 1 at first
-    backoff: jax.Array  # float32[]: what divergence has brought the rate down to, 1 at first
+    factor: jax.Array  # float32[]: the factor by which plateaus have lowered the rate, 1 at first
+    backoff: jax.Array  # float32[]: the factor by which divergence has lowered it, 1 at first
     best: jax.Array  # float32[]: the lowest validation error so far
     stale: jax.Array  # int32[]: evaluations since `best`
 
@@ -127,19 +126,19 @@ class RateState(NamedTuple):
 def scale_by_rate(
     schedule: Schedule, bias_rate: float = 1.0, layer_rates: Mapping[str, float] | None = None
 ) -> optax.GradientTransformation:
-    """Update u to −ε·u with ε = schedule(step) · factor · backoff.
+    """Maps the update u to −ε·u with ε = schedule(step) · factor · backoff.
 
-    ε is multiplied by `bias_rate` for biases, and by what `layer_rates` has for the layer.
+    ε is multiplied by `bias_rate` for biases, and by the layer's factor in `layer_rates`.
     """
 
     def init(params: optax.Params) -> RateState:
         del params
-        return RateState(  # arrays of their own, so that all can be donated to a step
+        return RateState(  # no two fields share an array, so that all can be donated to a step
             step=jnp.zeros((), jnp.int32),
             applied=jnp.zeros((), jnp.float32),
             factor=jnp.ones((), jnp.float32),
             backoff=jnp.ones((), jnp.float32),
-            # Not infinity, at which `jax.debug_infs` would stop; no error is larger.
+            # Larger than any error, but finite, since `jax.debug_infs` would stop at infinity.
             best=jnp.full((), jnp.finfo(jnp.float32).max, jnp.float32),
             stale=jnp.zeros((), jnp.int32),
         )
@@ -162,10 +161,10 @@ def scale_by_rate(
 
 
 def accumulate_velocity(momentum: float) -> optax.GradientTransformationExtraArgs:
-    """Update u to the velocity v ← momentum · v + u, where `finite`, an argument of its `update`.
+    """Maps the update u to the velocity v ← momentum · v + u, like `optax.trace`.
 
-    `finite` is a bool[], True by default; where it is False the velocity stays as it is, to the
-    bit. A velocity that would overflow is the largest finite number. Otherwise as `optax.trace`.
+    Its `update` takes an argument `finite`, a bool[], True by default. If it is False, the velocity
+    stays unchanged, to the bit. A velocity that overflows becomes the largest finite number.
     """
 
     def update(
@@ -177,8 +176,8 @@ def accumulate_velocity(momentum: float) -> optax.GradientTransformationExtraArg
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.TraceState]:
         del params, extra_args
-        # Chosen here, before the parameters are updated with it, and not after: so XLA can write
-        # velocities and parameters to where they lie, without a copy of either.
+        # The choice is made here, before the parameters are updated, so that XLA can update
+        # velocities and parameters in place, without a copy of either.
         velocity = jax.tree.map(
             lambda u, v: jnp.where(finite, jnp.nan_to_num(momentum * v + u), v),
             updates,
@@ -208,17 +207,17 @@ def drop_on_plateau(
     stopped improving with the current learning rate", three times in all.
 
     Args:
-      opt_state: of an optimizer that `create_optimizer` made, with the rule "paper" (the decay of
-        the notebook's rule follows the schedule alone).
+      opt_state: the state of an optimizer from `create_optimizer` with the rule "paper" (the decay
+        of the notebook's rule follows the schedule alone).
       error: validation error, such as 1 − top-1 accuracy; smaller is better.
       patience: evaluations without a new best, at the current rate, before a drop; ≥ 1.
-      drop_factor: what a drop multiplies the rate with.
+      drop_factor: the factor by which a drop multiplies the rate.
       max_drops: the rate never falls below `drop_factor ** max_drops` of the schedule's.
     """
     old = _rate_state(opt_state)
     error = jnp.asarray(error, jnp.float32)
     stale = jnp.where(error < old.best, 0, old.stale + 1)
-    # Half a drop above the lowest factor, so that rounding cannot decide.
+    # The threshold is half a drop above the lowest factor, so that rounding has no influence.
     drop = (stale >= patience) & (old.factor > drop_factor ** (max_drops - 0.5))
     new = old._replace(
         factor=jnp.where(drop, old.factor * drop_factor, old.factor),
@@ -229,16 +228,16 @@ def drop_on_plateau(
 
 
 def backoff(opt_state: optax.OptState) -> jax.Array:
-    """What divergence has brought the learning rate down to, float32[], 1 at first."""
+    """The factor by which divergence has lowered the learning rate, float32[], 1 at first."""
     return _rate_state(opt_state).backoff
 
 
 def with_backoff(opt_state: optax.OptState, value: float | jax.Array) -> optax.OptState:
-    """The state with another `backoff`, in (0, 1]: rates are multiplied by it from now on.
+    """The state with another `backoff`, in (0, 1], by which all later rates are multiplied.
 
-    A rule of our own. After divergence, the state of an older checkpoint goes on with half of what
-    the diverged one had, `with_backoff(restored, backoff(diverged) / 2)`; with the notebook's rule
-    the decay follows the schedule alone, as after a plateau.
+    The paper has no such rule. After divergence, an older checkpoint continues with half the
+    backoff of the diverged state: `with_backoff(restored, backoff(diverged) / 2)`. With the
+    notebook's rule the decay follows the schedule alone, as in `drop_on_plateau`.
     """
     old = _rate_state(opt_state)
     return _with_rate_state(opt_state, old._replace(backoff=jnp.asarray(value, jnp.float32)))
@@ -248,11 +247,11 @@ def only_finite(
     optimizer: optax.GradientTransformation,
     keeps_itself: Callable[[Any], bool] | None = None,
 ) -> OnlyFinite:
-    """Any optax transformation as an `OnlyFinite`; one that is so already comes back as it is.
+    """Makes any optax transformation an `OnlyFinite`; an `OnlyFinite` is returned unchanged.
 
     Args:
-      optimizer: of optax, or put together with it.
-      keeps_itself: whether a part of its state is left alone, since it looks at `finite` itself;
+      optimizer: an optax transformation.
+      keeps_itself: tells whether a part of the state handles `finite` itself, and so is left alone;
         None: no part does.
     """
     if isinstance(optimizer, OnlyFinite):

@@ -1,4 +1,4 @@
-"""What a run prints when it begins, and leaves behind: `report/` and `summary.json`."""
+"""What a run prints at its start and writes at its end: `report/` and `summary.json`."""
 
 import math
 import os
@@ -34,7 +34,7 @@ from flax_alexnet.utils.errors import STOPPED, UserError
 from flax_alexnet.utils.outputs import replacing
 from flax_alexnet.utils.plotting import plot_curves, plot_kernels, plot_predictions
 
-RETRY_SECONDS = 10  # between attempts to write what is left at the end
+RETRY_SECONDS = 10  # seconds between attempts to write the last files of a run
 
 
 def layer_table(model: nn.Module, crop_size: int) -> str:
@@ -142,7 +142,7 @@ def draw_report(
     """Draws the curves, the first layer's kernels, and eight predictions into `folder`.
 
     Raises:
-      OSError: one cannot be written, or is gone when the last one is there.
+      OSError: an image cannot be written, or has disappeared when the last one is written.
     """
     with replacing(folder / "curves.png") as path:
         plot_curves(metrics, path)
@@ -160,7 +160,7 @@ def draw_report(
 
 
 def peak_memory() -> int:
-    """Bytes: the most that the first device has used where it tells, else the process."""
+    """Peak memory in bytes, of the first device if it reports it, else of the process."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but on macOS in bytes
     resident *= 1 if sys.platform == "darwin" else 1024
@@ -168,13 +168,13 @@ def peak_memory() -> int:
 
 
 def keep_trying(action: Callable[[], None], minutes: float) -> bool:
-    """Does what a full disk may hinder, again and again for so many minutes.
+    """Runs `action`, and retries it for `minutes` if it fails, for example on a full disk.
 
     Returns:
-      Whether it is done: a signal to stop ends the attempts.
+      True if it succeeded; False if a signal to stop ended the attempts.
 
     Raises:
-      UserError: it could not be done.
+      UserError: it did not succeed in that time.
     """
     until = time.monotonic() + 60 * minutes
     with stop_requests(alone=True) as stop_requested:
@@ -195,7 +195,7 @@ def keep_trying(action: Callable[[], None], minutes: float) -> bool:
 
 
 def stopped_in(seconds: float, stop_requested: Callable[[bool], bool]) -> bool:
-    """Waits so long, or until a stop is requested; whether it is."""
+    """Waits for `seconds` or until a stop is requested; returns whether one is requested."""
     until = time.monotonic() + seconds
     while not (stop := stop_requested(True)) and (left := until - time.monotonic()) > 0:
         time.sleep(min(left, 0.5))

@@ -11,7 +11,7 @@ class Due(NamedTuple):
     """What is to be done after a step."""
 
     line: bool  # a line of metrics
-    evaluation: bool  # as often as is asked for; there is one after the last step as well
+    evaluation: bool  # at the interval of the schedule; the last step is always evaluated, too
     last: bool  # it is the last step
 
 
@@ -20,8 +20,8 @@ class Schedule:
     """When a run logs and evaluates.
 
     Attributes:
-      epochs: of the run.
-      total_steps: after which it ends.
+      epochs: the epochs of the run.
+      total_steps: the number of steps after which the run ends.
       log_every: steps between lines of metrics.
       eval_epochs: epochs between evaluations.
     """
@@ -37,7 +37,7 @@ class Schedule:
         return Due(self._line(step), evaluation, step == self.total_steps)
 
     def _line(self, step: int) -> bool:
-        """The first line shows the start, and each epoch has one."""
+        """Whether a line is due; the first and the last step have one, and each epoch has one."""
         per_epoch = self.epochs.images / self.epochs.parts[-1].batch_size
         short = per_epoch < self.log_every and self.epochs.ends(step)
         return step % self.log_every == 0 or step in (1, self.total_steps) or short

@@ -1,4 +1,4 @@
-"""What is opened and checked before anything is compiled: data, devices, working directory."""
+"""Opens and checks data, devices and the working directory before anything is compiled."""
 
 import contextlib
 import dataclasses
@@ -51,8 +51,8 @@ class Data:
       dataset: both splits, and the names of their classes.
       train: the images to train on.
       eval: the images to evaluate on.
-      bad: what cannot be read, of each of the two.
-      share: the images that this process tries, and adds up for the mean image.
+      bad: the unreadable images of the training split and of the evaluation split.
+      share: the images that this process checks, and sums for the mean image.
     """
 
     dataset: Dataset
@@ -62,19 +62,19 @@ class Data:
     share: slice
 
     def report(self) -> list[str]:
-        """A line on each split in which more images could not be read than was known."""
+        """A line for each split in which new unreadable images were found since the last call."""
         return [line for records in self.bad if (line := records.report())]
 
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """What a run's directory says of the run so far.
+    """What the working directory records about the run so far.
 
     Attributes:
-      changes: in the configuration, since the run was here last.
-      epochs: of the steps made so far.
+      changes: changes of the configuration since the last start of the run.
+      epochs: the epochs of the steps made so far.
       summarized: the step of the run's summary, if there is one.
-      evaluations: step, epoch and loss of each.
+      evaluations: the step, epoch and loss of each evaluation.
     """
 
     changes: list[str]
@@ -90,12 +90,12 @@ class Setup:
     Attributes:
       data: the images.
       num_classes: outputs of the model.
-      layout: which device holds what.
-      start: what is taken from `--init-from`, if anything.
+      layout: how arrays and layers are split over the devices.
+      start: the values taken from `--init-from`, if it is given.
       frozen: names of the layers that keep their values.
       layer_rates: factors of the learning rate, by layer.
-      identity: the configuration and the data, as `config.json` has them.
-      history: of the run, if it goes on.
+      identity: the description of the configuration and the data that `config.json` stores.
+      history: what the working directory records about the run so far.
     """
 
     data: Data
@@ -109,11 +109,11 @@ class Setup:
 
 
 def set_up(config: Config, resources: contextlib.ExitStack) -> Setup:
-    """Opens what a run needs, and locks its working directory for as long as `resources` is open.
+    """Opens what a run needs, and locks its working directory until `resources` is closed.
 
     Raises:
-      UserError: something in `config`, the data or the working directory does not fit, here or on
-        another process of the run, or the processes' configurations differ. All processes raise.
+      UserError: `config`, the data or the working directory is not valid on one of the processes,
+        or the configurations of the processes differ. All processes raise it.
     """
     error, setup, devices = "", None, use_devices()
     about = flatten(config) | program()
@@ -124,7 +124,7 @@ def set_up(config: Config, resources: contextlib.ExitStack) -> Setup:
         error = str(mistake)
     agree(about, error)
     assert setup is not None, "an error has ended all processes"
-    # Now that the main process has set aside what is damaged, all must see the same.
+    # The main process has moved damaged checkpoints away; now all processes must see the same ones.
     left = sorted(path.name for path in config.workdir.glob("checkpoints/*") if path.name.isdigit())
     seen = {
         "checkpoints": left,
@@ -145,7 +145,7 @@ def use_devices() -> int:
 
 
 def agree(about: Mapping[str, Any], error: str) -> None:
-    """Raises UserError on every process where one has an error, or is not about the same."""
+    """Raises UserError on all processes if one reports an error or their descriptions differ."""
     own = json.dumps({"error": error, "run": about})
     reports = [json.loads(text) for text in gather(own, "open their data and agree on the run")]
     several = len(reports) > 1
@@ -193,7 +193,7 @@ def _set_up(config: Config, devices: int, resources: contextlib.ExitStack) -> Se
 
 
 def _open_dataset(config: Config, known: Mapping[str, Any]) -> Dataset:
-    """Both splits; where the run has been here before, with its order of the classes."""
+    """Opens both splits; a resumed run keeps the order of the classes that it has recorded."""
     data = config.data
     dataset = open_dataset(
         data.name,
@@ -210,7 +210,7 @@ def _open_dataset(config: Config, known: Mapping[str, Any]) -> Dataset:
 
 
 def _num_classes(config: Config, dataset: Dataset) -> int:
-    """Outputs of the model: as many as are asked for, else as the dataset has classes."""
+    """The number of outputs: `--model.num-classes`, or the number of classes of the dataset."""
     num_classes = config.model.num_classes or len(dataset.label_names)
     if num_classes < len(dataset.label_names):
         raise UserError(
@@ -223,7 +223,7 @@ def _num_classes(config: Config, dataset: Dataset) -> int:
 def _start(
     config: Config, num_classes: int, label_names: Sequence[str], frozen: frozenset[str]
 ) -> tuple[Start | None, dict[str, str]]:
-    """What is taken from `--init-from`, and its digest for the identity of the run."""
+    """The values taken from `--init-from`, and their digest for the identity of the run."""
     if not config.init_from:
         return None, {}
     pretrained = load(config.init_from)
@@ -246,19 +246,20 @@ def check_batch_size(batch_size: int, devices: int) -> None:
 
 
 def check_sizes(config: Config, layers: tuple[Layer, ...]) -> None:
-    """Raises UserError where the crop does not fit the model, or its checkpoints the disk."""
+    """Raises UserError if the crop is too small for the model or the disk for the checkpoints."""
     size = config.augment.crop_size
     try:
         parameters = sum(info.parameters for info in infer_shapes(layers, size, size))
     except UserError as error:
         raise UserError(f"--augment.crop-size {size}: {error}") from None
-    # Parameters and velocity in float32; two latest, a best and one that is being written.
+    # A checkpoint has parameters and velocity in float32. Up to four exist at a time: the latest
+    # two, the best one, and one that is being written.
     checkpoints = 1 if (config.workdir / "checkpoints").exists() else 4
     check_room(config.workdir, checkpoints * 2 * 4 * parameters)
 
 
 def _identity(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What makes a run this one and not another: its configuration, its data, JAX's settings."""
+    """What identifies a run: its configuration, its data, and the settings of JAX."""
     of_train, of_eval = dataset.train.digest(), dataset.eval.digest()
     return flatten(config) | {
         "dataset.train": len(dataset.train),
@@ -278,11 +279,11 @@ def _claim(
     known: Mapping[str, Any],
     resources: contextlib.ExitStack,
 ) -> tuple[Mapping[str, Any], list[str]]:
-    """Makes the directory this run's; gives the configuration before, and what has changed."""
+    """Claims the directory for this run; returns its last configuration and what has changed."""
     before, changes = claim(
         config.workdir,
         identity,
-        free_to_change=FREE_TO_CHANGE | (CONTENT.keys() - known.keys()),  # as of an older version
+        free_to_change=FREE_TO_CHANGE | (CONTENT.keys() - known.keys()),  # older runs lack some
         allow_changes=config.allow_changes,
     )
     if is_main():
@@ -300,7 +301,7 @@ def _claim(
 
 
 def _open_data(config: Config, dataset: Dataset) -> Data:
-    """Both splits, their images tried where they were not before."""
+    """Opens both splits, and checks their images as `open_examples` does."""
     share = slice(jax.process_index(), None, jax.process_count())
     splits: dict[str, Source] = {"train": dataset.train, "eval": dataset.eval}
     bad = [
@@ -317,7 +318,7 @@ def _open_data(config: Config, dataset: Dataset) -> Data:
 
 
 def _open_examples(config: Config, source: Source, share: slice, bad: BadRecords) -> Examples:
-    """A split's images, tried where they were not before; says how many cannot be read."""
+    """Opens and checks the images of a split, and says how many of them cannot be read."""
     data = config.data
     examples = open_examples(source, data.image_size, share, data.resize, bad.add)
     if (line := bad.report()) and is_main():
@@ -326,7 +327,7 @@ def _open_examples(config: Config, source: Source, share: slice, bad: BadRecords
 
 
 def recorded_parts(before: Mapping[str, Any], config: Config) -> tuple[Part, ...]:
-    """The batch sizes of a run's steps, as its configuration has them."""
+    """The batch sizes of a run's steps that its `config.json` records."""
     recorded = before.get("batch_sizes") or [[0, before.get("batch_size", config.batch_size)]]
     parts = tuple(Part(step, size) for step, size in recorded)
     steps = [part.step for part in parts]

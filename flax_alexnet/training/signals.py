@@ -13,24 +13,24 @@ import numpy as np
 from flax_alexnet.parallel.distributed import total
 from flax_alexnet.utils.errors import END_SIGNALS
 
-WATCHER = "signals"  # the name of the thread that is told of them
+WATCHER = "signals"  # the name of the thread that receives the signals
 
 
 @contextlib.contextmanager
 def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
-    """Turns the first SIGTERM, SIGHUP or Ctrl-C into a question to ask after each step.
+    """Turns the first SIGTERM, SIGHUP or Ctrl-C into a request that is checked after each step.
 
-    The next one ends the process. Of several processes any may get the signal, and each is at
-    another step, so these ask each other, but only where they wait for the devices anyway. Outside
-    the main thread, where Python lets nobody handle signals, these stay as they are: see
-    `handles_signals`.
+    The second signal ends the process. In a run of several processes any of them may get the
+    signal, and each is at another step. So the processes ask each other, but only where they wait
+    for the devices anyway. Outside the main thread Python does not allow signal handlers, and
+    signals keep their usual effect; see `handles_signals`.
 
     Args:
-      alone: whether this process asks for itself, whatever the others do.
+      alone: whether this process decides for itself, whatever the others do.
 
     Yields:
-      (whether this is such a place) to whether the run is to be saved and ended here; the same on
-      all processes.
+      A function. Its argument says whether the process waits for the devices here; its result says
+      whether to save and end the run here, and is the same on all processes.
     """
     pressed = False
 
@@ -52,7 +52,7 @@ def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
             seen += 1
             if seen > 1:
                 os._exit(128 + number[0])
-            with contextlib.suppress(OSError):  # nobody reads it
+            with contextlib.suppress(OSError):  # standard error is closed
                 os.write(2, b"\nstopping after the steps under way; once more to stop at once\n")
 
     if not handles_signals():
@@ -60,8 +60,8 @@ def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
         return
     heard = [number for number in END_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, handle) for number in heard}
-    # Python calls `handle` between two of its instructions, and one may wait for the device for
-    # long. A thread is told of each signal at once.
+    # Python calls `handle` only between two of its instructions, and an instruction may wait long
+    # for the device. The watcher thread receives each signal at once.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     descriptor_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -79,5 +79,5 @@ def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
 
 
 def handles_signals() -> bool:
-    """Whether this thread may handle signals, which is the main one alone."""
+    """Whether this thread may handle signals; only the main thread may."""
     return threading.current_thread() is threading.main_thread()

@@ -18,15 +18,15 @@ Totals = dict[str, jax.Array]  # sums over images, float32[]; "images" counts th
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything that a checkpoint holds, and all that the next step depends on but its batch."""
+    """Everything that a checkpoint holds, and all that the next step needs besides its batch."""
 
     step: jax.Array  # int32[]: updates made so far
     params: Any
     opt_state: optax.OptState
     mean: (
         jax.Array
-    )  # float32[h, w, 3], grey levels: part of the model, since it was trained with it
-    totals: Totals  # of training since they were last reported
+    )  # float32[h, w, 3], in grey levels: a part of the model, which is trained with it
+    totals: Totals  # sums over the training images since the last report
 
 
 def zero_totals() -> Totals:
@@ -47,12 +47,12 @@ def create_state(
     """The state before the first step, for `train_step`.
 
     Args:
-      key: for the parameters that are drawn.
-      mean: float32[h, w, 3], in grey levels, as `augment` takes it.
-      initial: {"conv1": {"kernel", "bias"}, …}: values of layers that are not to be drawn.
+      key: the PRNG key for the parameters that are drawn.
+      mean: the mean image, float32[h, w, 3], in grey levels, as `augment` takes it.
+      initial: {"conv1": {"kernel", "bias"}, …}: values for layers that are not drawn.
       model: the model, such as an `AlexNet`.
-      optimizer: of `flax_alexnet.create_optimizer`, or any other of optax.
-      crop_size: side in pixels of what the model sees.
+      optimizer: one from `flax_alexnet.create_optimizer`, or any other optax optimizer.
+      crop_size: side in pixels of the crop that the model sees.
       frozen: layers that `train_step` leaves as they are; they have no optimizer state.
     """
     drawn = model.init(key, jnp.zeros((1, crop_size, crop_size, 3)))["params"]
@@ -76,24 +76,24 @@ def train_step(
     augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     frozen: Collection[str] = (),
 ) -> tuple[TrainState, jax.Array]:
-    """The state after one update, and the mean loss of the batch before it (float32[]).
+    """Returns the state after one update, and the batch's mean loss before it (float32[]).
 
-    No number of the state is ever infinite or NaN. Where the loss or an element of a gradient is
-    not finite, the state comes back as it was, to the bit, and the loss is NaN. A number that
-    overflows in the update although they are finite becomes the largest finite one.
+    The state never holds an infinite number or NaN. If the loss or an element of a gradient is not
+    finite, the state is returned unchanged, to the bit, and the loss is NaN. If they are finite but
+    a number overflows in the update, it becomes the largest finite number.
 
     Args:
-      state: before it.
+      state: the state before the update.
       batch: "image" uint8[b, h, w, 3] and "label" int32[b], the global batch.
-      key: the run's; all that is drawn derives from it and `state.step`.
+      key: the PRNG key of the run; the keys of a step derive from it and `state.step`.
       model: maps float[b, c, c, 3] to logits.
-      optimizer: of `flax_alexnet.create_optimizer`, or another of optax, to which the loss is
-        given as `value`; not one that searches along a line, such as `optax.lbfgs`.
-      augment: (key, images, mean) to what the model sees.
-      frozen: layers that stay as they are, to the bit.
+      optimizer: one from `flax_alexnet.create_optimizer`, or another optax optimizer, which gets
+        the loss as `value`; line searches, such as `optax.lbfgs`, do not work.
+      augment: maps (key, images, mean) to the images that the model sees.
+      frozen: layers whose parameters do not change, to the bit.
 
     Raises:
-      ValueError: totals that are not those of `zero_totals`.
+      ValueError: `state.totals` has other names than `zero_totals`.
     """
     if state.totals.keys() != zero_totals().keys():
         raise ValueError(
@@ -112,7 +112,8 @@ def train_step(
         return losses.mean(), _totals(logits, losses, batch["label"], jnp.ones(losses.shape, bool))
 
     (loss, totals), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-    # Or XLA fuses them with what follows, and on a CPU the last bits of some biases change.
+    # Without this barrier XLA fuses the gradients with later operations, which changes the last
+    # bits of some biases on a CPU.
     gradients = jax.lax.optimization_barrier(gradients)
     finite = all_finite((loss, gradients))
     updates, opt_state = only_finite(optimizer).update(
@@ -138,9 +139,9 @@ def train_step(
 def all_finite(tree: Any) -> jax.Array:
     """Whether all numbers of a tree of floats, and their sum, are finite: bool[].
 
-    Only the sum is looked at: an infinite number or NaN stays in it, over any number of devices,
-    and finite ones make it overflow only where they are beyond all use. XLA on a CPU reads what is
-    added up once and writes nothing; for `isfinite` of each element it writes them all down.
+    Only the sum is tested. It is infinite or NaN if any number is, on any number of devices, and
+    finite numbers make it overflow only if they are far too large to be useful. For a sum, XLA on a
+    CPU reads the numbers once and writes nothing; for `isfinite` of each, it writes an array.
     """
     sums = [jnp.sum(leaf) for leaf in jax.tree.leaves(tree)]
     return jnp.isfinite(functools.reduce(jnp.add, sums))
@@ -155,7 +156,7 @@ def eval_step(
     model: nn.Module,
     preprocess: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> Totals:
-    """`totals` with those images of the batch added that "mask" (bool[b]) marks."""
+    """Returns `totals` plus those of the images of the batch that "mask" (bool[b]) marks."""
     logits: Any = model.apply({"params": params}, preprocess(batch["image"], mean))
     losses = cross_entropy(logits, batch["label"])
     return jax.tree.map(jnp.add, totals, _totals(logits, losses, batch["label"], batch["mask"]))

@@ -1,4 +1,4 @@
-"""What stays the same over the steps of a run: its model, its compiled steps, its data."""
+"""The parts of a run that do not change from step to step: model, compiled steps, data."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ from flax_alexnet.training.setup import Setup
 from flax_alexnet.training.step import Totals, TrainState, create_state
 from flax_alexnet.weights.pretrained import Params
 
-SAMPLE = 64  # images that a diagnosis looks at
+SAMPLE = 64  # images from which a run that does not train is diagnosed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Trainer:
     """The parts of a run that its loop uses.
 
     Attributes:
-      config: of the run.
-      setup: what was opened for it.
-      schedule: when it logs and evaluates, and when it ends.
-      checkpoints: of the run.
+      config: the configuration of the run.
+      setup: the data, the layout and the history of the run.
+      schedule: when the run logs and evaluates, and when it ends.
+      checkpoints: the checkpoints of the run.
       model: the module that is trained.
       init_fn: makes the state before the first step.
       template: shapes, types and shardings of a state.
@@ -61,14 +61,14 @@ class Trainer:
 
     @property
     def key(self) -> jax.Array:
-        """The key that all random numbers of the run follow from."""
+        """The PRNG key from which all random numbers of the run are derived."""
         return jax.random.key(self.config.seed)
 
     def newest(self) -> tuple[int, TrainState]:
-        """The newest step and state that were saved, or those before the first step.
+        """The newest saved step with its state, or step 0 with the initial state.
 
-        The step is in the state too, but to look there would be to wait until the device has drawn
-        all parameters, which it does while the host traces and compiles the training step.
+        The state also holds the step. Reading it there would block until the device has drawn all
+        parameters, which it does while the host traces and compiles the training step.
         """
         latest = self.checkpoints.latest_step()
         if latest is not None:
@@ -106,7 +106,7 @@ class Trainer:
         return {f"eval_{name}": float(totals[name]) / images for name in ("loss", "top1", "top5")}
 
     def inspect(self, state: TrainState) -> tuple[Params, jax.Array]:
-        """Parameters on this host, and images as the model sees them; for all processes at once."""
+        """Parameters on this host, and preprocessed images; all processes must call it together."""
         train = self.setup.data.train
         sample = train.take(range(min(SAMPLE, len(train))))["image"]
         images = preprocess(sample, self.config.preprocessing(np.asarray(state.mean)))

@@ -19,11 +19,11 @@ LOCK = "lock"
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[Path]:
-    """Keeps other processes from writing `path`, and gives an empty folder for what is not whole.
+    """Keeps other processes from writing `path`, and yields an empty folder for unfinished files.
 
-    The folder, `.NAME.partial`, lies beside `path`, whose own folder is made if it is not there. It
-    holds a lock, which ends with the process, however that ends. What a process that was killed has
-    left in it is removed when the next one begins, and the folder itself at the end.
+    The folder, `.NAME.partial`, lies beside `path`; their parent folder is created if needed. It
+    holds a lock, which ends with the process, however the process ends. Files that a killed process
+    has left in it are removed when the next one begins; the folder itself is removed at the end.
 
     Raises:
       UserError: another process is writing there.
@@ -31,7 +31,7 @@ def alone(path: Path) -> Iterator[Path]:
     """
     folder = _partial(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # By its descriptor the folder is found again where it is moved away meanwhile.
+    # The descriptor still refers to the parent folder if that is moved away meanwhile.
     with _opened(path.parent) as parent:
         file = _lock_folder(folder, path)
         try:
@@ -91,11 +91,11 @@ def lock(file: int, path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path for a file or a folder, which becomes `path` once all of it is on the disk.
+    """Yields a path for a file or a folder, which becomes `path` once all of it is on the disk.
 
     Raises:
       UserError: another process is writing there.
-      OSError: it cannot be written, with its name; then what was there before is as it was.
+      OSError: `path`, which the error names, cannot be written; its old content is unchanged.
     """
     try:
         with alone(path) as folder:
@@ -107,21 +107,21 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(path: Path, *failures: type[Exception]) -> Iterator[Path]:
-    """As `replacing`, with a line for the user where that fails.
+    """Like `replacing`, but raises UserError if it fails.
 
     Args:
-      path: as there.
-      failures: what may be raised while it is written, beside OSError and ValueError.
+      path: see `replacing`.
+      failures: what the writing may raise besides OSError and ValueError.
 
     Raises:
-      UserError: it cannot be written there; then what was there before is as it was.
+      UserError: `path` cannot be written; its old content is unchanged.
     """
     with _explain_failures(path, *failures), replacing(path) as partial:
         yield partial
 
 
 class Write(Protocol):
-    """What `new_files` gives: from a path to one for what is not whole yet, as `writing`."""
+    """What `new_files` yields: like `writing`, it maps a path to one for the unfinished file."""
 
     def __call__(
         self, path: Path, *failures: type[Exception]
@@ -132,20 +132,20 @@ class Write(Protocol):
 def new_files(
     paths: Iterable[Path | None], inputs: Iterable[Path] = (), *, overwrite: bool = False
 ) -> Iterator[Write]:
-    """Claims files or folders that a command is to make, before all its work.
+    """Claims the files or folders that a command will create, before it begins its work.
 
-    Those that have been written get their names together, when the block ends without an error.
-    A command that is killed while they do can be started again, and replaces those that it had
-    given their names to.
+    All files that were written get their names together, when the block ends without an error. A
+    command that is killed at that moment can be started again, and replaces the files that have
+    their names already.
 
     Args:
-      paths: of the files; None is left out.
+      paths: the paths of the files; None is left out.
       inputs: the files and folders that the command reads.
-      overwrite: whether files that are there may be replaced.
+      overwrite: whether existing files may be replaced.
 
     Raises:
-      UserError: one cannot be written, or another process is writing it; or it is an input, or lies
-        in one; or, unless `overwrite`, something is there.
+      UserError: a path cannot be written, another process is writing it, it is an input or lies in
+        one, or it exists and `overwrite` is not set.
     """
     chosen = list(dict.fromkeys(path for path in paths if path is not None))
     read = list(inputs)
@@ -167,7 +167,7 @@ def new_files(
     def publish() -> None:
         for path in written:
             with _explain_failures(path):
-                # Where the process is killed, the next one knows the file by this.
+                # If this process is killed now, the next one recognizes the file by its identity.
                 (folders[path] / LOCK).write_text(_identity(folders[path] / path.name))
                 _publish(folders[path], path)
 
@@ -177,25 +177,25 @@ def new_files(
                 folders[path] = resources.enter_context(alone(path))
                 _check_new(path, overwrite)  # another process may have written it just now
         yield write
-        # In a thread, which a signal does not interrupt: all get their names, or none.
+        # A signal does not interrupt this thread, so that all files get their names, or none does.
         with ThreadPoolExecutor(1) as thread:
             thread.submit(int).result()  # it runs from here on, so that its end is waited for
             thread.submit(publish).result()
 
 
 def _partial(path: Path) -> Path:
-    """The folder for what is not whole yet of `path`."""
+    """The folder for the unfinished file of `path`."""
     return path.with_name(f".{path.name}.partial")
 
 
 def _target(path: Path) -> Path:
-    """What a path in such a folder is to become; any other path is itself."""
+    """The final path of a file in such a folder; any other path is returned unchanged."""
     target = path.parent.with_name(path.name)
     return target if _partial(target) == path.parent else path
 
 
 def _publish(folder: Path, path: Path) -> None:
-    """Gives what was written into a folder of `alone` its name."""
+    """Moves the finished file from a folder of `alone` to `path`."""
     partial = folder / path.name
     mode = (folder / LOCK).stat().st_mode & 0o777  # as the umask has it
     for file in (partial, *partial.rglob("*")):
@@ -207,9 +207,9 @@ def _publish(folder: Path, path: Path) -> None:
 
 
 def _check_new(path: Path, overwrite: bool) -> None:
-    """Raises UserError where something is at `path` that may not be replaced.
+    """Raises UserError if `path` exists and may not be replaced.
 
-    What a process gave its name to that was killed soon after may be.
+    It may be replaced if the process that gave it its name was killed soon after.
     """
     if overwrite or not os.path.lexists(path):
         return
@@ -220,7 +220,7 @@ def _check_new(path: Path, overwrite: bool) -> None:
 
 
 def _identity(path: Path) -> str:
-    """What a file keeps when it gets another name, and another file does not have."""
+    """A text that stays the same when a file is renamed, and differs for any other file."""
     status = path.lstat()
     return f"{status.st_dev} {status.st_ino} {status.st_mtime_ns}"
 
@@ -236,15 +236,15 @@ def _explain_failures(path: Path, *failures: type[Exception]) -> Iterator[None]:
 
 
 def cannot_write(path: Path, error: BaseException) -> UserError:
-    """The mistake of the user that an error in writing is."""
+    """The UserError for an error in writing."""
     reason = cause(error)
     return UserError(f"cannot write {path}: {reason}; take another path")
 
 
 def moved_away(workdir: Path) -> UserError:
-    """What ends a run whose directory is no longer in its place.
+    """The UserError that ends a run whose directory was moved or removed.
 
-    What it would save from now on would lie apart from what it has saved.
+    Otherwise later checkpoints of the run would be in another place than the earlier ones.
     """
     return UserError(
         f"{workdir} was moved or removed while the run went on: move it back, and the same "
@@ -253,7 +253,7 @@ def moved_away(workdir: Path) -> UserError:
 
 
 def check_not_read(path: Path, inputs: Iterable[Path]) -> None:
-    """Raises UserError for a path that is an input, lies in one and is there, or is a folder."""
+    """Raises UserError for a folder, or for an existing path that is an input or lies in one."""
     if os.path.exists(path) and any(_holds(other, path) for other in inputs):
         raise UserError(f"{path} would be written over, but is read; take another path")
     # Python 3.12's `Path.is_dir` raises where a name is too long.
@@ -262,7 +262,7 @@ def check_not_read(path: Path, inputs: Iterable[Path]) -> None:
 
 
 def _holds(place: Path, path: Path) -> bool:
-    """Whether `path` is the file, or lies in the folder, of an input; not of one that is gone."""
+    """Whether `path` is the input `place` or lies in it; False if the input is gone."""
     with contextlib.suppress(OSError):
         status = place.stat()  # one look at each, since a dataset may have a million files
         if stat.S_ISDIR(status.st_mode):
@@ -291,7 +291,7 @@ def _size(count: int) -> str:
 
 
 def _clear(name: str, parent: int) -> None:
-    """Removes all but the lock in a folder of an open one; of a link, not what it leads to."""
+    """Removes all but the lock from the folder `name` of an open folder; it follows no link."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
     with contextlib.suppress(OSError), _opened(name, flags, parent) as folder:
         for entry in list(os.scandir(folder)):

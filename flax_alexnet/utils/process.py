@@ -13,16 +13,16 @@ from typing import Any, NoReturn
 
 from flax_alexnet.utils.errors import END_SIGNALS, INTERRUPTED, Terminated, UserError, exit_code
 
-# With fewer bytes of addresses JAX does not load, or hangs; a training run hangs with more already.
+# With fewer bytes of address space JAX does not load, or hangs; a training run needs more.
 LEAST_MEMORY, LEAST_FOR_TRAINING = 1_500_000_000, 2_600_000_000
 PATIENCE = 10.0  # seconds for tidying up after a signal
 
 
 class _Output(io.FileIO):
-    """Standard output or error that ends no command when it cannot be written any more.
+    """Standard output or error that does not end a command when it can no longer be written.
 
-    The reader may have gone, as `head` does when it has enough, or the disk may be full. What was
-    asked for is finished all the same; `failure` is the first error that is not such a reader's.
+    The reader may have closed the pipe, as `head` does when it has enough, or the disk may be full.
+    The command finishes all the same; `failure` is the first error other than a closed pipe.
     """
 
     failure: OSError | None = None
@@ -39,10 +39,10 @@ class _Output(io.FileIO):
 
 
 def escape_output() -> None:
-    r"""Lets standard output and error write what their encoding lacks as escapes, such as \u2192.
+    r"""Makes standard output and error escape characters that their encoding lacks, as \u2192.
 
-    Else it would end a command where the locale, or PYTHONIOENCODING, is Latin-1 or ASCII. What
-    somebody has put in their place, as notebooks do, stays as it is.
+    Otherwise such a character would end a command if the locale, or PYTHONIOENCODING, is Latin-1 or
+    ASCII. Streams that replace them, as in notebooks, stay unchanged.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
@@ -54,8 +54,9 @@ def leave(main: Callable[[], int], *, training: bool = False) -> NoReturn:
 
     Args:
       main: the command; it returns the exit code.
-      training: whether a signal ends the process at once, since a run has its own way of ending
-        tidily from the first step on, and lost output is no failure, since it is only a log.
+      training: whether the command is a training run. Then a signal ends the process at once, since
+        a run handles signals itself from its first step on; and lost output is no failure, since it
+        is only a log.
     """
     begin(LEAST_FOR_TRAINING if training else LEAST_MEMORY)
     outputs = _take_output()
@@ -65,11 +66,11 @@ def leave(main: Callable[[], int], *, training: bool = False) -> NoReturn:
     sys.unraisablehook = _unraisable
     _watch(heard, 0.0 if training else PATIENCE)
     if jax := sys.modules.get("jax"):
-        # Who looks for transfers in a program of their own (JAX_TRANSFER_GUARD) need not see ours.
+        # JAX_TRANSFER_GUARD helps to debug a user's own program; our transfers are intended.
         jax.config.update("jax_transfer_guard", "allow")
     try:
         code = main()
-    except KeyboardInterrupt as error:  # which has come outside of where `main` looks
+    except KeyboardInterrupt as error:  # raised outside of the part of `main` that handles it
         code = exit_code(error)
     except MemoryError:
         code = exit_code(UserError("there is too little memory: see `ulimit -v`, or end others"))
@@ -79,8 +80,8 @@ def leave(main: Callable[[], int], *, training: bool = False) -> NoReturn:
     if (failure := outputs[0].failure) and not training and code == 0:
         print(f"error: cannot write the standard output: {failure.strerror}", file=sys.stderr)
         code = 2
-    # An orderly exit waits for threads: those of a save that failed take minutes, and where XLA is
-    # still at work after Ctrl-C, it crashes. Several processes of a run must leave each other.
+    # An orderly exit waits for threads: those of a failed save take minutes, and if XLA is still
+    # running after Ctrl-C, the exit crashes. But several processes need it to leave each other.
     jax = sys.modules.get("jax")  # which training imports late
     if code >= INTERRUPTED or not (jax and jax.distributed.is_initialized()):
         os._exit(code)
@@ -88,11 +89,11 @@ def leave(main: Callable[[], int], *, training: bool = False) -> NoReturn:
 
 
 def begin(least: int = LEAST_MEMORY) -> None:
-    """Prepares the process of a command for its imports, before `leave` has them behind it.
+    """Prepares the process of a command for its imports, which come before the call of `leave`.
 
-    Standard streams that are closed lead nowhere: else the next file that is opened would get the
-    number of one, and what is printed there. A signal ends the process at once. Where fewer bytes
-    of addresses than `least` are allowed, a line says so, and it ends.
+    Closed standard streams are connected to the null device; otherwise the next file that is opened
+    would get the number of one, and its output. A signal ends the process at once. If the limit on
+    the address space is less than `least` bytes, a line says so, and the process ends.
     """
     for number in (0, 1, 2):
         try:
@@ -112,7 +113,7 @@ def begin(least: int = LEAST_MEMORY) -> None:
 
 
 def end_on_signals() -> None:
-    """Lets a signal end the process at once; for imports, some of which lose what is raised."""
+    """Lets a signal end the process at once; for imports, some of which lose exceptions."""
     for number in END_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
@@ -131,28 +132,28 @@ def _end_tidily(number: int, frame: Any) -> NoReturn:
 
 
 def _unraisable(lost: "sys.UnraisableHookArgs") -> None:
-    """Sends a signal again whose `Terminated` was lost, as what is raised by a finalizer is.
+    """Sends a signal again if its `Terminated` was lost, as exceptions in a finalizer are.
 
-    JAX has Python's garbage collector call it, so that this may happen at any moment. What threads
-    of TensorStore lose after a save that failed, which has been said, is left out.
+    Python's garbage collector calls code of JAX, so this may happen at any moment. Exceptions that
+    threads of TensorStore lose after a failed save are not printed: the failure was reported.
     """
     error = lost.exc_value
     if isinstance(error, Terminated):
         number = error.args[0]
         signal.signal(number, _end_tidily)
-        signal.set_wakeup_fd(-1)  # it is no second signal, at which `_watch` ends the process
-        # By a thread, since it would be lost again where it came before this call is over.
+        signal.set_wakeup_fd(-1)  # `_watch` would end the process at a second signal
+        # A thread sends it a little later, since it would be lost again during this call.
         threading.Timer(0.05, os.kill, [os.getpid(), number]).start()
     elif not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
         sys.__unraisablehook__(lost)
 
 
 def _watch(heard: Collection[int], patience: float) -> None:
-    """Ends the process so many seconds after one of the signals `heard`, if nothing else has.
+    """Ends the process `patience` seconds after one of the signals `heard`, if nothing else has.
 
-    Python handles a signal between two of its instructions, of which one may take minutes, such as
-    waiting for other processes, and some libraries lose what is raised within them. A thread is
-    told of each signal at once; the second one ends its waiting.
+    Python handles a signal only between two of its instructions. An instruction may take minutes,
+    such as waiting for other processes, and some libraries lose exceptions that are raised within
+    them. A thread receives each signal at once; a second signal ends the process at once.
     """
 
     def next_signal() -> int:

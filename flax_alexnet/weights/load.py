@@ -41,8 +41,8 @@ TORCHVISION = Preprocessing(
     mean=255 * np.array([0.485, 0.456, 0.406], np.float32),
     scale=(1 / (255 * 0.229), 1 / (255 * 0.224), 1 / (255 * 0.225)),
 )
-# The mean colour of ImageNet's training images, which Caffe's own examples subtract where they do
-# without the mean image.
+# The mean colour of ImageNet's training images, which Caffe's own examples subtract if they do not
+# use the mean image.
 CAFFE = Preprocessing(
     image_size=256,
     resize="caffe",
@@ -54,9 +54,9 @@ CAFFE = Preprocessing(
 def load(path: str | Path, head: str | None = None) -> Pretrained:
     """The trained model in a file or in the working directory of a run.
 
-    Nothing that a file says is run. Weights of other systems come with the preprocessing that they
-    were trained with, for RGB images, and with ImageNet's label names where they have 1000
-    classes; what is worth knowing of them, such as a wrong digest, goes to the standard error.
+    Code in a file is never executed. Weights of other systems get the preprocessing that they were
+    trained with, for RGB images, and ImageNet's label names if they have 1000 classes. Notes on
+    them, such as a wrong digest, are printed to standard error.
 
     Args:
       path: one of
@@ -66,7 +66,7 @@ def load(path: str | Path, head: str | None = None) -> Pretrained:
         - torchvision's `alexnet`, a state dict as `.pth` or `.safetensors`;
         - Caffe's bvlc_alexnet or bvlc_reference_caffenet, a `.caffemodel`;
         - the `bvlc_alexnet.npy` of guerzh/tf_weights;
-        - an `.npz` of torchvision's layers, named as ours, perhaps with LPIPS heads.
+        - an `.npz` of torchvision's layers with our names, with or without LPIPS heads.
       head: the name of the last layer, for a model of Caffe's that has several.
 
     Raises:
@@ -84,16 +84,16 @@ def read(
     mean: Path | None = None,
     head: str | None = None,
 ) -> tuple[Pretrained, list[str]]:
-    """As `load`, but returns what is worth knowing, in lines.
+    """Like `load`, but returns the notes as lines instead of printing them.
 
     Args:
-      path: as there.
-      variant: which of Caffe's two models a file is, where it does not say so itself.
-      mean: for one of these, a `.binaryproto` of the mean image; None for Caffe's mean colour.
-      head: as there.
+      path: see `load`.
+      variant: which of Caffe's two models the file is, if it does not say so itself.
+      mean: for a model of Caffe's, a `.binaryproto` of the mean image; None: Caffe's mean colour.
+      head: see `load`.
 
     Raises:
-      UserError: as `load`; or the file is of another variant, or has its mean already.
+      UserError: as in `load`; or the file is of another variant, or has its mean already.
     """
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -236,7 +236,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def _near(folder: Path) -> str:
-    """What may have been meant with a folder that is no run: one above or below, or a file."""
+    """A suggestion for a folder that is not a run: a run above or below it, or a weight file."""
     above = folder.absolute().parents[:2]  # of a checkpoint
     with contextlib.suppress(OSError):  # of a folder that cannot be listed
         below = sorted(itertools.islice(folder.iterdir(), 1000))
@@ -270,7 +270,7 @@ def _read_run(workdir: Path) -> tuple[Pretrained, list[str]]:
             mean=np.zeros((size, size, 3), np.float32),
             scale=tuple(scale) if isinstance(scale, list) else scale,
         )
-        check_sane(Pretrained(model, {}, rule, ()))  # before memory is taken as it says
+        check_sane(Pretrained(model, {}, rule, ()))  # before `names` grows to `num_classes`
         # A run may have more outputs than its data has classes.
         names += tuple(f"class {label}" for label in range(len(names), num_classes))
         pretrained = Pretrained(model, {}, rule, names)

@@ -40,7 +40,7 @@ class NameMap:
     """A row of the table above.
 
     Attributes:
-      names: theirs by ours, {"conv1/kernel": "features.0.weight", …}.
+      names: the other system's names by ours, {"conv1/kernel": "features.0.weight", …}.
       channels_first: whether kernels begin with (out, in), and fc6 reads (c, h, w).
       bgr: whether conv1 reads blue, green, red.
     """
@@ -50,7 +50,7 @@ class NameMap:
     bgr: bool = False
 
     def ours(self, path: str, value: np.ndarray, flattened: Sequence[int]) -> np.ndarray:
-        """A parameter of theirs as one of ours; `flattened` is the (h, w, c) that fc6 reads."""
+        """Converts the other system's parameter to ours; `flattened` is the (h, w, c) of fc6."""
         if self.channels_first and path == "fc6/kernel":
             height, width, channels = flattened
             value = value.reshape(-1, channels, height, width).transpose(2, 3, 1, 0)
@@ -73,7 +73,7 @@ class NameMap:
         return np.ascontiguousarray(value, np.float32)
 
     def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of a parameter of theirs, from that of ours."""
+        """The shape of a parameter in the other system, from its shape in ours."""
         order = np.argsort(_to_last(len(shape))) if self.channels_first else range(len(shape))
         return tuple(shape[axis] for axis in order)
 
@@ -105,7 +105,7 @@ FLAX = NameMap(_names("{}/kernel", "{}/bias", _SAME))
 TORCHVISION = NameMap(_names("{}.weight", "{}.bias", _TORCHVISION_LAYERS), channels_first=True)
 CAFFE = NameMap(_names("{}.blobs[0]", "{}.blobs[1]", _SAME), channels_first=True, bgr=True)
 CAFFE_TENSORFLOW = NameMap(_names("{}[0]", "{}[1]", _SAME), bgr=True)
-# LPIPS heads are convolutions of one pixel to one number: of the package lpips, and named as ours.
+# LPIPS heads are 1 × 1 convolutions to one channel: with the names of the package lpips, and ours.
 LPIPS = NameMap({head: f"{head}.model.1.weight" for head in LPIPS_HEADS}, channels_first=True)
 FLAX_HEADS = NameMap({head: head for head in LPIPS_HEADS})
 
@@ -113,22 +113,22 @@ FLAX_HEADS = NameMap({head: head for head in LPIPS_HEADS})
 def name_dense(
     name_map: NameMap, tensors: Mapping[str, Tensor], file: object, head: str | None = None
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors of Caffe's models with fc6, fc7 and fc8 under these names, whatever names they bear.
+    """Renames the dense layers of a Caffe model to fc6, fc7 and fc8, whatever their names are.
 
-    Who fine-tunes in Caffe renames the last layer, and perhaps others, lest they are filled from
-    the file that is begun with. A layer of another name is known by its shape.
+    Users who fine-tune in Caffe rename the last layer, and perhaps others, so that Caffe does not
+    fill them from the pretrained file. A layer with another name is recognized by its shape.
 
     Args:
-      name_map: with layers of the same names as ours.
-      tensors: by their names in the file.
-      file: for the messages.
-      head: the name of the last layer, where several could be it; the others are left out.
+      name_map: a map in which layers have the same names as ours.
+      tensors: the tensors by their names in the file.
+      file: the name of the file in messages.
+      head: the name of the last layer, if there are several candidates; the others are left out.
 
     Returns:
-      The tensors, and a line that says which layers stand for which, where names differ.
+      The tensors, and a line that says how layers were renamed, if any were.
 
     Raises:
-      UserError: several layers could be one of them, or none is called `head`.
+      UserError: there are several candidates for the last layer, or none is called `head`.
     """
     kernel, bias = (
         name_map.names[f"fc8/{part}"].removeprefix("fc8") for part in ("kernel", "bias")
@@ -178,10 +178,10 @@ def name_dense(
 def read_grey(
     name_map: NameMap, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors of a model of grey images as those of one that makes grey of the colours itself.
+    """Converts a model of grey images to one whose conv1 converts colours to grey itself.
 
     Returns:
-      The tensors, and a line that says so; nothing is changed where conv1 reads colours.
+      The tensors, and a line that says so; nothing is changed if conv1 reads colours.
     """
     name = name_map.names["conv1/kernel"]
     axis = 1 if name_map.channels_first else 2
@@ -202,14 +202,13 @@ def read_grey(
 def read_params(
     name_map: NameMap, tensors: Mapping[str, Tensor], variant: str, file: object
 ) -> tuple[Params, int]:
-    """Parameters in our name_map, and the number of classes, which the last layer tells.
+    """Parameters under our names, and the number of classes, which the last layer determines.
 
-    A trunk, from which the last dense layers are missing, or all, is counted as of the published
-    classes.
+    A trunk, which lacks all dense layers or the last ones, gets the published number of classes.
 
     Raises:
-      UserError: names every tensor that is missing, surplus, misshaped, or not of floating-point
-        numbers.
+      UserError: tensors are missing, surplus, misshaped, or not of floating-point numbers; the
+        message names all of them.
     """
     last = tensors.get(name_map.names["fc8/bias"])
     published = architecture(variant)
@@ -256,7 +255,7 @@ def _read(
             "that have not been quantized"
         )
     values = {path: tensors[name] for path, name in name_map.names.items() if name in tensors}
-    # Now that all of it is a model's, and one after another.
+    # The values are read only after all checks, one tensor after another.
     return {path: name_map.ours(path, numbers(value), flattened) for path, value in values.items()}
 
 

@@ -1,4 +1,4 @@
-"""A trained model with everything that its use takes."""
+"""A trained model with everything that is needed to use it."""
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -41,11 +41,11 @@ class Pretrained:
       >>> logits = pretrained.model.apply({"params": pretrained.params}, seen)
 
     Attributes:
-      config: the model; `num_classes` is set.
-      params: {"conv1": {"kernel": float32[…], "bias": float32[…]}, …}; a trunk, without the dense
-        layers or the last of them, has features but no logits.
-      preprocessing: what is done to an image first.
-      label_names: of the classes in order; empty where unknown.
+      config: the configuration of the model; `num_classes` is set.
+      params: {"conv1": {"kernel": float32[…], "bias": float32[…]}, …}. A trunk, which lacks all
+        dense layers or the last ones, has features but no logits.
+      preprocessing: what is done to an image before the model sees it.
+      label_names: the names of the classes in order; empty if they are unknown.
       source: where it comes from: "file", "format", "sha256" of that file.
       lpips_heads: {"lin0": float32[1, 1, c, 1], … "lin4"} where it has LPIPS heads, else empty.
     """
@@ -70,7 +70,7 @@ class Pretrained:
 
     @property
     def is_classifier(self) -> bool:
-        """Whether all layers are there, and not a trunk alone."""
+        """Whether the model has all layers, and is not only a trunk."""
         return not missing_layers(self)
 
     def open(self, path: str | Path) -> np.ndarray:
@@ -88,17 +88,17 @@ class Pretrained:
     def preprocess(self, images: jax.Array | np.ndarray) -> jax.Array:
         """uint8[b, image_size, image_size, 3] to what the model sees: float32[b, crop, crop, 3].
 
-        Floats in grey levels, 0 … 255, are taken too.
+        Floats in grey levels, 0 … 255, are accepted too.
 
         Raises:
-          UserError: images of another shape or type, or floats from 0 to 1, which can be seen only
-            where they are not traced.
+          UserError: images have another shape or type, or are floats from 0 to 1; the latter are
+            not detected in a traced function.
         """
         self._check_images(images)
         return preprocess(images, self.preprocessing)
 
     def ten_crops(self, images: jax.Array | np.ndarray) -> jax.Array:
-        """As `preprocess`, but the paper's ten crops of each: float32[b, 10, crop, crop, 3]."""
+        """Like `preprocess`, with the paper's ten crops of each: float32[b, 10, crop, crop, 3]."""
         self._check_images(images)
         rule = self.preprocessing
         crops = ten_crops(subtract_mean(images, rule.mean), rule.crop_size)
@@ -146,7 +146,7 @@ def expected_shapes(pretrained: Pretrained) -> dict[str, tuple[int, ...]]:
 
 
 def last_layers(paths: Iterable[str]) -> list[frozenset[str]]:
-    """What a trunk may lack, by path: the parameters of all dense layers, or of the last ones."""
+    """The sets of parameter paths that a trunk may lack: those of the last n ≥ 1 dense layers."""
     dense = [path for path in paths if path.startswith("fc")]
     layers = list(dict.fromkeys(path.partition("/")[0] for path in dense))
     return [
@@ -173,7 +173,7 @@ def check_classifier(pretrained: Pretrained) -> None:
 
 
 def check_layers(pretrained: Pretrained, layers: Iterable[str]) -> None:
-    """Raises UserError for an activation that the model has not, or has no parameters for."""
+    """Raises UserError for an activation that the model lacks, or has no parameters for."""
     table = architecture(pretrained.config.variant).layers
     for name in layers:
         for layer in layers_until(table, name):
@@ -216,10 +216,10 @@ def check_tensors(
     """Raises UserError that lists every missing, surplus or misshaped tensor of a file at once.
 
     Args:
-      actual: shapes by the names of the file's own format.
-      expected: likewise.
-      file: for the message.
-      optional: sets of names; those of one of them may be missing, but only all together.
+      actual: the shapes in the file, by the names of its own format.
+      expected: the expected shapes, by the same names.
+      file: the name of the file in the message.
+      optional: sets of names; the names of one set may be missing, but only all of them together.
     """
     missing = expected.keys() - actual.keys()
     if missing in optional:
