@@ -300,7 +300,7 @@ def looked_at(
     if not again:
         return ""
     code, said = command.run()
-    done = "is there already" in said or "is not empty" in said
+    done = "exists already" in said or "is not empty" in said
     if code == 2 and done and there == expected:
         return ""  # it had been done
     if code:

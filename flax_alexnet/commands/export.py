@@ -83,7 +83,7 @@ def export(
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        raise UserError(f"{path} is a folder that is there already; take another path")
+        raise UserError(f"{path} is a folder that exists already; take another path")
     with writing(path) as partial:
         return _export(pretrained, path, partial, kind, layer)
 

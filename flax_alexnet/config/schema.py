@@ -177,7 +177,7 @@ class ParallelConfig:
     """Devices along each axis of the layout (data; or data and model; or data and tower); none: see
     docs/parallelism.md."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, where all processes of a run meet; none: as a known launcher says."""
+    """HOST:PORT of process 0, where all processes of a run meet; none: taken from the launcher."""
     num_processes: int | None = None
     """Number of processes; with 1 this process runs alone even if a launcher started several."""
     process_id: int | None = None

@@ -127,8 +127,8 @@ class BadRecords:
                     print(f"cannot write {self.path} ({reason}): {line}", file=sys.stderr)
         if too_many := self._limit.exceeded(label):
             raise UserError(
-                f"cannot read image {name}: {problem}; with it {too_many} allows (see "
-                f"{self.path}): remove or repair them, or raise --data.max-bad"
+                f"cannot read image {name}: {problem}; now {too_many} allows (see {self.path}): "
+                "remove or repair these images, or raise --data.max-bad"
             )
 
     def report(self) -> str:

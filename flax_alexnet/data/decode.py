@@ -244,8 +244,8 @@ def _other(encoded: bytes, resources: contextlib.ExitStack) -> np.ndarray:
         slow = image.tile and image.tile[0][0] in Image.DECODERS
         if slow and max(image.height * image.width, len(encoded)) > LARGEST_SLOW:
             raise DecodeError(
-                f"of its kind of {image.format} only {LARGEST_SLOW:,} pixels and bytes are read; "
-                "save it as PNG"
+                f"it is a kind of {image.format} that is read up to {LARGEST_SLOW:,} pixels and "
+                "bytes; save it as PNG"
             )
         resources.enter_context(ROOM.take(_stored(image)))
         if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey rather than scale it

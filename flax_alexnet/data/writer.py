@@ -150,8 +150,7 @@ def check_new(folder: Path, instead: str = "--data.data-dir") -> None:
         if not os.path.lexists(work / DATASET):  # what a kill has left once all was done
             shutil.rmtree(work, ignore_errors=True)
         raise UserError(
-            f"{folder} is there already; remove it to prepare it once more, or take another "
-            f"{instead}"
+            f"{folder} exists already; remove it to prepare it once more, or take another {instead}"
         )
 
 

@@ -77,8 +77,8 @@ def check_numbers(values: Any, what: str) -> None:
     """
     if not np.all(values < np.inf):
         raise UserError(
-            f"the model gives what is not a number for {what}: its weights are too large or "
-            "damaged; take another model"
+            f"the model returns values that are not finite for {what}: its weights are too large "
+            "or damaged; take another model"
         )
 
 

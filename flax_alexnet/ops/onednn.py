@@ -61,7 +61,9 @@ def _passed() -> bool:
             return bool(read_json(known)["passed"])
     passed = probe()
     if passed is None:
-        print("oneDNN could not be tried in a process of its own; XLA is used", file=sys.stderr)
+        print(
+            "oneDNN could not be tested in a separate process; XLA is used instead", file=sys.stderr
+        )
     elif known:
         # If the file cannot be written, or another process is writing it, the next start probes.
         with contextlib.suppress(OSError, UserError), replacing(known) as partial:

@@ -62,7 +62,7 @@ def join(
     if num_processes == 1 or not (asked or cluster):
         return
     if missing and not cluster:
-        raise UserError(f"several processes were asked for without {' and '.join(missing)}")
+        raise UserError(f"a run of several processes also needs {' and '.join(missing)}")
     if coordinator is not None:
         place(coordinator)
     if num_processes is not None:
@@ -77,7 +77,9 @@ def join(
         if missing:
             where, number, own = _by_launcher(coordinator, num_processes, process_id, join_timeout)
         if where is None or number is None or own is None:
-            raise RuntimeError("the launcher does not say enough")
+            raise RuntimeError(
+                "the launcher does not give the coordinator, the number of processes and the rank"
+            )
         with say_if_slow(f"process {own} of {number} waits for the others at {where}"):
             meet(where, number, own, join_timeout, heartbeat_timeout, program())
             jax.distributed.initialize(

@@ -281,8 +281,8 @@ def make_layout(
         )
     if name == "hybrid" and count > 1 and shape[1] == 1:
         raise UserError(
-            "--parallel.layout hybrid over one device along 'model' splits nothing; say over how "
-            f"many with --parallel.mesh, such as --parallel.mesh 1 {count}"
+            "--parallel.layout hybrid splits nothing with one device along 'model'; give more "
+            f"devices with --parallel.mesh, such as --parallel.mesh 1 {count}"
         )
     if name == "towers" and any(layer.groups % shape[1] for layer in grouped):
         raise UserError(f"--parallel.layout towers is for 1 or 2 devices a model, not {shape[1]}")

@@ -119,7 +119,7 @@ def _ask(
     coordinator: str, own: Mapping[str, Any], deadline: float
 ) -> tuple[socket.socket | None, str]:
     """The connection to process 0, and its answer: "", or why the run cannot begin."""
-    reason = "nobody is there"
+    reason = "no process listens there"
     while (left := deadline - time.monotonic()) > 0:
         connection = None
         try:
@@ -130,9 +130,11 @@ def _ask(
             answer = _parse(_line(connection)).get("answer")
             if isinstance(answer, str):
                 return connection, printable(answer)
-            reason = "another program is there, another version of this one, or a run that goes on"
+            reason = (
+                "another program, another version of this program, or another run listens there"
+            )
         except TimeoutError:
-            reason = "what is there does not answer"
+            reason = "the program that listens there does not answer"
         except OSError as error:
             reason = cause(error)
         if connection:
@@ -242,7 +244,7 @@ class _Room(socketserver.ThreadingTCPServer):
         except OSError as error:
             raise UserError(
                 f"process 0 cannot listen at port {port} of this machine "
-                f"({cause(error)}): end what does, take another port in "
+                f"({cause(error)}): end the program that listens there, take another port in "
                 "--parallel.coordinator, or see whether process 0 was started twice"
             ) from None
 
@@ -260,7 +262,7 @@ class _Room(socketserver.ThreadingTCPServer):
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self.decide(f"process 0, which was to be at {self.where}, has ended: see what it said")
+        self.decide(f"process 0, expected at {self.where}, has ended: see its output")
         with self.changed:
             self.changed.wait_for(lambda: not self.visitors, GRACE)
         self.shutdown()
@@ -295,8 +297,8 @@ class _Room(socketserver.ThreadingTCPServer):
         missing = sorted(set(range(self.processes)) - self.there)
         who = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
         self.decide(
-            f"of {self.processes} processes {who} did not come to {self.where} within "
-            f"{seconds:g} s: start all, or give more --parallel.join-timeout"
+            f"{self.processes} processes were expected, and {who} did not come to {self.where} "
+            f"within {seconds:g} s: start all, or give a longer --parallel.join-timeout"
         )
 
     def lost(self, reason: str) -> NoReturn:

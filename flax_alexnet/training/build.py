@@ -147,8 +147,8 @@ def use_compilation_cache() -> None:
     folder = cache_folder()
     if folder is None:
         print(
-            "this user has no home for a cache of compiled programs, so that each start compiles "
-            "again; XDG_CACHE_HOME can name a folder for it"
+            "this user has no home folder for a cache of compiled programs, so each start compiles "
+            "them again; set XDG_CACHE_HOME to a folder for the cache"
         )
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))

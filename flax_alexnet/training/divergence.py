@@ -79,7 +79,7 @@ class DivergenceMonitor:
             raise UserError(f"{message}: {REMEDY}, or go on with --on-divergence rollback")
         if float(lowered) < LEAST_BACKOFF:
             raise UserError(
-                f"{message}; it went back three times, down to 1/8 of the rate: {REMEDY}"
+                f"{message}; the run went back three times, down to 1/8 of the rate: {REMEDY}"
             )
         return message
 

@@ -103,7 +103,7 @@ class RunLog:
             if not self._failing:  # once is enough
                 say_line(
                     f"cannot write metrics to {self._workdir}: {error.strerror}; they are kept, "
-                    "and tried again with the next"
+                    "and written together with the next line"
                 )
             self._failing = True
         if not self._bar.disable and "train_loss" in metrics:
@@ -334,7 +334,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is damaged (it is no text): {_MEND}") from None
+        raise UserError(f"{path} is damaged (it is not a text file): {_MEND}") from None
     result = []
     for number, text in enumerate(texts, start=1):
         try:

@@ -136,7 +136,10 @@ def fit(
                 state = state.replace(opt_state=with_backoff(state.opt_state, lowered))
                 batches = trainer.batches_from(step)
                 log.rewind(step)
-                say(f"{message}; back at step {step:,} with {float(lowered):g} of the rate")
+                say(
+                    f"{message}; the run goes back to step {step:,} with {float(lowered):g} times "
+                    "the rate"
+                )
                 continue
             if due.line:
                 means = train_means(state.totals)

@@ -52,15 +52,15 @@ def introduce(config: Config, setup: Setup, model: AlexNet, schedule: Schedule, 
     if setup.history.changes and start:
         print(
             f"from step {start:,} on, {'; '.join(setup.history.changes)}. {epochs.seen(start):,} "
-            f"images have been seen, epoch {epochs.epoch(start):.2f}: the run goes on with the "
-            "next"
+            f"images have been seen, epoch {epochs.epoch(start):.2f}: the run continues with the "
+            "next image"
         )
     if setup.start and start == 0:
         print(setup.start.message)
     if setup.frozen:
         print(f"frozen: {', '.join(sorted(setup.frozen))}")
     if config.model.initialization == "he":
-        print("initial values are He et al.'s, not the variant's own, which may stall (see README)")
+        print("initial values are He et al.'s, since the variant's own ones may stall (see README)")
     rows = config.batch_size // jax.device_count()
     dtype = jnp.dtype(config.model.dtype)
     print(implementations(setup.layout.layers, current_platform(), dtype, rows=rows))
@@ -75,7 +75,7 @@ def introduce(config: Config, setup: Setup, model: AlexNet, schedule: Schedule, 
         flush=True,
     )
     if start > total_steps:
-        print(f"it has made {start:,} steps already, which stay, and makes no more")
+        print(f"the run has made {start:,} steps already; it keeps them and makes no more")
 
 
 def finish(

@@ -240,8 +240,8 @@ def check_batch_size(batch_size: int, devices: int) -> None:
     """Raises UserError where a batch cannot be split over the devices."""
     if batch_size % devices:
         raise UserError(
-            f"--batch-size {batch_size} does not divide by the {devices} devices; the "
-            f"nearest that does is {max(1, round(batch_size / devices)) * devices}"
+            f"--batch-size {batch_size} is not a multiple of the number of devices, {devices}; the "
+            f"nearest multiple is {max(1, round(batch_size / devices)) * devices}"
         )
 
 
@@ -289,8 +289,8 @@ def _claim(
     if is_main():
         if known.get("dataset.times", identity["dataset.times"]) != identity["dataset.times"]:
             print(
-                "images were written again since the run was here last, with the same sizes, "
-                "beginnings and ends: they are taken for the same",
+                "image files were written again since the last start of the run, with the same "
+                "sizes, first and last bytes: they are assumed to be unchanged",
                 flush=True,
             )
         resources.enter_context(locked(config.workdir))
@@ -333,8 +333,8 @@ def recorded_parts(before: Mapping[str, Any], config: Config) -> tuple[Part, ...
     steps = [part.step for part in parts]
     if steps != sorted({0, *steps}) or min(part.batch_size for part in parts) < 1:
         raise UserError(
-            f"{config.workdir / 'config.json'} has batch_sizes {recorded}, where steps from 0 on, "
-            "each with a batch size, are expected; mend it, or take another --workdir"
+            f"{config.workdir / 'config.json'} has batch_sizes {recorded}; expected pairs of a "
+            "step, the first 0, and a batch size; repair it, or take another --workdir"
         )
     return parts
 

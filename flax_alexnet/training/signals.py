@@ -53,7 +53,10 @@ def stop_requests(alone: bool = False) -> Iterator[Callable[[bool], bool]]:
             if seen > 1:
                 os._exit(128 + number[0])
             with contextlib.suppress(OSError):  # standard error is closed
-                os.write(2, b"\nstopping after the steps under way; once more to stop at once\n")
+                os.write(
+                    2,
+                    b"\nthe run stops after the current steps; a second signal stops it at once\n",
+                )
 
     if not handles_signals():
         yield requested

@@ -153,7 +153,10 @@ def new_files(
         check_not_read(path, read)
         with _explain_failures(path):  # as where the working directory has been removed
             if {_partial(other).absolute() for other in chosen} & {*path.absolute().parents}:
-                raise UserError(f"{path} lies where what is not whole is kept; take another path")
+                raise UserError(
+                    f"{path} is in the folder of unfinished files of another output; take another "
+                    "path"
+                )
         _check_new(path, overwrite)
     folders: dict[Path, Path] = {}
     written: list[Path] = []
@@ -216,7 +219,7 @@ def _check_new(path: Path, overwrite: bool) -> None:
     with contextlib.suppress(OSError):
         if read_text(_partial(path) / LOCK, encoding="latin-1") == _identity(path):
             return
-    raise UserError(f"{path} is there already: take another path, or --overwrite")
+    raise UserError(f"{path} exists already: take another path, or --overwrite")
 
 
 def _identity(path: Path) -> str:
@@ -255,7 +258,9 @@ def moved_away(workdir: Path) -> UserError:
 def check_not_read(path: Path, inputs: Iterable[Path]) -> None:
     """Raises UserError for a folder, or for an existing path that is an input or lies in one."""
     if os.path.exists(path) and any(_holds(other, path) for other in inputs):
-        raise UserError(f"{path} would be written over, but is read; take another path")
+        raise UserError(
+            f"{path} is an input of this command and would be overwritten; take another path"
+        )
     # Python 3.12's `Path.is_dir` raises where a name is too long.
     if os.path.isdir(path):
         raise UserError(f"cannot write {path}: it is a folder; take another path")

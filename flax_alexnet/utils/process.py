@@ -73,7 +73,9 @@ def leave(main: Callable[[], int], *, training: bool = False) -> NoReturn:
     except KeyboardInterrupt as error:  # raised outside of the part of `main` that handles it
         code = exit_code(error)
     except MemoryError:
-        code = exit_code(UserError("there is too little memory: see `ulimit -v`, or end others"))
+        code = exit_code(
+            UserError("there is too little memory: see `ulimit -v`, or end other programs")
+        )
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()

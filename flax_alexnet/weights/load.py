@@ -106,7 +106,9 @@ def read(
     kind = format_of(path) if is_file else "run"
     for flag, value in (("mean", mean), ("head", head)):
         if value and kind not in ("caffe", "npy"):
-            raise UserError(f"--{flag} is for Caffe's models, and {path} is none; leave it out")
+            raise UserError(
+                f"--{flag} is for Caffe's models, and {path} is not one of them; leave it out"
+            )
     notes: list[str] = []
     if kind == "run":
         pretrained, notes = _read_run(path)

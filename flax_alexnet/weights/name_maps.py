@@ -195,7 +195,7 @@ def read_grey(
         return np.concatenate([grey * color for color in colors], axis)
 
     shape = (*kernel.shape[:axis], len(colors), *kernel.shape[axis + 1 :])
-    note = "note: it reads grey images; conv1 makes grey of colours by R .299 G .587 B .114"
+    note = "note: the model reads grey images; conv1 converts colours: R .299 G .587 B .114"
     return {**tensors, name: Stored(shape, kernel.dtype, colored)}, [note]
 
 

@@ -45,7 +45,7 @@ def test_flags(trunk, tmp_path, capsys):
     assert "no weights" in refused(capsys, path, out)
     save_file(trunk, path)
     assert "expected a .safetensors" in refused(capsys, path, tmp_path / "out.pth")
-    assert "would be written over" in refused(capsys, path, path)
+    assert "would be overwritten" in refused(capsys, path, path)
     assert "not caffe" in refused(capsys, path, out, "--variant", "caffe")
     assert "--mean is for" in refused(capsys, path, out, "--mean", path)
     assert "--head is for" in refused(capsys, path, out, "--head", "fc8")

@@ -174,7 +174,7 @@ def test_an_image_without_a_label_and_a_model_without_numbers_are_refused(
     broken.params["fc7"]["bias"][0] = np.nan
     safetensors_files.save(broken, tmp_path / "nan.safetensors")
     assert evaluate.main([str(tmp_path / "nan.safetensors"), *flags]) == 2
-    assert "not a number" in capsys.readouterr().err
+    assert "not finite" in capsys.readouterr().err
 
 
 def unlabelled(source, index):

@@ -38,8 +38,8 @@ def test_a_model_of_huge_weights_gives_no_distance(lpips_trunk, full, tmp_path, 
     assert main([str(tmp_path / "huge.safetensors"), *files, "--output", str(table)]) == 2
     said = capsys.readouterr()
     assert said.err == "error: no pair of images could be compared\n"
-    assert "the model gives what is not a number for these images" in said.out
-    assert "the model gives what is not a number" in table.read_text()
+    assert "the model returns values that are not finite for these images" in said.out
+    assert "the model returns values that are not finite" in table.read_text()
 
 
 def test_the_least_size(lpips_trunk, full, tmp_path, capsys):

@@ -117,7 +117,7 @@ class TestPrepare:
     def test_a_folder_is_not_prepared_over_an_older_one(self, tmp_path):
         folder = make_folder(tmp_path / "pets", {"cat": 12, "dog": 13})
         prepare(f"folder:{folder}", tmp_path / "data", image_size=16)
-        with pytest.raises(UserError, match=r"pets/1\.0\.0 is there already; remove it"):
+        with pytest.raises(UserError, match=r"pets/1\.0\.0 exists already; remove it"):
             prepare(f"folder:{folder}", tmp_path / "data", image_size=16)
 
 

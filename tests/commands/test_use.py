@@ -29,7 +29,7 @@ def test_a_model_of_huge_weights_is_refused(
     assert command([str(huge), *(a.format(photographs=photographs) for a in arguments)]) == 2
     said = capsys.readouterr()
     *warnings, error = said.err.splitlines()
-    assert error.startswith("error: the model gives what is not a number for ")
+    assert error.startswith("error: the model returns values that are not finite for ")
     assert len(warnings) == (command is features.main)
     assert "nan" not in said.out
     # Features that are there stay, and the kernels are drawn before anything is computed.
@@ -76,7 +76,7 @@ def test_what_is_read_is_not_written_over(weights, photographs, tmp_path, capsys
     for command, flag in ((predict.main, "--plot"), (features.main, "--nearest")):
         more = [] if command is predict.main else ["--output", str(tmp_path / "f.npy")]
         assert command([str(weights), str(image), flag, str(image), *more]) == 2
-        assert "would be written over" in capsys.readouterr().err
+        assert "would be overwritten" in capsys.readouterr().err
     assert image.read_bytes() == before
 
 
@@ -93,7 +93,8 @@ def test_outputs_into_a_run_or_a_dataset_replace_nothing(run, photographs, tmp_p
     ):
         for more in ([], ["--overwrite"]):
             assert command([str(run), *flags, *more]) == 2
-            said = f"error: {output} would be written over, but is read; take another path\n"
+            why = "is an input of this command and would be overwritten; take another path"
+            said = f"error: {output} {why}\n"
             assert capsys.readouterr().err == said
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 

@@ -212,7 +212,7 @@ class TestInterruption:
             else:
                 folder.write_text("mine")
 
-        with meanwhile(attack), pytest.raises(UserError, match=r"1\.0\.0 is there already; remove"):
+        with meanwhile(attack), pytest.raises(UserError, match=r"1\.0\.0 exists already; remove"):
             prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
         assert folder.is_symlink() == (what == "a link")
         folder.rmdir() if folder.is_dir() else folder.unlink()
@@ -250,7 +250,7 @@ class TestInterruption:
             prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
         folder = tmp_path / "data" / "prepared_folder" / "pets"
         assert sorted(path.name for path in folder.iterdir()) == ["1.0.0", "1.0.0.incomplete"]
-        with pytest.raises(UserError, match="is there already"):
+        with pytest.raises(UserError, match="exists already"):
             prepare(f"folder:{pets}", tmp_path / "data", image_size=16)
         assert [path.name for path in folder.iterdir()] == ["1.0.0"]
 

@@ -45,5 +45,5 @@ def test_probabilities_add_up_and_ten_crops_are_their_mean(pretrained):
 def test_what_is_no_number_is_refused_and_the_logarithm_of_zero_is_one():
     check_numbers(np.array([-np.inf, 0.0]), "x.png")
     for value in (np.nan, np.inf):
-        with pytest.raises(UserError, match=r"not a number for x\.png"):
+        with pytest.raises(UserError, match=r"not finite for x\.png"):
             check_numbers(np.array([0.0, value]), "x.png")

@@ -114,7 +114,7 @@ def test_the_probe_is_made_once_for_a_machine(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(onednn, "probe", lambda: next(answers))
     ask = onednn._passed.__wrapped__
     assert not ask()
-    assert "could not be tried" in capsys.readouterr().err
+    assert "could not be tested" in capsys.readouterr().err
     assert not ask()  # which is asked again, since it was no answer
     assert not ask()  # remembered
     (known,) = (tmp_path / "flax_alexnet").iterdir()

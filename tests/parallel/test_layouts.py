@@ -179,7 +179,7 @@ def test_values_do_not_depend_on_where_they_are_made():
         ("data", "paper", (4, 2), "has the axes data, and their sizes multiply to the 8 devices"),
         ("hybrid", "paper", (3, 2), "has the axes data, model, and their sizes"),
         ("hybrid", "paper", (-2, -4), "has the axes data, model, and their sizes"),
-        ("hybrid", "paper", (8, 1), "over one device along 'model' splits nothing"),
+        ("hybrid", "paper", (8, 1), "splits nothing with one device along 'model'"),
         ("towers", "notebook", (), "needs a variant whose convolutions have groups"),
         ("towers", "paper", (2, 4), "towers is for 1 or 2 devices a model, not 4"),
     ],

@@ -59,8 +59,8 @@ def test_all_that_fit_go_on_in_any_order(port):
         ([{"process": 1, "processes": 4}, {"process": 2}], "number of processes is 3 on process 0"),
         ([{"process": 1, "about": {"x": 1}}, {"process": 2}], "x is None on process 0 and 1 on"),
         ([{"process": 5, "processes": 9}], "number of processes is 3 on process 0 and 9 on"),
-        ([{"process": 2}], "of 3 processes 1 did not come to localhost:"),
-        ([], "of 3 processes 1, 2 did not come to localhost:"),
+        ([{"process": 2}], "3 processes were expected, and 1 did not come to localhost:"),
+        ([], "3 processes were expected, and 1, 2 did not come to localhost:"),
     ],
 )
 def test_what_does_not_fit_is_the_same_line_on_all(port, others, line):
@@ -88,7 +88,7 @@ def test_a_port_that_is_taken_is_a_line(port, host):
         told = all_come(port, {"process": 0}, {"process": 1, "seconds": SHORT})
     assert told[0].startswith(f"process 0 cannot listen at port {port} of this machine (Address")
     assert told[1].startswith(f"process 1 does not reach process 0 at localhost:{port} within 0.6")
-    assert "(what is there does not answer): start process 0 there" in told[1]
+    assert "(the program that listens there does not answer): start process 0 there" in told[1]
 
 
 def test_a_second_process_0_ends_and_the_run_goes_on(port):

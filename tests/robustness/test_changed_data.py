@@ -94,7 +94,7 @@ def test_a_copy_is_said_and_goes_on(start, pets, capsys):
     capsys.readouterr()
     start()
     said = capsys.readouterr().out
-    assert said.count("images were written again since the run was here last") == 1
+    assert said.count("image files were written again since the last start of the run") == 1
     start()
     assert capsys.readouterr().out == ""
 

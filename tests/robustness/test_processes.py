@@ -282,7 +282,7 @@ def run_each(tmp_path, data_dir, *each, port=None):
         ),
         pytest.param(
             ({"batch-size": 9},) * 2,
-            "process 0: --batch-size 9 does not divide by the 16 devices",
+            "process 0: --batch-size 9 is not a multiple of the number of devices, 16",
             marks=pytest.mark.slow,
         ),
         pytest.param(

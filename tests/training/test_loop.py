@@ -112,7 +112,7 @@ def test_a_run_that_signals_stop_goes_on_to_the_same_bits(data_dir, tmp_path, mo
     for step, number in ((4, signal.SIGINT), (40, signal.SIGTERM)):
         code, said = signal_at(step, arguments(parts, data_dir, *long), number)
         assert code == 75, said
-        assert "stopping after the steps under way" in said
+        assert "the run stops after the current steps" in said
         stopped = int(re.search(r"stopped at step (\d+); the same command goes on", said)[1])
         assert (parts / "checkpoints" / str(stopped)).exists()
         assert stopped >= step
@@ -152,7 +152,7 @@ def test_a_second_signal_ends_a_run_within_a_long_call(number, expected):
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
         for line in process.stderr:
-            if line.startswith("stopping after the steps under way"):
+            if line.startswith("the run stops after the current steps"):
                 break
         process.send_signal(number)
         assert process.wait() == expected
@@ -295,7 +295,7 @@ def test_a_complete_run_is_lengthened_and_not_shortened(finished, data_dir, tmp_
     assert float((workdir / "seconds").read_text()) == pytest.approx(summary["seconds"], abs=30)
     assert summary["images_per_second"] > 0
     said = train(5)
-    assert "it has made 13 steps already, which stay, and makes no more" in said
+    assert "the run has made 13 steps already; it keeps them and makes no more" in said
     assert "this run is complete" in said
     assert codes == [0, 0]
     assert read(workdir, "summary.json") == summary
@@ -382,13 +382,15 @@ def test_a_run_that_diverges_goes_back_with_half_the_rate_three_times(data_dir, 
     assert main(arguments(tmp_path, data_dir, *rising, *more)) == 2
     said = capsys.readouterr()
     back = re.findall(
-        r"the last good checkpoint is that of step (\d+); back at step (\d+)", said.out
+        r"the last good checkpoint is that of step (\d+); the run goes back to step (\d+)", said.out
     )
     assert len(back) == 3
     assert all(saved == start for saved, start in back)
     assert [f"with {share} of the rate" in said.out for share in (0.5, 0.25, 0.125)] == [True] * 3
     assert "not finite at step" in said.err
-    assert "it went back three times, down to 1/8 of the rate: start again in a new" in said.err
+    assert (
+        "the run went back three times, down to 1/8 of the rate: start again in a new" in said.err
+    )
     assert "--on-divergence rollback" not in said.err
     steps = [line["step"] for line in lines(tmp_path) if "train_loss" in line]
     assert steps == list(range(1, len(steps) + 1)), "steps that were made again are logged once"

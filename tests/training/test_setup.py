@@ -12,7 +12,7 @@ from tests.runs import arguments, refused
 class TestMistakes:
     def test_a_batch_that_does_not_divide(self, data_dir, tmp_path, capsys):
         said = refused(capsys, arguments(tmp_path, data_dir, "--batch-size", "12"))
-        assert "--batch-size 12 does not divide by the 8 devices" in said
+        assert "--batch-size 12 is not a multiple of the number of devices, 8" in said
 
     def test_an_image_that_does_not_fit(self, data_dir, tmp_path, capsys):
         said = refused(capsys, arguments(tmp_path, data_dir, "--augment.crop-size", "8"))

@@ -178,20 +178,22 @@ def test_what_is_there_is_replaced_only_where_that_is_wanted(tmp_path):
                 partial.write_text(text)
             assert not path.exists() or path.read_text() == "first"
         assert path.read_text() == text
-    with pytest.raises(UserError, match="is there already: take another path, or --overwrite"):
+    with pytest.raises(UserError, match="exists already: take another path, or --overwrite"):
         new_files([path], [other]).__enter__()
     other.symlink_to(path)
     for read, overwrite in ((path, True), (other, True), (path, False)):
-        with pytest.raises(UserError, match="would be written over, but is read"):
+        with pytest.raises(UserError, match="is an input of this command and would be overwritten"):
             new_files([path], [read], overwrite=overwrite).__enter__()
     with pytest.raises(UserError, match="it is a folder"):
         new_files([tmp_path], [], overwrite=True).__enter__()
-    with pytest.raises(UserError, match="would be written over, but is read"):  # as of a run
+    with pytest.raises(
+        UserError, match="is an input of this command and would be overwritten"
+    ):  # as of a run
         new_files([path], [tmp_path], overwrite=True).__enter__()
-    with pytest.raises(UserError, match="lies where what is not whole is kept"):
+    with pytest.raises(UserError, match="is in the folder of unfinished files of another output"):
         new_files([path, tmp_path / ".x.csv.partial" / "y.png"], overwrite=True).__enter__()
     (tmp_path / "nowhere").symlink_to("gone")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         new_files([tmp_path / "nowhere"]).__enter__()
     assert path.read_text() == "second"
     assert sorted(os.listdir(tmp_path)) == ["nowhere", "other", "x.csv"]
@@ -257,7 +259,7 @@ def test_a_command_that_is_killed_between_two_names_can_be_started_again(tmp_pat
     assert (tmp_path / "a.csv").exists()
     assert not (tmp_path / "b.png").exists()
     (tmp_path / "mine.png").write_text("mine")
-    with pytest.raises(UserError, match=r"mine\.png is there already"):
+    with pytest.raises(UserError, match=r"mine\.png exists already"):
         new_files([tmp_path / "a.csv", tmp_path / "mine.png"]).__enter__()
     assert (tmp_path / "mine.png").read_text() == "mine"
     (tmp_path / "mine.png").unlink()
@@ -274,7 +276,7 @@ def test_what_is_left_of_another_process_lets_nothing_be_replaced(tmp_path, left
     path.write_text("mine")
     folder.mkdir()
     (folder / "lock").write_text(left)
-    with pytest.raises(UserError, match="is there already: take another path, or --overwrite"):
+    with pytest.raises(UserError, match="exists already: take another path, or --overwrite"):
         new_files([path]).__enter__()
     assert path.read_text() == "mine"
 

@@ -28,7 +28,9 @@ def test_without_a_home_there_is_no_cache_and_a_line_says_so(capsys):
     assert home() is None
     assert cache_folder() is None
     use_compilation_cache()
-    assert capsys.readouterr().out.startswith("this user has no home for a cache of compiled")
+    assert capsys.readouterr().out.startswith(
+        "this user has no home folder for a cache of compiled"
+    )
     assert jax.config.jax_compilation_cache_dir == before
 
 

@@ -169,7 +169,7 @@ def test_grey_caffe(tmp_path):
     image = rng.uniform(100, 150, (1, 256, 256)).astype(np.float32)
     mean.write_bytes(blob(image))
     pretrained, (note,) = read(path, mean=mean)
-    assert "it reads grey images" in note
+    assert "the model reads grey images" in note
     images = rng.integers(0, 256, (1, 256, 256, 3), np.uint8)
     ours = features(pretrained.model, pretrained.params, pretrained.preprocess(images), ["conv1"])[
         "conv1"
