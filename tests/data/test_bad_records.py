@@ -128,7 +128,7 @@ def test_too_many_end_the_training(tmp_path, threads):
     batches = training_batches(
         DecodedExamples(Damaged(), 2, on_bad=bad.add), 8, seed=1, threads=threads
     )
-    with pytest.raises(UserError, match=r"with it 4 of 30 train images are bad, more than .* 0\.1"):
+    with pytest.raises(UserError, match=r"now 4 of 30 train images are bad, more than .* 0\.1"):
         labels(batches, 5)
     assert len(lines(tmp_path)) == 4
     examples = DecodedExamples(Damaged(), 2, on_bad=ledger(tmp_path, max_bad=4 / 30).add)
@@ -141,7 +141,7 @@ def test_the_trial_at_the_start_names_the_first(tmp_path, monkeypatch, cached):
         monkeypatch.setattr("flax_alexnet.data.dataset.CACHE_BYTES", 0)
     with pytest.raises(UserError, match="cannot read image image 4: it is on fire; remove or"):
         open_examples(Damaged(), 2)
-    with pytest.raises(UserError, match="image 4: it is on fire; with it 1 of 30"):
+    with pytest.raises(UserError, match="image 4: it is on fire; now 1 of 30"):
         open_examples(Damaged(), 2, on_bad=ledger(tmp_path, max_bad=0.001).add)
     bad = ledger(tmp_path)
     open_examples(Damaged(), 2, slice(1, None, 2), on_bad=bad.add)
@@ -384,12 +384,12 @@ class TestPrepared:
     def test_too_many_end_the_run(self, damaged, tmp_path, capsys):
         assert train([*train_flags(tmp_path / "run", damaged), "--data.max-bad", "0.04"]) == 2
         said = capsys.readouterr().err
-        assert "with it 2 of 36 train images are bad, more than --data.max-bad 0.04" in said
+        assert "now 2 of 36 train images are bad, more than --data.max-bad 0.04" in said
         assert said.count("\n") == 1
 
     def test_a_missing_file_ends_the_run(self, data_dir, tmp_path):
         source = open_dataset("prepared_folder/pets", data_dir).train
         next(data_dir.rglob("*-train.*")).unlink()
         bad = ledger(tmp_path, 0.1, len(source))
-        with pytest.raises(UserError, match=r"is damaged \(.*with it 4 of 36 train images"):
+        with pytest.raises(UserError, match=r"is damaged \(.*now 4 of 36 train images"):
             open_examples(source, 16, on_bad=bad.add)

@@ -172,7 +172,7 @@ class TestMetrics:
             path.write_text(whole + last)
             assert read_metrics(path) == METRICS
         path.write_bytes(whole.encode() + b"\xff\x00\n")
-        with pytest.raises(UserError, match=r"is damaged \(it is no text\)"):
+        with pytest.raises(UserError, match=r"is damaged \(it is not a text file\)"):
             read_metrics(path)
 
     @pytest.mark.parametrize("text", ["nan", "-1", "1e999", "x", NESTED, ""])
