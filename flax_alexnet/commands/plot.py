@@ -1,4 +1,4 @@
-"""`python -m flax_alexnet plot WEIGHTS [IMAGE …]`: what a model has learned, in images."""
+"""`python -m flax_alexnet plot WEIGHTS [IMAGE …]`: figures of what a model has learned."""
 
 import dataclasses
 import itertools

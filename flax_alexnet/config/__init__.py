@@ -1,1 +1,1 @@
-"""What the program can be told: dataclasses with their ranges, recipes, and command lines."""
+"""Configuration: dataclasses with the ranges of their fields, recipes, and command lines."""

@@ -1,4 +1,4 @@
-"""Recipes: configurations to start from, of which flags can override any part."""
+"""Recipes: configurations to start from. Flags can override any part of them."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

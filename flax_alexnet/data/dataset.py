@@ -1,4 +1,4 @@
-"""Images decoded to equal squares, by index, and their mean."""
+"""Decoded images by index, of one size: decoded at each read, or kept in memory."""
 
 import abc
 import itertools

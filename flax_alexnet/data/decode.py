@@ -1,4 +1,4 @@
-"""Encoded images to square uint8 images, by the rule that a model was trained with."""
+"""Decodes images to square uint8 arrays, with the resize rule of a model."""
 
 import contextlib
 import threading

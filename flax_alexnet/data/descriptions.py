@@ -1,4 +1,4 @@
-"""What a prepared dataset says of itself, checked before TFDS takes its word for it.
+"""The description of a prepared dataset, checked before TFDS relies on it.
 
 TFDS reads `dataset_info.json`, `features.json` and `KEY.labels.txt`, and believes them: it opens
 whatever has these names, imports the classes that are named, and takes the numbers of classes and

@@ -1,4 +1,4 @@
-"""Whether images are still the same ones, without reading all of each."""
+"""Digests that show whether image files have changed, without reading the whole files."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Which files below a folder are images, of which class and of which split; none is decoded."""
+"""Folders of class folders: their image files, classes and splits. No image is decoded here."""
 
 import itertools
 import os

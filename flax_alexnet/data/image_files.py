@@ -1,4 +1,4 @@
-"""How the file of an image is made up, which is looked at before a library decodes it.
+"""The structure of image files, checked before a library decodes them.
 
 Some files cost a library minutes or gigabytes for an image of a few pixels: they come in millions
 of parts, their parts lie over one another, or are unpacked to much more than they are. Here parts

@@ -1,4 +1,4 @@
-"""The archives of ImageNet's challenge of 2012, read where they lie: nothing is unpacked."""
+"""The archives of the ImageNet challenge of 2012, read without unpacking them."""
 
 import contextlib
 import os

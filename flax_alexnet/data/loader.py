@@ -1,4 +1,4 @@
-"""The order of images, and batches of them, with Grain.
+"""The order of the images of a run, and their batches, with Grain.
 
 The images of a batch and their order depend only on the seed and on the number of images before
 it. They do not depend on the number of processes or threads, or on where a run was interrupted.

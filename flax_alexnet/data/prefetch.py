@@ -1,4 +1,4 @@
-"""Work that is started before its result is asked for, but not so early that results pile up."""
+"""Starts work before its result is needed, with a limit on the results that wait."""
 
 import collections
 import os

@@ -1,4 +1,4 @@
-"""What is done to an image before a model sees it: a part of the model."""
+"""The preprocessing of images, which is a part of a trained model."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Literal

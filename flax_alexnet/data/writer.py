@@ -1,4 +1,4 @@
-"""Images brought to equal squares and stored as a TFDS dataset: what `prepare` writes.
+"""Writes images of one size as a TFDS dataset, for `prepare`.
 
 A dataset is made in a folder beside its place, `1.0.0.incomplete` for `1.0.0`, and put there by one
 renaming when it is whole. Its images, in an order that follows from their number alone, are cut

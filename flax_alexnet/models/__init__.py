@@ -1,1 +1,1 @@
-"""The variants of AlexNet, the module, and what is computed from its activations."""
+"""The variants of AlexNet, the module, and functions of its activations."""

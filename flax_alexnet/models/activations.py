@@ -1,4 +1,4 @@
-"""Features of a trained model, its named activations, and what they say for a class."""
+"""Features of a trained model (its named activations), and Grad-CAM for a class."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The product of a dense layer and its gradients, in the forms that are fastest where they run."""
+"""The product of a dense layer and its gradients, in the form fastest on the platform."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What the operators share: the type of a padding, and primitives outside of programs."""
+"""Shared parts of the operators: the type of a padding, and how a primitive runs on its own."""
 
 from collections.abc import Callable
 from typing import Any

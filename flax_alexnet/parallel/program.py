@@ -1,4 +1,4 @@
-"""What a process of a run computes with: this package's code, other packages, JAX's settings."""
+"""Identifies the program of a process: the code of this package, other packages, JAX settings."""
 
 import hashlib
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""A run's working directory: whose it is, whether it has room, and what is written at the end."""
+"""The working directory of a run: its owner, its lock, and the files with its configuration."""
 
 import contextlib
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, such as Ctrl-C and SIGTERM: it saves and ends after a step."""
+"""Signals that ask a run to stop, such as Ctrl-C and SIGTERM."""
 
 import contextlib
 import os

@@ -1,1 +1,1 @@
-"""Errors, files, text, processes and plots: what every other package may use."""
+"""Errors, files, text, processes and plots, for all other packages."""

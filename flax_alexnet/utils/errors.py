@@ -1,4 +1,4 @@
-"""Mistakes of the user, one line that says what was wrong, and how a process ends."""
+"""User errors, which are reported in one line, and the exit codes of a process."""
 
 import contextlib
 import difflib

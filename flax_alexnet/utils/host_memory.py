@@ -1,4 +1,4 @@
-"""How JAX's programs get memory on a CPU: from what was used before, and not again each time.
+"""Makes JAX programs on a CPU reuse freed memory instead of returning it to the system.
 
 A compiled step of AlexNet takes some gigabytes for the time it runs. glibc maps so large a block
 again at each call and gives it back afterwards, and the system fills each of its pages with zeros

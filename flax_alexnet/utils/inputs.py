@@ -1,4 +1,4 @@
-"""Files that are read: a regular file, of a size that fits what it is said to be.
+"""Opens files to read: only regular files, and only up to a plausible size.
 
 A pipe in the place of a file would be waited for for ever, a device or a sparse file would fill the
 memory. Every reader opens what comes from outside here, and says in its own words what was wrong.

@@ -1,4 +1,4 @@
-"""Files that are written: whole or not at all, by one process at a time, and never over others."""
+"""Writes files completely or not at all, under a lock, and never over existing files."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""Images: of a run, of what a model has learned, and of what it makes of photographs.
+"""Figures of a run, of what a model has learned, and of its predictions.
 
 Functions of plain arrays, each of which writes one PNG; folders on the way to it are made.
 """

@@ -1,4 +1,4 @@
-"""How the process of a command begins and ends: its output, signals, and its exit code."""
+"""The start and the end of the process of a command: output, signals, exit code."""
 
 import contextlib
 import io

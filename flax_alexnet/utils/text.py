@@ -1,4 +1,4 @@
-"""Text that comes from outside, such as names in files, in forms that may be shown and written.
+"""Makes text from outside, such as names in files, safe to print and to write.
 
 Names of files, classes and sources may hold anything: what clears a terminal, what a spreadsheet
 takes for a formula, what a page shows as an image. Readers make them `printable` where they come

@@ -1,4 +1,4 @@
-"""Zip files, in which NumPy and PyTorch keep arrays, read in pieces.
+"""Reads zip files, the containers of NumPy and PyTorch, in pieces.
 
 What a zip file says of its sizes may be wrong, and a small one may unpack to any size: so its
 directory is read up to a limit, and of a file within it as much as the tensor has.

@@ -1,4 +1,4 @@
-"""Digests of weight files, and whether well-known ones are what their publishers say."""
+"""Digests of published weight files, to check files against."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Training from a trained model: what its file says about the run, and what is taken from it."""
+"""Training from a trained model: which settings and parameters a run takes from it."""
 
 import dataclasses
 from collections.abc import Sequence

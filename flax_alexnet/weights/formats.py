@@ -1,4 +1,4 @@
-"""The format of a weight file by its content: endings such as `.bin` or `.ckpt` say little."""
+"""Recognizes the format of a weight file by its content, because its ending says little."""
 
 import os
 import zipfile

@@ -1,4 +1,4 @@
-"""What the header of a safetensors file says, checked before its library reads it."""
+"""The header of a safetensors file, checked before the library reads the file."""
 
 import functools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The names of classes: ImageNet's thousand, which ship with the package, or those of a file."""
+"""The names of classes: ImageNet's thousand, which the package has, or those in a file."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""Any trained model from a path."""
+"""Loads any trained model from a path."""
 
 import contextlib
 import dataclasses

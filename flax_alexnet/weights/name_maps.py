@@ -1,4 +1,4 @@
-"""How other systems keep the parameters of AlexNet: their names, and the order of their axes.
+"""Maps names and axis orders of other systems to ours, and back.
 
 | system | convolution | dense | fc6 reads | conv1 reads |
 |---|---|---|---|---|

@@ -1,4 +1,4 @@
-"""NumPy's files: `.npz` of named arrays, and the pickled dictionary that is a `.npy`."""
+"""Weights in NumPy files: `.npz` with named arrays, and `.npy` with a pickled dictionary."""
 
 import io
 import math

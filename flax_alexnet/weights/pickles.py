@@ -1,4 +1,4 @@
-"""Pickles, read without running anything.
+"""Reads pickles without running any code in them.
 
 A pickle is a program: Python's own `Unpickler` imports what it names and calls what it asks for.
 Here its instructions are only decoded (by `pickletools`) and carried out on a stack of plain values

@@ -1,4 +1,4 @@
-"""Tensors in files, whose numbers are read once their shapes are known to be a model's.
+"""Tensors in files, whose numbers are read after their shapes were found to fit a model.
 
 What a file says of a tensor takes next to no memory, whatever it says; its numbers then take what
 the model takes.
