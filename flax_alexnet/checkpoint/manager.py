@@ -62,9 +62,7 @@ class Checkpoints:
     ) -> None:
         self._folder, self._patience, self._say = _in_utf8(folder.absolute()), patience, say
         self._marker = marker
-        self._started: int | None = (
-            None  # the step whose save has begun and is not known to be done
-        )
+        self._started: int | None = None  # the step of a save that may still be in progress
         self._failing_since: float | None = None
         self._manager = self._open()
         if self.latest_step() is not None:

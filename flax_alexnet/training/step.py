@@ -23,9 +23,7 @@ class TrainState(flax.struct.PyTreeNode):
     step: jax.Array  # int32[]: updates made so far
     params: Any
     opt_state: optax.OptState
-    mean: (
-        jax.Array
-    )  # float32[h, w, 3], in grey levels: a part of the model, which is trained with it
+    mean: jax.Array  # float32[h, w, 3], in grey levels; the model is trained with it
     totals: Totals  # sums over the training images since the last report
 
 
