@@ -39,15 +39,6 @@ def digest_files(files: Sequence[tuple[str, str | Path]], end: int) -> Digest:
     return Digest(content.hexdigest(), times.hexdigest())
 
 
-def join(digests: Sequence[Digest]) -> Digest:
-    """One for several."""
-    content, times = (
-        hashlib.sha256(" ".join(several).encode()).hexdigest()
-        for several in zip(*digests, strict=True)
-    )
-    return Digest(content, times)
-
-
 def _digest_chunk(files: Sequence[tuple[str, str | Path]], end: int) -> tuple[bytes, bytes]:
     content, times = hashlib.sha256(), hashlib.sha256()
     for name, path in files:

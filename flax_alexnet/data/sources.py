@@ -26,7 +26,7 @@ from flax_alexnet.data.descriptions import (
     read_label_names,
     shards_of,
 )
-from flax_alexnet.data.digests import Digest, digest_files, join
+from flax_alexnet.data.digests import Digest, digest_files
 from flax_alexnet.data.folders import (
     File,
     class_folders,
@@ -459,7 +459,7 @@ class FolderSplits:
         )
         self.names = ["train", "test"] if self._whole else list(self._folders)
 
-    def open(self, split: str) -> "FolderSource | Joined":
+    def open(self, split: str) -> FolderSource:
         """Opens a split by its standard name or another one in `SPLITS`; "all" joins all splits.
 
         Raises:
@@ -467,7 +467,9 @@ class FolderSplits:
             has other classes than the other splits.
         """
         if split == "all":
-            return Joined([self.open(name) for name in self.names])
+            parts = [self.open(name) for name in self.names]
+            files = [file for part in parts for file in part.files]
+            return FolderSource(files, parts[0].label_names)
         name = standard_split(split)
         if name not in self.names:
             raise UserError(
@@ -486,7 +488,7 @@ class FolderSplits:
         seen = [file for index, file in enumerate(whole.files) if index % 10 != 9]
         return FolderSource(seen, whole.label_names)
 
-    def _source(self, folder: Path) -> "FolderSource":
+    def _source(self, folder: Path) -> FolderSource:
         """All images of a folder of class folders; it is listed once."""
         first = next(iter(self._folders.values()), folder)
         if differ := sorted(set(subfolders(first)) ^ set(subfolders(folder))):
@@ -533,54 +535,6 @@ def reading() -> Iterator[None]:
         raise UserError(
             f"cannot read {printable(str(error.filename))}: {error.strerror}; take another folder"
         ) from None
-
-
-class Joined:
-    """The images of sources with the same label names, one after the other."""
-
-    def __init__(self, parts: Sequence[Source]):
-        self._parts = parts
-        self.label_names = parts[0].label_names
-        self.prepared = all(part.prepared for part in parts)
-
-    def __len__(self) -> int:
-        return sum(map(len, self._parts))
-
-    def _find(self, index: int) -> tuple[Source, int]:
-        for part in self._parts[:-1]:
-            if index < len(part):
-                return part, index
-            index -= len(part)
-        return self._parts[-1], index
-
-    def name(self, index: int) -> str:
-        """The name of the image in its part."""
-        source, index = self._find(index)
-        return source.name(index)
-
-    def label(self, index: int) -> int:
-        """The label of the image in its part."""
-        source, index = self._find(index)
-        return source.label(index)
-
-    def stamp(self, index: int) -> tuple[int, int]:
-        """The stamp of the image in its part."""
-        source, index = self._find(index)
-        return source.stamp(index)
-
-    @property
-    def paths(self) -> list[Path]:
-        """The files of all parts."""
-        return [path for part in self._parts for path in part.paths]
-
-    def digest(self) -> Digest:
-        """A digest over the digests of the parts."""
-        return join([part.digest() for part in self._parts])
-
-    def read(self, index: int) -> Record:
-        """The record at `index`, as its part gives it."""
-        source, index = self._find(index)
-        return source.read(index)
 
 
 def prepare_command(name: str, data_dir: Path | None = None) -> str:

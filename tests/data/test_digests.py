@@ -2,7 +2,7 @@
 
 import os
 
-from flax_alexnet.data.digests import digest_files, join
+from flax_alexnet.data.digests import digest_files
 
 
 def test_names_sizes_and_ends_count_and_times_apart(tmp_path):
@@ -36,9 +36,3 @@ def test_the_number_of_threads_does_not_show_and_the_order_does(tmp_path):
     digest = digest_files(files, end=5)
     assert digest == digest_files(files, end=5)
     assert digest.content != digest_files(files[::-1], end=5).content
-
-
-def test_one_for_several_depends_on_their_order(tmp_path):
-    one, other = digest_files([], end=1), digest_files([("a", tmp_path / "none")], end=1)
-    assert join([one, other]) == join([one, other])
-    assert join([one, other]).content != join([other, one]).content
