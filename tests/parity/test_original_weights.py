@@ -291,10 +291,10 @@ def assert_orders_matter(logits, layers, x):
             layer.weight.copy_(right)
 
 
-@pytest.mark.parametrize(("model", "old"), [(caffe, True), (caffenet, False)])
-def test_caffe(pretrained, old, folder, images):
+@pytest.mark.parametrize(("layers_of", "old"), [(caffe, True), (caffenet, False)])
+def test_caffe(layers_of, old, folder, images):
     with torch.device("meta"):
-        layers = pretrained()
+        layers = layers_of()
     weights = caffe_model(layers)
     mean = np.random.default_rng(1).random((3, 256, 256), np.float32) * 200
     theirs, ours = folder / "model.caffemodel", folder / "ours.safetensors"
@@ -302,12 +302,12 @@ def test_caffe(pretrained, old, folder, images):
     write_mean(folder / "mean.binaryproto", mean)
     assert main([str(theirs), str(ours), "--mean", str(folder / "mean.binaryproto")]) == 0
     converted = load(ours)
-    assert converted.config.variant == pretrained.__name__
+    assert converted.config.variant == layers_of.__name__
     logits = logits_of(converted, images)
     x = caffe_input(images, mean)
     assert relative_error(logits, run(layers.values(), x)) <= TOLERANCE
     assert_orders_matter(logits, layers, x)
-    if pretrained is caffe:
+    if layers_of is caffe:
         check_tf_weights(folder / "bvlc_alexnet.npy", weights, converted.params, images)
 
 

@@ -21,7 +21,7 @@ nn = torch.nn
 
 
 @pytest.mark.parametrize(
-    ("model", "image_size", "flattened"),
+    ("layers_of", "image_size", "flattened"),
     [
         (paper, 224, (6, 6, 256)),
         (caffe, 227, (6, 6, 256)),
