@@ -58,7 +58,7 @@ class DivergenceMonitor:
         return 0
 
     def explain(
-        self, step: int, rate: float, state: TrainState, saved: int | None, lowered: jax.Array
+        self, step: int, rate: float, state: TrainState, saved: int | None, lowered: float
     ) -> str:
         """The message about a diverged step, for a run that goes back and tries again.
 
@@ -77,7 +77,7 @@ class DivergenceMonitor:
         message = divergence(step, rate, *largest, saved)
         if self._stops:
             raise UserError(f"{message}: {REMEDY}, or go on with --on-divergence rollback")
-        if float(lowered) < LEAST_BACKOFF:
+        if lowered < LEAST_BACKOFF:
             raise UserError(
                 f"{message}; the run went back three times, down to 1/8 of the rate: {REMEDY}"
             )

@@ -127,19 +127,14 @@ def fit(
                 diverged = 0 if math.isfinite(evaluated["eval_loss"]) else step
             if diverged:
                 rate = float(applied_rate(state.opt_state)) or config.optimizer.learning_rate
-                lowered = backoff(state.opt_state) / 2
-                message = divergence.explain(
-                    diverged, rate, state, checkpoints.latest_step(), lowered
-                )
+                lowered = float(backoff(state.opt_state)) / 2
+                text = divergence.explain(diverged, rate, state, checkpoints.latest_step(), lowered)
                 checkpoints.saved()
                 step, state = trainer.newest()
                 state = state.replace(opt_state=with_backoff(state.opt_state, lowered))
                 batches = trainer.batches_from(step)
                 log.rewind(step)
-                say(
-                    f"{message}; the run goes back to step {step:,} with {float(lowered):g} times "
-                    "the rate"
-                )
+                say(f"{text}; the run goes back to step {step:,} with {lowered:g} times the rate")
                 continue
             if due.line:
                 means = train_means(state.totals)
