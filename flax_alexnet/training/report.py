@@ -24,9 +24,9 @@ from flax_alexnet.models.architectures import architecture
 from flax_alexnet.ops.dispatch import current_platform
 from flax_alexnet.parallel.distributed import is_main
 from flax_alexnet.training.build import gather_params
+from flax_alexnet.training.due import Schedule
 from flax_alexnet.training.logger import Clock, average_throughput, read_metrics
 from flax_alexnet.training.run_directory import versions, write_json
-from flax_alexnet.training.schedule import Schedule
 from flax_alexnet.training.setup import Setup
 from flax_alexnet.training.signals import handles_signals, stop_requests
 from flax_alexnet.training.step import TrainState

@@ -25,7 +25,7 @@ from flax_alexnet.training.build import (
     make_optimizer,
     state_template,
 )
-from flax_alexnet.training.schedule import Schedule
+from flax_alexnet.training.due import Schedule
 from flax_alexnet.training.setup import Setup
 from flax_alexnet.training.step import Totals, TrainState, create_state
 from flax_alexnet.weights.pretrained import Params

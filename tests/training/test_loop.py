@@ -386,7 +386,9 @@ def test_a_run_that_diverges_goes_back_with_half_the_rate_three_times(data_dir, 
     )
     assert len(back) == 3
     assert all(saved == start for saved, start in back)
-    assert [f"with {share} of the rate" in said.out for share in (0.5, 0.25, 0.125)] == [True] * 3
+    assert [f"with {share} times the rate" in said.out for share in (0.5, 0.25, 0.125)] == [
+        True
+    ] * 3
     assert "not finite at step" in said.err
     assert (
         "the run went back three times, down to 1/8 of the rate: start again in a new" in said.err

@@ -1,7 +1,7 @@
 """What is due after a step."""
 
+from flax_alexnet.training.due import Schedule
 from flax_alexnet.training.epochs import Epochs, Part
-from flax_alexnet.training.schedule import Schedule
 
 
 def test_what_is_due_after_each_step():
