@@ -98,7 +98,7 @@ def signal_at(step, argv, number, again=False):
             said.append(line)
             if line.startswith("step") and int(line.split()[1]) == step:
                 process.send_signal(number)
-            if line.startswith("stopping") and again:
+            if line.startswith("the run stops") and again:
                 process.send_signal(number)
     return process.returncode, "".join(said)
 
