@@ -175,7 +175,7 @@ class HeldOut(NamedTuple):
 
 
 def _own_dataset(weights: Sequence[Path], flags: UseDataConfig) -> tuple[UseDataConfig, HeldOut]:
-    """What runs were trained on, but for what is `flags`, and what the first of them held out.
+    """The dataset of runs, with the changes in `flags`, and what the first run has held out.
 
     Raises:
       UserError: a weight file, or runs on different datasets.

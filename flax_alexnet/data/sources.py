@@ -381,7 +381,7 @@ class TfdsSource:
 
 
 class FolderSource:
-    """Example files with the label of the folder each lies in."""
+    """Image files, each with the label of the folder that it lies in."""
 
     prepared = False
 
