@@ -51,18 +51,12 @@ class Range:
         )
 
     def __str__(self) -> str:
-        first = f"more than {self.above}" if self.least is None else f"{self.least}"
-        if self.most is not None:
-            return (
-                f"{first} to {self.most}" if self.above is None else f"{first}, at most {self.most}"
-            )
-        if self.below is not None:
-            return (
-                f"{first} to below {self.below}"
-                if self.above is None
-                else f"{first}, below {self.below}"
-            )
-        return first if self.least is None else f"{first} or more"
+        below = None if self.below is None else f"below {self.below}"
+        if self.above is None:
+            last = below or self.most
+            return f"{self.least} or more" if last is None else f"{self.least} to {last}"
+        last = below or (None if self.most is None else f"at most {self.most}")
+        return f"more than {self.above}" if last is None else f"more than {self.above}, {last}"
 
 
 @dataclasses.dataclass(frozen=True)

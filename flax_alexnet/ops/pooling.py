@@ -43,8 +43,8 @@ def max_pool(
         With None, `flax_alexnet.ops.dispatch` chooses for each of them by the platform.
     """
     facts = Pooling(window, stride, x.dtype)
-    chosen = choose(Operation.MAX_POOLING, Direction.GRADIENT, current_platform(), facts)
-    if (implementation or chosen) == "xla":
+    gradient = Operation.MAX_POOLING, Direction.GRADIENT
+    if (implementation or choose(*gradient, current_platform(), facts)) == "xla":
         return _reduce(x, window, stride, padding, LARGEST, "xla")
     return _max_pool(x, window, stride, padding, implementation)
 
