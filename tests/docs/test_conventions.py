@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 import flax_alexnet
+from tests.pages import ROOT
 
 PACKAGE = Path(flax_alexnet.__file__).parent
-ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 HOMES = ("utils/inputs.py", "utils/outputs.py", "utils/text.py")
 MODULES = {f"flax_alexnet.{home[:-3].replace('/', '.')}" for home in HOMES}
 

@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import tomllib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,10 +26,9 @@ from flax_alexnet.data.sources import FolderSource
 from flax_alexnet.data.writer import write_dataset
 from flax_alexnet.weights import name_maps, safetensors_files
 from flax_alexnet.weights.labels import imagenet_labels, imagenet_synsets
+from tests.pages import PAGES, ROOT
 from tests.small_models import make_pretrained
 
-ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 NOT_RUN = {
     "pip install": "it changes the environment; .ci/run does it",
     "source .venv": "it changes the environment; .ci/run does it",

@@ -6,7 +6,6 @@ import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -18,9 +17,9 @@ from flax_alexnet.config.recipes import RECIPES
 from flax_alexnet.config.schema import Config
 from flax_alexnet.models.architectures import ARCHITECTURES, infer_shapes
 from flax_alexnet.weights.load import load
+from tests.pages import PAGES, ROOT
 
-README = Path(__file__).resolve().parents[2] / "README.md"
-PAGES = [f"docs/{path.name}" for path in (README.parent / "docs").glob("*.md")]
+README = ROOT / "README.md"
 
 
 def imported_by(code, packages):
@@ -74,7 +73,7 @@ def test_the_readme_names_what_exists():
     assert all(f"`{recipe}`" in text for recipe in RECIPES)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *PAGES])
+@pytest.mark.parametrize("page", PAGES)
 def test_flags_and_links_of_the_pages_exist(page, monkeypatch):
     path = README.parent / page
     others = {"--help", "--requeue", "--signal", "--output", "--no-skips", "--slow"}
