@@ -12,7 +12,7 @@ from flax_alexnet.weights.pretrained import Pretrained, expected_shapes
 COLOR = np.array([120, 110, 100], np.float32)
 # Small, so that programs compile quickly; torchvision's average pool still has 4 × 4 pixels to
 # bring to 6 × 6, and cuda-convnet's windows hang over the edge.
-CROPS = {"notebook": 51, "torchvision": 159, "cuda_convnet_cifar10": 18}
+CROPS = {"notebook": 51, "torchvision": 159, "cuda_convnet_19pct": 18}
 
 
 def make_pretrained(

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     variant, size, batch, rounds = arguments.variant, 224, 64, arguments.rounds
     batches, sizes, devices = BATCHES, SIZES, DEVICES
     if arguments.quick:
-        variant, size, batch, rounds = "cuda_convnet_cifar10", 32, 8, 1
+        variant, size, batch, rounds = "cuda_convnet_19pct", 32, 8, 1
         batches, sizes, devices = (8,), (24, 32), (2,)
     models = [
         *(("batch", value, {"batch": value, "size": size}, 1) for value in batches),

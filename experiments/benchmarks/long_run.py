@@ -48,7 +48,7 @@ EVERY = 500  # steps between evaluations, each followed by a checkpoint
 BATCH = 2
 IMAGES = {"train": 10 * BATCH, "test": 2 * BATCH}
 FLAGS = (
-    *("--model.variant", "cuda_convnet_cifar10", "--model.width", "0.1"),
+    *("--model.variant", "cuda_convnet_19pct", "--model.width", "0.1"),
     *("--data.image-size", "12", "--augment.crop-size", "8", "--batch-size", str(BATCH)),
     *("--log-every", "50", "--eval-epochs", str(EVERY * BATCH // IMAGES["train"])),
     *("--epochs", "1000000"),

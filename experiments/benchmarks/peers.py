@@ -91,6 +91,7 @@ def torch_runs(variant: str, batch: int, size: int) -> tuple[Run, Run]:
                 return [*flat, linear, *([] if last else [nn.ReLU()])]
             case Dropout():
                 return [nn.Dropout(DROPOUT)]
+        raise ValueError(f"{variant} has {layer.name}, which is not written here in PyTorch")
 
     layers = table.scaled(table.num_classes)
     modules: list[Any] = []
@@ -186,6 +187,8 @@ def tensorflow_runs(variant: str, batch: int, size: int) -> tuple[Run, Run]:
                     x = x if layer is layers[-1] else tf.nn.relu(x)
                 case Dropout():
                     x = tf.nn.dropout(x, DROPOUT) if train else x
+                case _:
+                    raise ValueError(f"{layer.name} is not written here in TensorFlow")
         return x
 
     images, labels = (tf.constant(a) for a in random_batch(size, batch, table.num_classes))

@@ -50,8 +50,8 @@ class Arguments:
         "infer/caffenet/1",
         "infer/torchvision/16",
         "infer/caffenet/16",
-        "infer/cuda_convnet_cifar10/16",
-        "infer/cuda_convnet_cifar10/64",
+        "infer/cuda_convnet_19pct/16",
+        "infer/cuda_convnet_19pct/64",
     )
     """Of each what, the variant, and images at once."""
     quick: bool = False
@@ -61,7 +61,7 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Profiles each in a process of its own, writes and prints tables; returns 0."""
     arguments = tyro.cli(Arguments, args=argv)
-    works = ("train/cuda_convnet_cifar10/8",) if arguments.quick else arguments.works
+    works = ("train/cuda_convnet_19pct/8",) if arguments.quick else arguments.works
     lines = [line for work in works for line in table(work, profile_apart(work))]
     path = arguments.output / f"profile_{'quick' if arguments.quick else 'cpu'}.md"
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -144,9 +144,9 @@ def both_ways(function: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 def window(layer: Layer) -> int:
     """Values that one of a norm's or a pool's results is made of."""
-    return (
-        2 * layer.depth_radius + 1 if isinstance(layer, Norm) else getattr(layer, "window", 1) ** 2
-    )
+    if isinstance(layer, Norm):
+        return 2 * layer.depth_radius + 1
+    return layer.kernel_size**2 if isinstance(layer, Pool) else 1
 
 
 def operator(

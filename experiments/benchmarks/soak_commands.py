@@ -66,7 +66,7 @@ COMMANDS = {
     "hub": "hub push {}/model.safetensors somebody/model --folder out/model",
     "plot": "plot {}/model.safetensors {}/photos/cat/0.jpg --output out/plots --layers conv1",
     "report": "train --workdir run --data.name folder:{}/photos --data.image-size 32 --steps 4 "
-    "--model.variant cuda_convnet_cifar10 --augment.crop-size 24 --batch-size 8 "
+    "--model.variant cuda_convnet_19pct --augment.crop-size 24 --batch-size 8 "
     "--save-patience 0.05",
 }
 QUICK = ("predict", "features .h5")
@@ -186,7 +186,7 @@ def make_inputs(folder: Path) -> None:
             noise = rng.integers(0, 256, (48, 60, 3), np.uint8)
             Image.fromarray(noise).save(folder / "photos" / label / f"{number}.jpg")
     (folder / "labels.txt").write_text("\n".join(CLASSES))
-    config = ModelConfig(variant="cuda_convnet_cifar10", num_classes=len(CLASSES), width=0.5)
+    config = ModelConfig(variant="cuda_convnet_19pct", num_classes=len(CLASSES), width=0.5)
     model = AlexNet(config.variant, len(CLASSES), width=config.width)
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 24, 24, 3), np.float32))["params"]
     rule = Preprocessing(32, "paper", 24, np.full(3, 127, np.float32), 1 / 64)

@@ -69,7 +69,7 @@ MODEL: tuple[str, ...] = (
     "32",
 )
 QUICK_MODEL = (  # compiles sooner, and has no dropout
-    *("--model.variant", "cuda_convnet_cifar10", "--model.width", "0.1"),
+    *("--model.variant", "cuda_convnet_19pct", "--model.width", "0.1"),
     *("--data.image-size", "16", "--augment.crop-size", "12"),
 )
 PHASES = ("start-up", "compilation", "step", "metrics", "evaluation", "save", "report")

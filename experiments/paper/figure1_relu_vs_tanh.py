@@ -3,7 +3,7 @@
 The paper (section 3.1) trains a four-layer convolutional network without regularization and finds
 that with ReLU it reaches 25 % training error six times faster than with tanh, "the learning rates
 for each network chosen independently to make training as fast as possible". Here the model is that
-of the original code (`cuda_convnet_cifar10`), without weight decay or augmentation; each
+of the original code (`cuda_convnet_19pct`), without weight decay or augmentation; each
 activation function first tries every learning rate for a short while and goes on with the best.
 
 It reads CIFAR-10 as TFDS prepares it. Run (an hour on two cores, `--quick` a minute):

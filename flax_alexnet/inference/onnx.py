@@ -20,6 +20,8 @@ from flax_alexnet.models.architectures import (
     Conv,
     Dense,
     Layer,
+    Local,
+    MapNorm,
     Norm,
     Pool,
     architecture,
@@ -44,11 +46,19 @@ class Chain:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, np.ndarray] = {}
 
-    def add(self, kind: str, *constants: np.ndarray, **attributes: Any) -> None:
-        """A node of (value, *constants), whose result is the value from now on."""
+    def add(self, kind: str, *others: np.ndarray | str, **attributes: Any) -> None:
+        """A node of (value, *others), whose result is the value from now on.
+
+        The others are constants, or names of earlier values.
+        """
         name = f"{kind}_{len(self.nodes)}"
-        inputs = {f"{name}/{index}": constant for index, constant in enumerate(constants)}
-        self.constants |= inputs
+        inputs = []
+        for index, other in enumerate(others):
+            if isinstance(other, str):
+                inputs.append(other)
+            else:
+                inputs.append(f"{name}/{index}")
+                self.constants[inputs[-1]] = other
         self.nodes.append(helper.make_node(kind, [self.value, *inputs], [name], name, **attributes))
         self.value = name
 
@@ -70,7 +80,7 @@ def onnx_model(
     shape: tuple[int, ...] = (rule.crop_size, rule.crop_size, 3)
     for info in infer_shapes(layers, *shape):
         _layer(chain, info.layer, shape, params.get(info.layer.name, {}))
-        if isinstance(info.layer, Conv | Dense) and (
+        if info.layer.activation and (
             info.layer.name != layers[-1].name or last != "logits" or model.relu_logits
         ):
             chain.add(ACTIVATIONS[model.activation])
@@ -115,6 +125,18 @@ def _layer(chain: Chain, layer: Layer, shape: tuple[int, ...], params: Mapping[s
             kernel = np.asarray(params["kernel"], np.float32).transpose(3, 2, 0, 1)
             bias = np.asarray(params["bias"], np.float32)
             chain.add("Conv", kernel, bias, group=layer.groups, **_window(layer, shape))
+        case Local():
+            _local(chain, layer, shape, params)
+        case MapNorm(kernel_size=side):
+            x = chain.value
+            chain.add("Mul", x)
+            chain.add(
+                "AveragePool", kernel_shape=[side] * 2, pads=[side // 2] * 4, count_include_pad=1
+            )
+            chain.add("Mul", np.array(layer.alpha * side**2, np.float32))
+            chain.add("Add", np.array(layer.bias, np.float32))
+            chain.add("Pow", np.array(-layer.beta, np.float32))
+            chain.add("Mul", x)
         case Norm():
             # A group's channels follow one another: groups can pass for images of their own.
             channels, size = shape[2], 2 * layer.depth_radius + 1
@@ -144,7 +166,23 @@ def _layer(chain: Chain, layer: Layer, shape: tuple[int, ...], params: Mapping[s
             )
 
 
-def _window(layer: Conv | Pool, shape: tuple[int, ...]) -> dict[str, list[int]]:
+def _local(chain: Chain, layer: Local, shape: tuple[int, ...], params: Mapping[str, Any]) -> None:
+    """A locally connected layer: a product for each place with the values under its window."""
+    kernel, bias = (np.asarray(params[name], np.float32) for name in ("kernel", "bias"))
+    height, width, side, _, channels, features = kernel.shape
+    values = side * side * channels
+    # A convolution with the identity copies the values under the window, in the kernel's order.
+    identity = np.eye(values, dtype=np.float32).reshape(values, side, side, channels)
+    chain.add("Conv", identity.transpose(0, 3, 1, 2), **_window(layer, shape))
+    chain.add("Reshape", np.array([-1, values, height * width]))
+    chain.add("Transpose", perm=(2, 0, 1))
+    chain.add("MatMul", kernel.reshape(height * width, values, features))
+    chain.add("Add", bias.reshape(height * width, 1, features))
+    chain.add("Transpose", perm=(1, 2, 0))
+    chain.add("Reshape", np.array([-1, features, height, width]))
+
+
+def _window(layer: Conv | Local | Pool, shape: tuple[int, ...]) -> dict[str, list[int]]:
     (top, bottom), (left, right) = (
         explicit_padding(size, layer.kernel_size, layer.stride, layer.padding) for size in shape[:2]
     )

@@ -15,8 +15,11 @@ from flax_alexnet.models.architectures import (
     Dense,
     Dropout,
     Layer,
+    Local,
+    MapNorm,
     Norm,
     Pool,
+    Weighted,
     architecture,
     explicit_padding,
     infer_shapes,
@@ -27,7 +30,8 @@ from flax_alexnet.ops.convolution import convolve
 from flax_alexnet.ops.dense import multiply
 from flax_alexnet.ops.dispatch import Convolution, Facts, Operation, Pooling, Product, choose
 from flax_alexnet.ops.linear import Direction
-from flax_alexnet.ops.lrn import local_response_normalization
+from flax_alexnet.ops.local import locally_connect
+from flax_alexnet.ops.lrn import local_response_normalization, map_normalization
 from flax_alexnet.ops.pooling import adaptive_average_pool, average_pool, max_pool
 from flax_alexnet.ops.primitives import Pads
 
@@ -46,7 +50,7 @@ class AlexNet(nn.Module):
 
     Images are NHWC and RGB, mean-subtracted, of any size that leaves at least one pixel before the
     first dense layer. Parameters are float32 and called `conv1` … `conv5`, `fc6`, `fc7`, `fc8`
-    (`cuda_convnet_cifar10`: `conv1` … `conv3`, `fc10`), each with `kernel` and `bias`; convolution
+    (`cuda_convnet_18pct`: `conv1` … `conv3`, `fc10`), each with `kernel` and `bias`; convolution
     kernels are (h, w, in / groups, out) and dense kernels (in, out), where `fc6` reads its input
     flattened in the order (h, w, c).
 
@@ -131,7 +135,17 @@ class AlexNet(nn.Module):
                     )
                     shape = (side, side, x.shape[-1] // groups, layer.features)
                     affine = self._affine(layer, operator, shape)
-                    x = self.activation(affine(x))
+                    x = affine(x)
+                case Local(name=name, kernel_size=side):
+                    padding = _padding(x, layer)
+                    operator = functools.partial(locally_connect, padding=padding)
+                    places = [
+                        n + sum(pads) - side + 1
+                        for n, pads in zip(x.shape[1:3], padding, strict=True)
+                    ]
+                    shape = (*places, side, side, x.shape[-1], layer.features)
+                    affine = self._affine(layer, operator, shape, places)
+                    x = affine(x)
                 case Dense(name=name):
                     assert layer.features is not None, "scaled layers have their features"
                     shape = (math.prod(x.shape[1:]), layer.features)
@@ -139,8 +153,6 @@ class AlexNet(nn.Module):
                     x = affine(x)
                     if layer is logits:
                         name = "logits"
-                    if name != "logits" or self.relu_logits:
-                        x = self.activation(x)
                 case Norm(name=name):
                     normalize = functools.partial(
                         local_response_normalization,
@@ -151,6 +163,8 @@ class AlexNet(nn.Module):
                         groups=layer.groups,
                     )
                     x = self.partition(layer, normalize)(x)
+                case MapNorm(name=name):
+                    x = map_normalization(x, layer.kernel_size, layer.bias, layer.alpha, layer.beta)
                 case Pool(name=name):
                     pool = max_pool if layer.kind == "MAX" else average_pool
                     x = pool(x, layer.kernel_size, layer.stride, _padding(x, layer))
@@ -159,6 +173,8 @@ class AlexNet(nn.Module):
                 case Dropout():
                     x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
                     continue
+            if layer.activation and (name != "logits" or self.relu_logits):
+                x = self.activation(x)
             # With `capture_intermediates` Flax has put a layer's output under its name already.
             captured = affine and affine.has_variable("intermediates", "__call__")
             wanted = self.is_mutable_collection("intermediates") and not self.is_initializing()
@@ -167,14 +183,25 @@ class AlexNet(nn.Module):
                 self.put_variable("intermediates", name, x)
         return x
 
-    def _affine(self, layer: Conv | Dense, operator: Operator, shape: tuple[int, ...]) -> "Affine":
-        kernel_init, bias_init = self._initializers(layer, fan_in=math.prod(shape[:-1]))
+    def _affine(
+        self,
+        layer: Weighted,
+        operator: Operator,
+        shape: tuple[int, ...],
+        places: Sequence[int] = (),
+    ) -> "Affine":
+        fan_in = math.prod(shape[len(places) : -1])
+        kernel_init, bias_init = self._initializers(layer, fan_in, len(places))
         operator = self.partition(layer, operator)
-        return Affine(operator, shape, kernel_init, bias_init, self.dtype, name=layer.name)
+        biases = (*places, shape[-1])
+        return Affine(operator, shape, biases, kernel_init, bias_init, self.dtype, name=layer.name)
 
-    def _initializers(self, layer: Conv | Dense, fan_in: int) -> tuple[Initializer, Initializer]:
+    def _initializers(
+        self, layer: Weighted, fan_in: int, places: int
+    ) -> tuple[Initializer, Initializer]:
         if self.initialization == "he":
-            return nn.initializers.he_normal(), nn.initializers.zeros
+            he_normal = nn.initializers.he_normal(batch_axis=tuple(range(places)))
+            return he_normal, nn.initializers.zeros
         if layer.kernel_std is None or layer.bias is None:
             uniform = nn.initializers.uniform(2 * fan_in**-0.5)  # in [0, 2 / sqrt(fan in))
 
@@ -189,17 +216,18 @@ class Affine(nn.Module):
     """A layer with parameters: it applies an operator to an array and a kernel, and adds a bias."""
 
     operator: Operator
-    shape: tuple[int, ...]  # of the kernel; outputs come last
+    kernel_shape: tuple[int, ...]  # outputs come last
+    bias_shape: tuple[int, ...]
     kernel_init: Initializer
     bias_init: Initializer
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", self.kernel_init, self.shape, jnp.float32)
-        bias = self.param("bias", self.bias_init, self.shape[-1:], jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, self.kernel_shape, jnp.float32)
+        bias = self.param("bias", self.bias_init, self.bias_shape, jnp.float32)
         y = self.operator(x, kernel.astype(self.dtype))
-        return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
 
 
 def make_model(*, dtype: str, activation: str, **attributes: Any) -> AlexNet:
@@ -253,6 +281,8 @@ def implementations(
                 directions = of_kernels[::2] if layer is layers[0] else of_kernels
                 note(layer, Operation.CONVOLUTION, directions, facts)
                 channels = layer.features
+            case Local():
+                channels = layer.features
             case Norm():
                 note(layer, Operation.NORMALIZATION, [forward], None)
             case Pool(kind="MAX"):
@@ -273,7 +303,7 @@ def _flat_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return multiply(x.reshape(x.shape[0], math.prod(x.shape[1:])), kernel)
 
 
-def _padding(x: jax.Array, layer: Conv | Pool) -> Pads:
+def _padding(x: jax.Array, layer: Conv | Local | Pool) -> Pads:
     top_bottom, left_right = (
         explicit_padding(size, layer.kernel_size, layer.stride, layer.padding)
         for size in x.shape[1:3]

@@ -7,13 +7,13 @@ values) is in these tables and nowhere else.
 Sources: the TensorFlow notebook this project starts from; Krizhevsky, Sutskever and Hinton,
 "ImageNet Classification with Deep Convolutional Neural Networks" (2012), with its source code's
 model #145 for what the paper leaves open; Caffe's bvlc_alexnet and bvlc_reference_caffenet;
-torchvision's `alexnet` ("One weird trick", 2014); cuda-convnet's `layers-18pct.cfg`.
+torchvision's `alexnet` ("One weird trick", 2014); cuda-convnet's `example-layers`.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from flax_alexnet.utils.errors import UserError, unknown
 
@@ -24,7 +24,7 @@ Padding = Literal["SAME", "VALID", "CEIL"] | tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
-    """A square convolution, then the activation function.
+    """A square convolution, then the activation function if `activation` is True.
 
     `kernel_std` is the standard deviation of a normal initializer and `bias` a constant; None for
     both is PyTorch's default, uniform in ±1/sqrt(fan in).
@@ -38,6 +38,25 @@ class Conv:
     groups: int = 1
     kernel_std: float | None = 0.01
     bias: float | None = 0.0
+    activation: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """A locally connected layer, then the activation function.
+
+    It is a square convolution of stride 1 with a kernel and a bias for each place of its output,
+    so it takes maps of one size only (cuda-convnet's `local`, with unshared biases).
+    """
+
+    name: str
+    features: int
+    kernel_size: int
+    padding: Padding = "VALID"
+    kernel_std: float | None = 0.01
+    bias: float | None = 0.0
+    stride: ClassVar[int] = 1
+    activation: ClassVar[bool] = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +70,7 @@ class Dense:
     features: int | None
     kernel_std: float | None = 0.01
     bias: float | None = 0.0
+    activation: ClassVar[bool] = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +83,37 @@ class Norm:
     alpha: float
     beta: float = 0.75
     groups: int = 1
+    activation: ClassVar[bool] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class MapNorm:
+    """Normalization within each map, over a square window, with `alpha` not divided by its pixels.
+
+    cuda-convnet's `rnorm`, and Caffe's `WITHIN_CHANNEL`, divide it.
+    """
+
+    name: str
+    kernel_size: int
+    bias: float
+    alpha: float
+    beta: float = 0.75
+    activation: ClassVar[bool] = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """A square pooling window; `AVERAGE` counts only the pixels that lie inside the image."""
+    """A square pooling window; `AVERAGE` counts only the pixels that lie inside the image.
+
+    The activation function follows if `activation` is True.
+    """
 
     name: str
     kernel_size: int
     stride: int
     kind: Literal["MAX", "AVERAGE"] = "MAX"
     padding: Padding = "VALID"
+    activation: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +122,7 @@ class AdaptivePool:
 
     name: str
     size: int
+    activation: ClassVar[bool] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +130,11 @@ class Dropout:
     """Dropout; the rate is the model's."""
 
     name: str
+    activation: ClassVar[bool] = False
 
 
-Layer = Conv | Dense | Norm | Pool | AdaptivePool | Dropout
+Weighted = Conv | Local | Dense  # layers with a kernel and a bias
+Layer = Weighted | Norm | MapNorm | Pool | AdaptivePool | Dropout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +155,7 @@ class Architecture:
         """The layers with `width` times the features (whole per group), `num_classes` outputs."""
 
         def scale(layer: Layer) -> Layer:
-            if isinstance(layer, Conv | Dense):
+            if isinstance(layer, Weighted):
                 if layer.features is None:
                     return dataclasses.replace(layer, features=num_classes)
                 per_group = max(1, round(layer.features * width / self.groups))
@@ -224,26 +267,127 @@ TORCHVISION = Architecture(
     ),
 )
 
-# Four layers with weights; the dense one keeps the name it has in the original layer files.
-CUDA_CONVNET_CIFAR10 = Architecture(
-    "cuda_convnet_cifar10",
-    32,
-    10,
+# Model #145 of the original code, which the paper describes with some differences: conv1 has no
+# activation function before its normalization, norm2 is followed by one within each map, alpha is
+# divided by the size of the window, and conv3 to conv5 begin with larger kernels.
+ORIGINAL = Architecture(
+    "original",
+    224,
+    1000,
     (
+        Conv("conv1", 96, 11, 4, (0, 3), activation=False),
+        Norm("norm1", depth_radius=2, bias=2.0, alpha=1e-4 / 5, groups=2),
+        Pool("pool1", 3, 2, activation=True),
+        Conv("conv2", 256, 5, 1, (2, 2), groups=2, bias=1.0),
+        Norm("norm2", depth_radius=2, bias=2.0, alpha=1e-4 / 5, groups=2),
+        MapNorm("map_norm2", 5, bias=1.0, alpha=1e-3 / 25),
+        Pool("pool2", 3, 2),
+        Conv("conv3", 384, 3, 1, (1, 1), kernel_std=0.03),
+        Conv("conv4", 384, 3, 1, (1, 1), groups=2, kernel_std=0.03, bias=1.0),
+        Conv("conv5", 256, 3, 1, (1, 1), groups=2, kernel_std=0.03, bias=1.0, activation=False),
+        Pool("pool5", 3, 2, activation=True),
+        Dense("fc6", 4096, bias=1.0),
+        Dropout("dropout6"),
+        Dense("fc7", 4096, bias=1.0),
+        Dropout("dropout7"),
+        Dense("fc8", None),
+    ),
+)
+
+
+def _cuda_convnet(name: str, image_size: int, *layers: Layer) -> Architecture:
+    return Architecture(f"cuda_convnet_{name}", image_size, 10, layers)
+
+
+def _three_convolutions(*, normalize: bool) -> tuple[Layer, ...]:
+    """The convolutions of the original code's smaller models of CIFAR-10."""
+
+    def map_norm(stage: int) -> tuple[Layer, ...]:
+        return (MapNorm(f"map_norm{stage}", 3, bias=1.0, alpha=5e-5 / 9),) if normalize else ()
+
+    return (
         Conv("conv1", 32, 5, 1, (2, 2), kernel_std=1e-4),
         Pool("pool1", 3, 2, padding="CEIL"),
+        *map_norm(1),
         Conv("conv2", 32, 5, 1, (2, 2)),
         Pool("pool2", 3, 2, "AVERAGE", "CEIL"),
+        *map_norm(2),
         Conv("conv3", 64, 5, 1, (2, 2)),
         Pool("pool3", 3, 2, "AVERAGE", "CEIL"),
-        Dense("fc10", None),
-    ),
+    )
+
+
+# The models of the original code's `example-layers`, which are called by their test errors. A dense
+# layer has the name that it has there.
+CUDA_CONVNET_80SEC = _cuda_convnet(
+    "80sec",
+    32,
+    *_three_convolutions(normalize=False),
+    Dense("fc64", 64, kernel_std=0.1),
+    Dense("fc10", None, kernel_std=0.1),
+)
+CUDA_CONVNET_19PCT = _cuda_convnet(
+    "19pct", 32, *_three_convolutions(normalize=False), Dense("fc10", None)
+)
+CUDA_CONVNET_18PCT = _cuda_convnet(
+    "18pct", 32, *_three_convolutions(normalize=True), Dense("fc10", None)
+)
+# The paper's "four-layer CNN" with 13 % test error without normalization and 11 % with it (section
+# 3.3), by its footnote. The second also has twice the features in its third layer.
+CUDA_CONVNET_13PCT = _cuda_convnet(
+    "13pct",
+    24,
+    Conv("conv1", 64, 5, 1, (2, 2), kernel_std=1e-4),
+    Pool("pool1", 3, 2, padding="CEIL"),
+    Conv("conv2", 64, 5, 1, (2, 2)),
+    Pool("pool2", 3, 2, padding="CEIL"),
+    Local("local3", 32, 3, (1, 1), kernel_std=0.04),
+    Local("local4", 32, 3, (1, 1), kernel_std=0.04),
+    Dense("fc10", None),
+)
+CUDA_CONVNET_11PCT = _cuda_convnet(
+    "11pct",
+    24,
+    Conv("conv1", 64, 5, 1, (2, 2), kernel_std=1e-4),
+    Pool("pool1", 3, 2, padding="CEIL"),
+    Norm("norm1", depth_radius=4, bias=1.0, alpha=1e-3 / 9),
+    Conv("conv2", 64, 5, 1, (2, 2)),
+    Norm("norm2", depth_radius=4, bias=1.0, alpha=1e-3 / 9),
+    Pool("pool2", 3, 2, padding="CEIL"),
+    Local("local3", 64, 3, (1, 1), kernel_std=0.04),
+    Local("local4", 32, 3, (1, 1), kernel_std=0.04),
+    Dense("fc10", None),
 )
 
 ARCHITECTURES = {
     table.name: table
-    for table in (NOTEBOOK, PAPER, CAFFE, CAFFENET, TORCHVISION, CUDA_CONVNET_CIFAR10)
+    for table in (
+        NOTEBOOK,
+        PAPER,
+        ORIGINAL,
+        CAFFE,
+        CAFFENET,
+        TORCHVISION,
+        CUDA_CONVNET_80SEC,
+        CUDA_CONVNET_19PCT,
+        CUDA_CONVNET_18PCT,
+        CUDA_CONVNET_13PCT,
+        CUDA_CONVNET_11PCT,
+    )
 }
+
+# Names that variants had in older versions, whose files have them still.
+RENAMED = {"cuda_convnet_cifar10": "cuda_convnet_19pct"}
+
+
+def register(table: Architecture) -> None:
+    """Makes a variant of one's own usable by its name, in this process.
+
+    Raises:
+      UserError: another variant has that name.
+    """
+    if ARCHITECTURES.setdefault(table.name, table) != table:
+        raise UserError(f"there is a variant {table.name} already; take another name")
 
 
 def architecture(variant: str) -> Architecture:
@@ -284,19 +428,21 @@ def parameter_shapes(
     layers = tuple(layers)
     result: dict[str, tuple[int, ...]] = {}
     before: tuple[int, ...] = (height, width, channels)
+    places: tuple[int, ...]
+    kernel: tuple[int, ...]
     for info in infer_shapes(layers, height, width, channels):
-        layer = info.layer
-        if isinstance(layer, Conv):
-            kernel = (
-                layer.kernel_size,
-                layer.kernel_size,
-                before[-1] // layer.groups,
-                layer.features,
-            )
-            result |= {f"{layer.name}/kernel": kernel, f"{layer.name}/bias": (layer.features,)}
-        elif isinstance(layer, Dense):
-            shape = (math.prod(before), *info.shape)
-            result |= {f"{layer.name}/kernel": shape, f"{layer.name}/bias": info.shape}
+        layer, places, kernel = info.layer, (), ()
+        match layer:
+            case Conv(kernel_size=side):
+                kernel = (side, side, before[-1] // layer.groups)
+            case Local(kernel_size=side):
+                places = info.shape[:-1]
+                kernel = (*places, side, side, before[-1])
+            case Dense():
+                kernel = (math.prod(before),)
+        if kernel:
+            result[f"{layer.name}/kernel"] = (*kernel, info.shape[-1])
+            result[f"{layer.name}/bias"] = (*places, info.shape[-1])
         before = info.shape
     return result
 
@@ -336,7 +482,7 @@ def infer_shapes(
     for layer in layers:
         parameters = macs = 0
         match layer:
-            case Conv() | Pool():
+            case Conv() | Local() | Pool():
                 spatial = []
                 for size in shape[:2]:
                     padding = explicit_padding(size, layer.kernel_size, layer.stride, layer.padding)
@@ -347,13 +493,15 @@ def infer_shapes(
                         f"{shape[0]}×{shape[1]} pixels for a window of {layer.kernel_size}; "
                         "use larger images"
                     )
-                if isinstance(layer, Conv):
-                    per_output = layer.kernel_size**2 * shape[2] // layer.groups
-                    macs = math.prod(spatial) * layer.features * per_output
-                    parameters = layer.features * (per_output + 1)
-                    shape = (*spatial, layer.features)
-                else:
+                if isinstance(layer, Pool):
                     shape = (*spatial, shape[2])
+                else:
+                    groups = layer.groups if isinstance(layer, Conv) else 1
+                    per_output = layer.kernel_size**2 * shape[2] // groups
+                    macs = math.prod(spatial) * layer.features * per_output
+                    places = 1 if isinstance(layer, Conv) else math.prod(spatial)
+                    parameters = places * layer.features * (per_output + 1)
+                    shape = (*spatial, layer.features)
             case AdaptivePool():
                 shape = (layer.size, layer.size, shape[2])
             case Dense():

@@ -206,7 +206,7 @@ CHOICES = (
         (),
         "cpu",
         "slices",
-        "cuda_convnet_cifar10's pool2 0.41 against 0.72, its gradient 1.5 against 2.8; pool3 0.29 "
+        "cuda_convnet_19pct's pool2 0.41 against 0.72, its gradient 1.5 against 2.8; pool3 0.29 "
         "and 0.51, 0.8 and 2.0",
     ),
     Choice(Operation.AVERAGE_POOLING, (), "any", "xla"),

@@ -1,7 +1,8 @@
 """Local response normalization (section 3.3 of the 2012 paper) with a closed-form gradient.
 
 With s_i = bias + alpha · Σ_{j in W(i)} x_j², where W(i) are the channels within `depth_radius` of
-channel i (cut at the ends of its group),
+channel i (cut at the ends of its group), or the pixels of its map in a window around it (cut at
+the edges of the map),
 
     y_i     = x_i · s_i^-beta
     dy_i    = dx_i · s_i^-beta − 2·alpha·beta · x_i · s_i^(-beta-1) · Σ_{j in W(i)} x_j · dx_j
@@ -14,7 +15,7 @@ rather than stored.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,16 @@ from flax_alexnet.ops.linear import Direction, linear
 
 Implementation = Literal["shifted_sums", "pallas", "reference"]
 DERIVATIVE, GRADIENT = Direction.DERIVATIVE, Direction.GRADIENT
-Window = tuple[int, float, float, float]  # radius, bias, alpha, beta
+
+
+class Window(NamedTuple):
+    """What a value is normalized with."""
+
+    radius: int
+    bias: float
+    alpha: float
+    beta: float
+    axes: tuple[int, ...] = (-1,)  # those along which the window extends
 
 
 def local_response_normalization(
@@ -85,7 +95,7 @@ def local_response_normalization(
         )
     # A window that reaches past the whole group is the same as one that just covers it.
     per_group = x.shape[-1] // groups
-    window = (min(depth_radius, max(per_group - 1, 0)), bias, alpha, beta)
+    window = Window(min(depth_radius, max(per_group - 1, 0)), bias, alpha, beta)
     grouped = x.reshape(*x.shape[:-1], groups, per_group)
     if implementation == "reference":
         y = _reference(window, grouped)
@@ -95,12 +105,50 @@ def local_response_normalization(
     return y.reshape(x.shape)
 
 
+def map_normalization(
+    x: jax.Array, size: int, bias: float = 1.0, alpha: float = 1.0, beta: float = 0.75
+) -> jax.Array:
+    """Divides each pixel by a power of the squares of its neighbours in the same map.
+
+    `alpha` is not divided by the pixels of the window: cuda-convnet's `rnorm` of size n with its
+    scale, and Caffe's `WITHIN_CHANNEL` with its alpha, are `alpha=scale / n**2` here.
+
+    Args:
+      x: float[b, h, w, channels]; the sums are taken in float32 at least.
+      size: pixels of a side of the window, which is centred: odd and positive. At the edges the
+        window has fewer pixels, and alpha stays.
+      bias: added to the sum, > 0.
+      alpha: scale of the sum of squares, ≥ 0.
+      beta: exponent, ≥ 0.
+
+    Returns:
+      float[b, h, w, channels] in the type of `x`.
+
+    Raises:
+      ValueError: an argument out of its range.
+      TypeError: `x` is not floating point.
+
+    References:
+      `ResponseNormLayer` of cuda-convnet (`layer.py`).
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x must be floating point, not {x.dtype}; cast it first")
+    if x.ndim != 4:
+        raise ValueError(f"x must be (batch, height, width, channels), not {x.shape}")
+    if size < 1 or size % 2 == 0 or bias <= 0 or alpha < 0 or beta < 0:
+        raise ValueError(
+            "expected an odd size, bias > 0, alpha ≥ 0 and beta ≥ 0, not "
+            f"size={size}, bias={bias}, alpha={alpha}, beta={beta}"
+        )
+    return _closed_form(_sums, Window(size // 2, bias, alpha, beta, axes=(1, 2)), x)
+
+
 def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def _reference(window: Window, x: jax.Array) -> jax.Array:
-    radius, bias, alpha, beta = window
+    radius, bias, alpha, beta, _ = window
     wide = _wide(x)
     shape = (1,) * (x.ndim - 1) + (2 * radius + 1,)
     padding = ((0, 0),) * (x.ndim - 1) + ((radius, radius),)
@@ -139,11 +187,11 @@ class _Operator:
 
 
 def _derivative(window: Window, x: jax.Array, dx: jax.Array) -> jax.Array:
-    radius, bias, alpha, beta = window
+    _, bias, alpha, beta, _ = window
     wide, of_wide = _wide(x), _wide(dx)
-    scale = bias + alpha * _window_sum(wide * wide, radius)
+    scale = bias + alpha * _window_sum(wide * wide, window)
     root = lax.rsqrt(scale)
-    total = _window_sum(wide * of_wide, radius) * (root * root)
+    total = _window_sum(wide * of_wide, window) * (root * root)
     power = _inverse_power(scale, beta)
     return (power * (of_wide - 2 * alpha * beta * wide * total)).astype(x.dtype)
 
@@ -155,18 +203,18 @@ def _shifted_sums(window: Window, x: jax.Array, *gradient: jax.Array) -> jax.Arr
     # One group after another, or XLA on a CPU takes three times as long for two.
     groups = x.shape[-2]
     parts = zip(*(jnp.split(array, groups, -2) for array in arrays), strict=True)
-    return jnp.concatenate([_sums_of_group(window, *part) for part in parts], -2)
+    return jnp.concatenate([_sums(window, *part) for part in parts], -2)
 
 
-def _sums_of_group(window: Window, x: jax.Array, gradient: jax.Array | None = None) -> jax.Array:
-    radius, bias, alpha, beta = window
+def _sums(window: Window, x: jax.Array, gradient: jax.Array | None = None) -> jax.Array:
+    _, bias, alpha, beta, _ = window
     wide = _wide(x)
-    scale = bias + alpha * _window_sum(wide * wide, radius)
+    scale = bias + alpha * _window_sum(wide * wide, window)
     if gradient is None:
         return (wide * _inverse_power(scale, beta)).astype(x.dtype)
     weighted = _wide(gradient) * _inverse_power(scale, beta)
     root = lax.rsqrt(scale)  # the power's, as a rule: a division is dearer, and reads `scale` again
-    total = _window_sum(weighted * wide * (root * root), radius)
+    total = _window_sum(weighted * wide * (root * root), window)
     return (weighted - 2 * alpha * beta * wide * total).astype(x.dtype)
 
 
@@ -175,9 +223,13 @@ def _pallas(window: Window, *arrays: jax.Array) -> jax.Array:
 
     shifted_sums = functools.partial(_shifted_sums, window)
     is_symbolic = not all(isinstance(size, int) for size in arrays[0].shape)
-    if window[0] > MAX_RADIUS or is_symbolic or jax.typeof(arrays[0]).sharding.mesh.explicit_axes:
+    if (
+        window.radius > MAX_RADIUS
+        or is_symbolic
+        or jax.typeof(arrays[0]).sharding.mesh.explicit_axes
+    ):
         return shifted_sums(*arrays)
-    operator = jax.custom_jvp(window_kernel(*window))
+    operator = jax.custom_jvp(window_kernel(*window[:4]))
     # Only where the gradient is differentiated again.
     operator.defjvp(lambda primals, tangents: jax.jvp(shifted_sums, primals, tangents))
     return operator(*arrays)
@@ -202,19 +254,32 @@ def _has_pallas() -> bool:
     return True
 
 
-def _window_sum(x: jax.Array, radius: int) -> jax.Array:
-    """Σ_{|j - i| ≤ radius} x_j over the last axis, in about 2·log2(window) additions."""
-    size, remaining = x.shape[-1], 2 * radius + 1
-    power = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((radius, radius),))  # sums over `reach` elements
+def _window_sum(x: jax.Array, window: Window) -> jax.Array:
+    """Σ_{|j - i| ≤ radius} x_j along each of the window's axes."""
+    for axis in window.axes:
+        x = _sum_along(x, window.radius, axis % x.ndim)
+    return x
+
+
+def _sum_along(x: jax.Array, radius: int, axis: int) -> jax.Array:
+    """Σ_{|j - i| ≤ radius} x_j along an axis, in about 2·log2(window) additions."""
+
+    def part(values: jax.Array, start: int, stop: int) -> jax.Array:
+        return lax.slice_in_dim(values, start, stop, axis=axis)
+
+    size, remaining = x.shape[axis], 2 * radius + 1
+    edges = [(radius, radius) if i == axis else (0, 0) for i in range(x.ndim)]
+    power = jnp.pad(x, edges)  # sums over `reach` elements
     reach, offset, total = 1, 0, None
     while remaining:
         if remaining & 1:
-            part = power[..., offset : offset + size]
-            total = part if total is None else total + part
+            added = part(power, offset, offset + size)
+            total = added if total is None else total + added
             offset += reach
         remaining >>= 1
         if remaining:
-            power = power[..., : power.shape[-1] - reach] + power[..., reach:]
+            length = power.shape[axis]
+            power = part(power, 0, length - reach) + part(power, reach, length)
             reach *= 2
     assert total is not None
     return total

@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flax_alexnet.models.architectures import Conv, Dense, Layer, Norm
+from flax_alexnet.models.architectures import Conv, Dense, Layer, Norm, Weighted
 from flax_alexnet.utils.errors import UserError
 
 LayoutName = Literal["data", "zero", "hybrid", "towers"]
@@ -115,7 +115,7 @@ class Layout:
             return self._split_features(layer, operator)
         if self.name == "towers" and isinstance(layer, Norm):
             return self._split_norm(layer, operator)
-        if isinstance(layer, Conv | Dense):
+        if isinstance(layer, Weighted):
             return self._on_own_images(operator)
         return operator
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_alexnet.models.alexnet import AlexNet
-from flax_alexnet.models.architectures import Conv, Dense, activation_names, architecture
+from flax_alexnet.models.architectures import Weighted, activation_names, architecture
 from flax_alexnet.training.step import TrainState
 from flax_alexnet.utils.errors import UserError
 
@@ -145,9 +145,7 @@ def dead_units(model: AlexNet, params: Mapping[str, Any], images: jax.Array) -> 
     if model.activation is not nn.relu:
         return {}
     layers = [
-        layer.name
-        for layer in architecture(model.variant).layers
-        if isinstance(layer, Conv | Dense)
+        layer.name for layer in architecture(model.variant).layers if isinstance(layer, Weighted)
     ]
     activations = dict(zip(_names(model), _activations(model, params, images), strict=True))
     return {

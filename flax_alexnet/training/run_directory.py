@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flax_alexnet.config.schema import CONTENT, misfit
+from flax_alexnet.config.schema import CONTENT, misfit, upgrade
 from flax_alexnet.utils.errors import UserError, cause
 from flax_alexnet.utils.inputs import read_json
 from flax_alexnet.utils.outputs import lock, replacing
@@ -63,7 +63,7 @@ def claim(
     except OSError as error:
         raise UserError(_cannot_write(workdir, error)) from None
     try:
-        before = read_json(path)["config"] if exists else config
+        before = upgrade(read_json(path)["config"]) if exists else config
         differences = [
             f"{CONTENT[name]} have changed"
             if name in CONTENT
@@ -149,7 +149,7 @@ def recorded(workdir: Path) -> dict[str, Any]:
     """The configuration in a run's `config.json`, as `claim` takes it; {} where there is none."""
     try:
         config = read_json(workdir / "config.json")["config"]
-        return {} if misfit(config) else config
+        return {} if misfit(config) else upgrade(config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from flax_alexnet.checkpoint.manifest import sha256
 from flax_alexnet.config.schema import ModelConfig, misfit
 from flax_alexnet.data.preprocessing import Preprocessing
+from flax_alexnet.models.architectures import RENAMED
 from flax_alexnet.utils.errors import UserError, first_line, unknown
 from flax_alexnet.utils.inputs import read_json
 from flax_alexnet.utils.text import printable
@@ -261,6 +262,7 @@ def _read_run(workdir: Path) -> tuple[Pretrained, list[str]]:
         names = tuple(map(printable, config["dataset.label_names"]))
         fields = [field.name for field in dataclasses.fields(ModelConfig)]
         model = ModelConfig(**{name: config[f"model.{name}"] for name in fields})
+        model = dataclasses.replace(model, variant=RENAMED.get(model.variant, model.variant))
         num_classes = model.num_classes or len(names)
         model = dataclasses.replace(model, num_classes=num_classes)
         scale = config["augment.scale"]

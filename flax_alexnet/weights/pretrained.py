@@ -16,8 +16,7 @@ from flax_alexnet.data.preprocessing import Preprocessing, ResizeRule
 from flax_alexnet.models.alexnet import AlexNet, make_model
 from flax_alexnet.models.architectures import (
     ARCHITECTURES,
-    Conv,
-    Dense,
+    Weighted,
     architecture,
     layers_until,
     parameter_shapes,
@@ -177,7 +176,7 @@ def check_layers(pretrained: Pretrained, layers: Iterable[str]) -> None:
     table = architecture(pretrained.config.variant).layers
     for name in layers:
         for layer in layers_until(table, name):
-            if isinstance(layer, Conv | Dense) and layer.name not in pretrained.params:
+            if isinstance(layer, Weighted) and layer.name not in pretrained.params:
                 file = pretrained.source.get("file", "this model")
                 raise UserError(f"{file} has no {layer.name}, which {name} needs")
 

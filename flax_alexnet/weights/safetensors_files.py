@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from flax_alexnet.config.schema import ModelConfig
 from flax_alexnet.data.preprocessing import Preprocessing
+from flax_alexnet.models.architectures import RENAMED
 from flax_alexnet.utils.errors import UserError, first_line
 from flax_alexnet.utils.inputs import parse_json
 from flax_alexnet.utils.outputs import check_room, writing
@@ -109,9 +110,10 @@ def read(path: Path) -> Pretrained:
         scale, labels, source = rule.pop("scale"), content["label_names"], content["source"]
         _check_texts("label_names", labels if isinstance(labels, list) else [None])
         _check_texts("source", source.values() if isinstance(source, dict) else [None])
+        variant = content["model"]["variant"]
         mean: Any = stored["preprocessing/mean"]  # of which the shape is enough here
         pretrained = Pretrained(
-            ModelConfig(**content["model"]),
+            ModelConfig(**content["model"] | {"variant": RENAMED.get(variant, variant)}),
             {},
             Preprocessing(**rule, mean=mean, scale=_scale(scale)),
             tuple(printable(name) for name in labels),

@@ -22,7 +22,7 @@ from tests.small_models import random_images, small_pretrained
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    safetensors_files.save(small_pretrained("cuda_convnet_cifar10"), path)
+    safetensors_files.save(small_pretrained("cuda_convnet_19pct"), path)
     return path
 
 
@@ -49,7 +49,7 @@ def test_stablehlo_gives_what_the_model_gives(variant, tmp_path, monkeypatch):
 
 
 def test_a_program_needs_nothing_of_this_package(tmp_path):
-    pretrained = small_pretrained("cuda_convnet_cifar10", dtype="bfloat16")
+    pretrained = small_pretrained("cuda_convnet_19pct", dtype="bfloat16")
     export.export(pretrained, tmp_path / "model.stablehlo", layer="conv2")
     images = random_images(pretrained, 2)
     np.save(tmp_path / "images.npy", images)
@@ -83,7 +83,7 @@ def test_the_command_writes_a_trunk_up_to_a_layer(weights, tmp_path, capsys):
 
 
 def test_a_program_that_is_wrong_is_not_left_behind(tmp_path, monkeypatch):
-    pretrained = small_pretrained("cuda_convnet_cifar10")
+    pretrained = small_pretrained("cuda_convnet_19pct")
     path = tmp_path / "model.stablehlo"
     path.write_text("an older one")
     right = export.FORMATS["stablehlo"][0]
@@ -130,13 +130,13 @@ def test_mistakes_get_one_line(arguments, message, weights, tmp_path, monkeypatc
 def test_a_package_that_is_missing(package, output, extra, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError) as caught:
-        export.export(small_pretrained("cuda_convnet_cifar10"), tmp_path / output)
+        export.export(small_pretrained("cuda_convnet_19pct"), tmp_path / output)
     assert f"needs the package {package}: pip install 'flax-alexnet[{extra}]'" in str(caught.value)
 
 
 def test_a_damaged_program(tmp_path):
     path = tmp_path / "model.stablehlo"
-    export.export(small_pretrained("cuda_convnet_cifar10"), path, layer="conv1")
+    export.export(small_pretrained("cuda_convnet_19pct"), path, layer="conv1")
     for data in (b"", path.read_bytes()[:1000], b"no program at all, but a text that is longer"):
         path.write_bytes(data)
         with pytest.raises(UserError, match="no exported StableHLO program"):

@@ -30,7 +30,7 @@ from tests.small_models import small_pretrained
 @pytest.fixture
 def pretrained():
     named = {"label_names": tuple("abcdefg"), "source": {"file": "x", "format": "y", "sha256": "z"}}
-    return dataclasses.replace(small_pretrained("cuda_convnet_cifar10"), **named)
+    return dataclasses.replace(small_pretrained("cuda_convnet_19pct"), **named)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_the_card_says_what_a_user_needs(pretrained, tmp_path):
         "library_name": "flax_alexnet",
         "license": "cc-by-4.0",
         "pipeline_tag": "image-classification",
-        "tags": ["alexnet", "flax", "jax", "cuda_convnet_cifar10"],
+        "tags": ["alexnet", "flax", "jax", "cuda_convnet_19pct"],
     }
     parameters = sum(value.size for layer in pretrained.params.values() for value in layer.values())
     for fact in (f"{parameters:,}", "7 classes, named", "57.1 % top-1", "23×23", "SHA-256 z"):

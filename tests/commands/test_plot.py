@@ -22,7 +22,7 @@ def titles(figure):
 def folder(tmp_path_factory):
     """A small model, its trunk, and two images."""
     folder = tmp_path_factory.mktemp("plot")
-    pretrained = make_pretrained("cuda_convnet_cifar10", 3, 16, 20, width=0.2)
+    pretrained = make_pretrained("cuda_convnet_19pct", 3, 16, 20, width=0.2)
     pretrained = dataclasses.replace(pretrained, label_names=("cat", "dog", "cow"))
     safetensors_files.save(pretrained, folder / "model.safetensors")
     trunk = {name: values for name, values in pretrained.params.items() if name.startswith("conv")}

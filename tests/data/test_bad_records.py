@@ -283,7 +283,7 @@ def train_flags(workdir, data_dir):
     return [
         *("--workdir", str(workdir), "--data.data-dir", str(data_dir), "--no-compilation-cache"),
         *("--data.name", "prepared_folder/pets", "--data.image-size", "16", "--data.threads", "4"),
-        *("--model.variant", "cuda_convnet_cifar10", "--model.width", "0.1"),
+        *("--model.variant", "cuda_convnet_19pct", "--model.width", "0.1"),
         *("--augment.crop-size", "12", "--batch-size", "8", "--steps", "12", "--epochs", "100"),
         *("--log-every", "1", "--data.max-bad", "0.5"),
     ]

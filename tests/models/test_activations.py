@@ -8,7 +8,7 @@ from flax_alexnet.models.architectures import activation_names, architecture
 from flax_alexnet.utils.errors import UserError
 from tests.small_models import make_pretrained
 
-SIZES = {"cuda_convnet_cifar10": 16, "notebook": 48, "torchvision": 64}
+SIZES = {"cuda_convnet_19pct": 16, "notebook": 48, "torchvision": 64}
 
 
 def _pretrained(variant):
@@ -21,7 +21,7 @@ def _pretrained(variant):
 
 @pytest.fixture(scope="module")
 def small():
-    return _pretrained("cuda_convnet_cifar10")
+    return _pretrained("cuda_convnet_19pct")
 
 
 def test_features_are_the_activations_of_the_whole_model(small):
@@ -102,7 +102,7 @@ def test_features_say_which_layers_there_are(small, layers, message):
 @pytest.mark.parametrize(
     ("variant", "maps"),
     [
-        ("cuda_convnet_cifar10", ("conv1", "pool1", "conv2", "pool2", "conv3", "pool3")),
+        ("cuda_convnet_19pct", ("conv1", "pool1", "conv2", "pool2", "conv3", "pool3")),
         ("torchvision", ("pool2", "avgpool")),  # dropout stands before its dense layers
     ],
 )

@@ -114,7 +114,7 @@ INITIAL = {
         {"fc6": 0.005, "fc7": 0.005},
         {"conv2": 1, "conv4": 1, "conv5": 1, "fc6": 1, "fc7": 1},
     ),
-    "cuda_convnet_cifar10": ({"conv1": 1e-4}, {}),
+    "cuda_convnet_19pct": ({"conv1": 1e-4}, {}),
 }
 
 
@@ -182,7 +182,7 @@ def test_image_too_small_names_the_layer(variant, size, layer):
 
 
 @pytest.mark.parametrize(
-    "variant", [pytest.param("caffe", marks=pytest.mark.slow), "cuda_convnet_cifar10"]
+    "variant", [pytest.param("caffe", marks=pytest.mark.slow), "cuda_convnet_19pct"]
 )
 def test_no_images_have_no_logits_and_no_gradient(variant):
     model, size = AlexNet(variant, num_classes=7, width=1 / 16), architecture(variant).image_size
@@ -216,7 +216,7 @@ def test_bfloat16_computes_with_float32_parameters(variant):
     [
         *((variant, {"fc7", "logits"}) for variant in ("notebook", "paper", "caffe", "caffenet")),
         ("torchvision", {"fc6", "fc7", "logits"}),  # its dropout stands before fc6 and fc7
-        ("cuda_convnet_cifar10", set()),
+        ("cuda_convnet_19pct", set()),
     ],
 )
 def test_dropout_only_in_training(variant, dropped):
@@ -248,7 +248,7 @@ def test_relu_logits():
 
 
 def test_activation_function():
-    model, x, params = small("cuda_convnet_cifar10", activation=jnp.tanh)
+    model, x, params = small("cuda_convnet_19pct", activation=jnp.tanh)
     conv1 = activations(model, params, x)["conv1"]
     assert conv1.min() < 0
     assert abs(conv1).max() <= 1
@@ -271,10 +271,11 @@ def test_groups():
     assert {name: table.groups for name, table in ARCHITECTURES.items()} == {
         "notebook": 1,
         "paper": 2,
+        "original": 2,
         "caffe": 2,
         "caffenet": 2,
         "torchvision": 1,
-        "cuda_convnet_cifar10": 1,
+        **{f"cuda_convnet_{name}": 1 for name in ("80sec", "19pct", "18pct", "13pct", "11pct")},
     }
     grouped = {
         layer.name

@@ -160,12 +160,12 @@ def test_an_operator_maps_over_any_of_its_arrays(name):
 @pytest.mark.parametrize(
     "variant",
     [
-        pytest.param(variant, marks=() if variant == "cuda_convnet_cifar10" else pytest.mark.slow)
+        pytest.param(variant, marks=() if variant == "cuda_convnet_19pct" else pytest.mark.slow)
         for variant in ARCHITECTURES
     ],
 )
 def test_a_model_has_derivatives_in_both_modes(variant):
-    size = 18 if variant == "cuda_convnet_cifar10" else 67
+    size = 18 if variant == "cuda_convnet_19pct" else 67
     pretrained = AlexNet(variant=variant, num_classes=3, width=0.05, initialization="he")
     (images,) = draw(0, [(2, size, size, 3)])
     leaves, tree = jax.tree.flatten(jax.jit(pretrained.init)(jax.random.key(0), images)["params"])
@@ -185,14 +185,14 @@ def test_a_model_has_derivatives_in_both_modes(variant):
 @pytest.mark.parametrize(
     ("variant", "with_gradient"),
     [
-        ("cuda_convnet_cifar10", False),
-        pytest.param("cuda_convnet_cifar10", True, marks=pytest.mark.slow),
+        ("cuda_convnet_19pct", False),
+        pytest.param("cuda_convnet_19pct", True, marks=pytest.mark.slow),
         pytest.param("notebook", True, marks=pytest.mark.slow),
     ],
 )
 def test_a_model_can_be_stepped_through(variant, with_gradient):
     """`jax.disable_jit`, as a debugger wants it, through every operator and its gradient."""
-    size = 18 if variant == "cuda_convnet_cifar10" else 51
+    size = 18 if variant == "cuda_convnet_19pct" else 51
     pretrained = AlexNet(variant=variant, num_classes=3, width=0.05)
     (images,) = draw(0, [(2, size, size, 3)])
     params = jax.jit(pretrained.init)(jax.random.key(0), images)["params"]

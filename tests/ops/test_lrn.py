@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flax_alexnet import local_response_normalization
+from flax_alexnet.ops.lrn import map_normalization
 
 closed_forms = pytest.mark.parametrize("implementation", ["shifted_sums", "pallas"])
 # Kernels for a GPU are interpreted here, which is slow; values and gradients are not left out.
@@ -253,3 +254,91 @@ def test_the_kernel_is_for_programs_on_a_gpu(monkeypatch):
     assert "pallas_call" not in str(jax.make_jaxpr(lambda x: normalize(x))(x))
     with pytest.raises(ImportError, match="lrn_pallas"):
         local_response_normalization(x, implementation="pallas")
+
+
+# Normalization within a map: (shape, size, bias, alpha, beta). The window is smaller than the map,
+# as large as it, and larger; beta takes the three ways of a power.
+MAP_CASES = [
+    ((2, 5, 6, 3), 3, 1.0, 0.3, 0.75),
+    ((1, 4, 3, 2), 5, 2.0, 1e-3 / 25, 0.75),
+    ((2, 3, 3, 1), 9, 1.0, 0.2, 0.5),
+    ((1, 3, 4, 2), 1, 0.5, 1.5, 1.3),
+    ((1, 3, 4, 2), 3, 1.0, 0.0, 0.75),
+]
+map_cases = pytest.mark.parametrize(("shape", "size", "bias", "alpha", "beta"), MAP_CASES)
+
+
+def expected_in_maps(x, size, bias, alpha, beta):
+    x = np.asarray(x, np.float64)
+    radius, y = size // 2, np.empty_like(x)
+    for i, j in np.ndindex(x.shape[1:3]):
+        rows = slice(max(0, i - radius), i + radius + 1)
+        columns = slice(max(0, j - radius), j + radius + 1)
+        total = (x[:, rows, columns] ** 2).sum((1, 2))
+        y[:, i, j] = x[:, i, j] / (bias + alpha * total) ** beta
+    return y
+
+
+@map_cases
+def test_values_and_gradient_in_maps(shape, size, bias, alpha, beta):
+    x, weight = random_input(shape, bias, alpha), random_input(shape, 1, 1, seed=1)
+    y, pullback = jax.vjp(lambda x: map_normalization(x, size, bias, alpha, beta), x)
+    assert_close(y, expected_in_maps(x, size, bias, alpha, beta), 1e-6)
+    differences = np.empty(shape)
+    for index in np.ndindex(shape):
+        step = np.zeros(shape)
+        step[index] = 1e-5 * abs(x).max()
+        above = expected_in_maps(x + step, size, bias, alpha, beta)
+        below = expected_in_maps(x - step, size, bias, alpha, beta)
+        differences[index] = ((above - below) * weight).sum() / (2 * step[index])
+    assert_close(pullback(weight)[0], differences, 2e-6)
+
+
+@map_cases
+def test_forward_mode_in_maps(shape, size, bias, alpha, beta):
+    x, dx = random_input(shape, bias, alpha), random_input(shape, 1, 1, seed=1)
+    weight = random_input(shape, 1, 1, seed=2)
+
+    def normalize(x):
+        return map_normalization(x, size, bias, alpha, beta)
+
+    derivative = jax.jvp(normalize, (x,), (dx,))[1]
+    (gradient,) = jax.vjp(normalize, x)[1](weight)
+    assert_close((derivative * weight).sum(), np.float64((gradient * dx).sum()), 1e-4)
+
+
+def test_maps_under_vmap_and_on_eight_devices():
+    x = random_input((8, 4, 5, 3), 1.0, 0.3)
+    y = map_normalization(x, 3, 1.0, 0.3)
+    several = jax.vmap(lambda x: map_normalization(x, 3, 1.0, 0.3))(np.stack([x, x]))
+    np.testing.assert_allclose(several[1], y, rtol=1e-6)
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+    split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+
+    def gradient(x):
+        return jax.grad(lambda x: map_normalization(x, 3, 1.0, 0.3).sum())(x)
+
+    text = jax.jit(gradient).lower(split).compile().as_text()
+    assert not any(name in text for name in COLLECTIVES)
+    np.testing.assert_allclose(jax.jit(gradient)(split), gradient(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_in_maps_sums_in_float32(dtype):
+    x = jnp.full((1, 9, 9, 1), 100.0, dtype)  # the sum of 81 squares is not finite in float16
+    y = map_normalization(x, 9, 1.0, 1.0, 0.5)
+    assert y.dtype == dtype
+    assert_close(y.astype(jnp.float32)[0, 4, 4, 0], np.float32(1 / 9), 1e-2)
+
+
+@pytest.mark.parametrize("options", [{"size": 4}, {"size": 0}, {"bias": 0.0}, {"alpha": -1.0}])
+def test_options_of_maps_out_of_range(options):
+    with pytest.raises(ValueError, match="expected an odd size, bias > 0"):
+        map_normalization(jnp.ones((1, 3, 3, 1)), **{"size": 3, **options})
+
+
+def test_other_arrays_than_maps_of_floats():
+    with pytest.raises(TypeError, match="floating point, not int32"):
+        map_normalization(jnp.ones((1, 3, 3, 1), jnp.int32), 3)
+    with pytest.raises(ValueError, match="batch, height, width, channels"):
+        map_normalization(jnp.ones((3, 3, 1)), 3)

@@ -20,7 +20,7 @@ CLASSES = 16
 BATCH = 16
 WIDTH = 1 / 8
 STEPS = 20
-CROPS = {"notebook": 64, "torchvision": 64, "cuda_convnet_cifar10": 24}
+CROPS = {"notebook": 64, "torchvision": 64, "cuda_convnet_19pct": 24}
 
 
 def layout_of(name, variant, shape=(), devices=8, classes=CLASSES):
@@ -86,13 +86,13 @@ TOWERS = [name for name, table in ARCHITECTURES.items() if table.groups == 2]
 CASES = [
     *((name, variant, ()) for name in ("data", "hybrid") for variant in ARCHITECTURES),
     # Dense layers, which are all that it treats, are alike in the others.
-    *(("zero", variant, ()) for variant in ("notebook", "paper", "cuda_convnet_cifar10")),
+    *(("zero", variant, ()) for variant in ("notebook", "paper", "cuda_convnet_19pct")),
     ("hybrid", "paper", (2, 4)),
     *(("towers", variant, (4, 2)) for variant in TOWERS),
 ]
 QUICK = [  # the two of the small model share a run on one device
-    ("data", "cuda_convnet_cifar10", ()),
-    ("hybrid", "cuda_convnet_cifar10", ()),
+    ("data", "cuda_convnet_19pct", ()),
+    ("hybrid", "cuda_convnet_19pct", ()),
 ]
 
 
@@ -160,8 +160,8 @@ def test_state_is_made_where_it_stays(name):
 def test_values_do_not_depend_on_where_they_are_made():
     made = []
     for name, devices in (("data", 1), ("hybrid", 8)):
-        layout = layout_of(name, "cuda_convnet_cifar10", devices=devices)
-        model = AlexNet("cuda_convnet_cifar10", CLASSES, width=WIDTH)
+        layout = layout_of(name, "cuda_convnet_19pct", devices=devices)
+        model = AlexNet("cuda_convnet_19pct", CLASSES, width=WIDTH)
         init = functools.partial(
             create_state, model=model, optimizer=create_optimizer(0.01), crop_size=24
         )

@@ -70,10 +70,11 @@ def random_parameters(model: AlexNet, image_size: int) -> dict[str, Arrays]:
     params = {}
     for name, layer in shapes.items():
         kernel = rng.standard_normal(layer["kernel"].shape, np.float32)
-        kernel *= np.float32((2 / np.prod(kernel.shape[:-1])) ** 0.5)  # He et al. (2015)
+        # He et al. (2015); a locally connected layer has a kernel for each of its places.
+        kernel *= np.float32((2 / np.prod(kernel.shape[-4:-1])) ** 0.5)
         bias = rng.standard_normal(layer["bias"].shape, np.float32)
         params[name] = {"kernel": kernel, "bias": bias}
-    params[name]["kernel"] *= np.float32(0.01)
+    params[architecture(model.variant).layers[-1].name]["kernel"] *= np.float32(0.01)
     return params
 
 

@@ -50,7 +50,7 @@ def test_onnx_has_every_activation(variant):
 
 @pytest.mark.parametrize("option", [{"activation": "tanh"}, {"relu_logits": True}])
 def test_onnx_has_the_options_of_a_model(option):
-    pretrained = small_pretrained("cuda_convnet_cifar10", **option)
+    pretrained = small_pretrained("cuda_convnet_19pct", **option)
     model = onnx_graph.onnx_model(
         pretrained.model, pretrained.params, pretrained.preprocessing, "logits"
     )
@@ -59,7 +59,7 @@ def test_onnx_has_the_options_of_a_model(option):
 
 
 def test_onnx_files(tmp_path, monkeypatch):
-    pretrained = small_pretrained("cuda_convnet_cifar10")
+    pretrained = small_pretrained("cuda_convnet_19pct")
     path = tmp_path / "model.onnx"
     assert "loaded back: largest difference" in export.export(pretrained, path)
     images = random_images(pretrained, 1)

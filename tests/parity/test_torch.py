@@ -11,7 +11,12 @@ torch = pytest.importorskip("torch")
 from tests.parity.torch_models import (  # noqa: E402
     caffe,
     caffenet,
-    cuda_convnet_cifar10,
+    cuda_convnet_11pct,
+    cuda_convnet_13pct,
+    cuda_convnet_18pct,
+    cuda_convnet_19pct,
+    cuda_convnet_80sec,
+    original,
     paper,
     run_torch,
     torchvision,
@@ -27,11 +32,16 @@ nn = torch.nn
         (caffe, 227, (6, 6, 256)),
         (caffenet, 227, (6, 6, 256)),
         (torchvision, 224, (6, 6, 256)),
-        (cuda_convnet_cifar10, 32, (4, 4, 64)),
+        (original, 224, (6, 6, 256)),
+        (cuda_convnet_80sec, 32, (4, 4, 64)),
+        (cuda_convnet_19pct, 32, (4, 4, 64)),
+        (cuda_convnet_18pct, 32, (4, 4, 64)),
+        (cuda_convnet_13pct, 24, (6, 6, 32)),
+        (cuda_convnet_11pct, 24, (6, 6, 32)),
     ],
 )
 def test_variant(layers_of, image_size, flattened):
-    model = AlexNet(variant=layers_of.__name__, num_classes=10 if image_size == 32 else 1000)
+    model = AlexNet(variant=layers_of.__name__, num_classes=10 if image_size <= 32 else 1000)
     with torch.device("meta"):  # no time spent on initial values that are replaced
         layers = layers_of()
 

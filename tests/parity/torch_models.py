@@ -9,12 +9,40 @@ nn = torch.nn
 class TowerNorm(nn.Module):
     """The paper's normalization: within each tower, alpha not divided by n as PyTorch does."""
 
-    def __init__(self):
+    def __init__(self, alpha=5 * 1e-4):
         super().__init__()
-        self.norm = nn.LocalResponseNorm(5, alpha=5 * 1e-4, beta=0.75, k=2.0)
+        self.norm = nn.LocalResponseNorm(5, alpha=alpha, beta=0.75, k=2.0)
 
     def forward(self, x):
         return torch.cat([self.norm(tower) for tower in x.chunk(2, dim=1)], dim=1)
+
+
+class MapNorm(nn.Module):
+    """cuda-convnet's `rnorm`: the mean of squares over a window, in which padding counts."""
+
+    def __init__(self, size, scale):
+        super().__init__()
+        self.mean = nn.AvgPool2d(size, 1, padding=size // 2, count_include_pad=True)
+        self.scale = scale
+
+    def forward(self, x):
+        return x / (1 + self.scale * self.mean(x**2)) ** 0.75
+
+
+class Local(nn.Module):
+    """cuda-convnet's `local`, then ReLU: a kernel and a bias for each place."""
+
+    def __init__(self, channels, features, side, places):
+        super().__init__()
+        self.unfold = nn.Unfold(side, padding=side // 2)
+        shape = (places * places, features, channels * side * side)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(shape[:2]))
+
+    def forward(self, x):
+        patches = self.unfold(x).permute(2, 0, 1)  # (places, images, channels · side · side)
+        y = torch.baddbmm(self.bias[:, None], patches, self.weight.transpose(1, 2))
+        return nn.functional.relu(y.permute(1, 2, 0).unflatten(2, x.shape[2:]))
 
 
 def conv(*args, **kwargs):
@@ -107,7 +135,23 @@ def torchvision():
     }
 
 
-def cuda_convnet_cifar10():
+def original():
+    """Model #145: ReLU after the pooling of linear maps; alpha is divided by n, as in PyTorch."""
+    return {
+        "conv1": nn.Sequential(nn.ZeroPad2d((0, 3, 0, 3)), nn.Conv2d(3, 96, 11, stride=4)),
+        "norm1": TowerNorm(alpha=1e-4),
+        "pool1": nn.Sequential(nn.MaxPool2d(3, 2), nn.ReLU()),
+        "conv2": conv(96, 256, 5, padding=2, groups=2),
+        "norm2": TowerNorm(alpha=1e-4),
+        "map_norm2": MapNorm(5, 1e-3),
+        "pool2": nn.MaxPool2d(3, 2),
+        **towers(),
+        "conv5": nn.Conv2d(384, 256, 3, padding=1, groups=2),
+        "pool5": nn.Sequential(caffe_pool(), nn.ReLU()),
+    }
+
+
+def three_convolutions():
     return {
         "conv1": conv(3, 32, 5, padding=2),
         "pool1": caffe_pool(),
@@ -115,22 +159,80 @@ def cuda_convnet_cifar10():
         "pool2": inside_average(),
         "conv3": conv(32, 64, 5, padding=2),
         "pool3": inside_average(),
+    }
+
+
+def cuda_convnet_80sec():
+    return {**three_convolutions(), "fc64": dense(1024, 64), "logits": last(64, 10)}
+
+
+def cuda_convnet_19pct():
+    return {**three_convolutions(), "logits": last(1024, 10)}
+
+
+def cuda_convnet_18pct():
+    layers = three_convolutions()
+    return {
+        **{name: layers[name] for name in ("conv1", "pool1")},
+        "map_norm1": MapNorm(3, 5e-5),
+        **{name: layers[name] for name in ("conv2", "pool2")},
+        "map_norm2": MapNorm(3, 5e-5),
+        **{name: layers[name] for name in ("conv3", "pool3")},
         "logits": last(1024, 10),
     }
 
 
+def cuda_convnet_13pct():
+    return {
+        "conv1": conv(3, 64, 5, padding=2),
+        "pool1": caffe_pool(),
+        "conv2": conv(64, 64, 5, padding=2),
+        "pool2": caffe_pool(),
+        "local3": Local(64, 32, 3, 6),
+        "local4": Local(32, 32, 3, 6),
+        "logits": last(1152, 10),
+    }
+
+
+def cuda_convnet_11pct():
+    def norm():
+        return nn.LocalResponseNorm(9, alpha=1e-3, beta=0.75, k=1.0)
+
+    return {
+        "conv1": conv(3, 64, 5, padding=2),
+        "pool1": caffe_pool(),
+        "norm1": norm(),
+        "conv2": conv(64, 64, 5, padding=2),
+        "norm2": norm(),
+        "pool2": caffe_pool(),
+        "local3": Local(64, 64, 3, 6),
+        "local4": Local(64, 32, 3, 6),
+        "logits": last(1152, 10),
+    }
+
+
 def to_torch(kernel, spatial):
-    """HWIO to OIHW; (in, out) to (out, in), with a flattened `spatial` image from HWC to CHW."""
+    """HWIO to OIHW; (in, out) to (out, in), with a flattened `spatial` image from HWC to CHW.
+
+    Kernels of a locally connected layer, (h', w', h, w, in, out), become (h'·w', out, in·h·w).
+    """
     if kernel.ndim == 4:
         return kernel.transpose(3, 2, 0, 1)
+    if kernel.ndim == 6:
+        places, out = kernel.shape[0] * kernel.shape[1], kernel.shape[-1]
+        return kernel.transpose(0, 1, 5, 4, 2, 3).reshape(places, out, -1)
     if spatial is None:
         return kernel.T
     out = kernel.shape[-1]
     return kernel.reshape(*spatial, out).transpose(3, 2, 0, 1).reshape(out, -1)
 
 
-def to_flax(weight, spatial):
-    """The inverse of `to_torch`, for gradients."""
+def to_flax(weight, spatial, local=None):
+    """The inverse of `to_torch`, for gradients; `local` is the shape of such a kernel."""
+    if local:
+        height, width, side, _, channels, out = local
+        weight = weight.reshape(height, width, out, channels, side, side)
+        return weight.transpose(0, 1, 4, 5, 3, 2)
     if weight.ndim == 4:
         return weight.transpose(2, 3, 1, 0)
     if spatial is None:
@@ -145,18 +247,19 @@ def run_torch(layers, params, images, labels, flattened):
 
     `flattened` is the (h, w, c) that the first dense layer reads.
     """
-    *_, last_name = params
-    dense_names = [name for name, layer in params.items() if layer["kernel"].ndim == 2]
+    (last_name,) = params.keys() - layers.keys()
+    names = [last_name if name == "logits" else name for name in layers]
+    dense_names = [name for name in names if name in params and params[name]["kernel"].ndim == 2]
     spatial = {dense_names[0]: flattened}
     weighted = {}
     for name, module in layers.items():
         for part in module.modules():
-            if isinstance(part, nn.Conv2d | nn.Linear):
+            if isinstance(part, nn.Conv2d | nn.Linear | Local):
                 key = last_name if name == "logits" else name
                 weight = torch.tensor(to_torch(params[key]["kernel"], spatial.get(key)))
                 assert weight.shape == part.weight.shape
                 part.weight = nn.Parameter(weight)
-                part.bias = nn.Parameter(torch.tensor(params[key]["bias"]))
+                part.bias = nn.Parameter(torch.tensor(params[key]["bias"]).view(part.bias.shape))
                 weighted[key] = part
 
     x = torch.tensor(images.transpose(0, 3, 1, 2))
@@ -168,6 +271,7 @@ def run_torch(layers, params, images, labels, flattened):
     nn.functional.cross_entropy(x, torch.tensor(labels)).backward()
     gradients = {}
     for key, part in weighted.items():
-        gradients[f"{key}/kernel"] = to_flax(part.weight.grad.numpy(), spatial.get(key))
-        gradients[f"{key}/bias"] = part.bias.grad.numpy()
+        local = params[key]["kernel"].shape if isinstance(part, Local) else None
+        gradients[f"{key}/kernel"] = to_flax(part.weight.grad.numpy(), spatial.get(key), local)
+        gradients[f"{key}/bias"] = part.bias.grad.numpy().reshape(params[key]["bias"].shape)
     return activations, gradients
