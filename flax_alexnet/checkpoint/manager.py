@@ -330,6 +330,8 @@ def _reading(folder: Path) -> Iterator[ocp.PyTreeCheckpointHandler]:
 def restore_model(folder: Path) -> tuple[Any, np.ndarray]:
     """Reads only the parameters and the mean image of a step's folder, not the optimizer's state.
 
+    If the run keeps a moving average of its parameters, the average is read instead of them.
+
     Raises:
       UserError: the folder is not a checkpoint of a run.
     """
@@ -338,7 +340,8 @@ def restore_model(folder: Path) -> tuple[Any, np.ndarray]:
         saved = reader.metadata(path).tree
         if not (isinstance(saved, dict) and {"params", "mean"} <= saved.keys()):
             raise ValueError("it has no parameters, or no mean image")
-        wanted = {name: saved[name] for name in ("params", "mean")}
+        params = "average" if "average" in saved else "params"
+        wanted = {name: saved[name] for name in (params, "mean")}
         if not all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(wanted)):
             raise ValueError("its parameters are no arrays")
         restore = ocp.args.PyTreeRestore(
@@ -347,7 +350,7 @@ def restore_model(folder: Path) -> tuple[Any, np.ndarray]:
             partial_restore=True,
         )
         tree = reader.restore(path, args=restore)
-    return tree["params"], tree["mean"]
+    return tree[params], tree["mean"]
 
 
 def _in_utf8(folder: Path) -> Path:

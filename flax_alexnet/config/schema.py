@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from flax_alexnet.config.cli import LARGEST_BATCH, check_flag
 from flax_alexnet.data.preprocessing import Preprocessing, ResizeRule, Scale
-from flax_alexnet.models.architectures import ARCHITECTURES
+from flax_alexnet.models.architectures import ARCHITECTURES, RENAMED
 from flax_alexnet.utils.errors import UserError, unknown
 from flax_alexnet.utils.text import printable
 
@@ -91,7 +91,8 @@ class ModelConfig:
     """The model; the fields are those of AlexNet."""
 
     variant: str = "notebook"
-    """notebook, paper, caffe, caffenet, torchvision or cuda_convnet_cifar10."""
+    """notebook, paper, original, caffe, caffenet, torchvision, or cuda_convnet_ with 80sec, 19pct,
+    18pct, 13pct or 11pct."""
     num_classes: Annotated[int | None, Range(least=2)] = None
     """Number of outputs; none: the number of classes in the dataset."""
     width: Annotated[float, Range(above=0, most=100)] = 1.0
@@ -118,8 +119,18 @@ class AugmentConfig:
     """Crop at random places in training, else at the centre."""
     flip: bool = True
     """Mirror half of the images left to right in training."""
-    color_noise: Literal["none", "cuda-convnet", "eigenvalues"] = "none"
-    """PCA colour noise: as strong as in the original code, or with the widely used eigenvalues."""
+    resized_area: Annotated[float | None, Range(above=0, most=1)] = None
+    """Smallest share of an image that a random crop has, which is then resized to crop_size; none:
+    crops have crop_size pixels and are not resized."""
+    chunk: Annotated[int, Range(least=1)] = 1
+    """Images in a row that share a random crop and a flip; 32 in the original code."""
+    color_noise: Literal["none", "cuda-convnet", "eigenvalues", "original"] = "none"
+    """PCA colour noise: as strong as in the original code, with the widely used eigenvalues, or
+    with the original code's own components and its division by 1.1."""
+    mixup: Annotated[float, Range(least=0)] = 0.0
+    """Parameter of the Beta distribution by which images are mixed in pairs; 0: they are not."""
+    label_smoothing: Annotated[float, Range(least=0, below=1)] = 0.0
+    """Share of the target that is spread evenly over all classes."""
     scale: Annotated[Scale, Range(above=0)] = 1.0
     """Factor for pixel values after the mean is subtracted, or one for each channel; 1 in the
     original models."""
@@ -143,15 +154,33 @@ class OptimizerConfig:
     """Whether biases decay; in the original code and Caffe they do not."""
     layer_rates: tuple[str, ...] = ()
     """Multipliers of the rate of layers, such as 'conv*=0.1' fc8=10; patterns as in --freeze."""
+    layer_decays: tuple[str, ...] = ()
+    """Weight decays of layers instead of weight_decay, such as 'conv*=0' fc10=1."""
     clip_norm: Annotated[float | None, Range(above=0)] = None
     """Largest global norm of gradients; larger ones are scaled down to it; none: no clipping."""
-    schedule: Literal["constant", "steps", "plateau"] = "constant"
+    freeze_epochs: tuple[str, ...] = ()
+    """Epochs after which layers keep their values, such as conv1=72."""
+    average: Annotated[float | None, Range(least=0, below=1)] = None
+    """Decay, at each step, of a moving average of the weights, which is evaluated and saved as the
+    model; none: no average."""
+    schedule: Literal["constant", "steps", "plateau", "exponential", "cosine"] = "constant"
     """constant: no drops; steps: drops at drop_epochs; plateau: drops when the validation error
-    stops improving."""
+    stops improving; exponential, cosine: falls from the first step to the last epoch."""
+    final_rate: Annotated[float, Range(least=0, most=1)] = 0.0
+    """With exponential and cosine: the last rate, as a share of the first."""
+    rate_levels: Annotated[int | None, Range(least=2)] = None
+    """With exponential and cosine: equal parts of the run that have a constant rate each; none: the
+    rate falls with each step."""
+    bias_final_rate: Annotated[float | None, Range(least=0, most=1)] = None
+    """final_rate of biases; none: that of the kernels."""
+    bias_rate_levels: Annotated[int | None, Range(least=2)] = None
+    """rate_levels of biases; none: those of the kernels."""
     drop_epochs: tuple[float, ...] = ()
     """With steps: the epochs at which the rate drops."""
     drop_factor: Annotated[float, Range(above=0, below=1)] = 0.1
     """Factor by which a drop multiplies the learning rate."""
+    drop_biases: bool = True
+    """Whether drops concern biases too; in the original code they do not."""
     patience: Annotated[int, Range(least=1)] = 3
     """With plateau: number of evaluations without improvement before a drop."""
     max_drops: Annotated[int, Range(least=0)] = 3
@@ -187,7 +216,7 @@ class Config:
     """A training run."""
 
     recipe: str = "quickstart"
-    """Recipe that gives the defaults: quickstart, notebook, paper, cifar10 or finetune."""
+    """Recipe that gives the defaults; see the README."""
     workdir: Path = Path("runs")
     """Folder for everything that the run writes; another start in the same folder resumes it."""
     allow_changes: bool = False
@@ -320,6 +349,18 @@ def validate(config: Config) -> None:
             min(epochs, default=0.0 if steps else 1.0) > 0,
             "positive epochs, one or more with --optimizer.schedule steps",
         ),
+        (
+            "optimizer.final-rate",
+            optimizer.final_rate,
+            optimizer.schedule != "exponential" or optimizer.final_rate > 0,
+            "more than 0 with --optimizer.schedule exponential",
+        ),
+        (
+            "optimizer.bias-final-rate",
+            optimizer.bias_final_rate,
+            optimizer.schedule != "exponential" or optimizer.bias_final_rate != 0,
+            "more than 0 with --optimizer.schedule exponential",
+        ),
     ):
         check_flag(flag, value, fits, expected)
 
@@ -349,23 +390,27 @@ def frozen_layers(config: Config, names: Sequence[str]) -> frozenset[str]:
     return frozen
 
 
-def layer_rates(config: Config, names: Sequence[str]) -> dict[str, float]:
-    """The factor of the rate for each layer that `--optimizer.layer-rates` selects.
+def layer_values(flag: str, values: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+    """The number for each layer that the values of a flag such as `optimizer.layer-rates` select.
+
+    Args:
+      flag: the flag's name, without `--`.
+      values: PATTERN=NUMBER each; a later one goes before an earlier one.
+      names: the layers of the model.
 
     Raises:
       UserError: a value is not PATTERN=NUMBER, or a pattern matches no layer.
     """
-    flag = "optimizer.layer-rates"
-    rates: dict[str, float] = {}
-    for value in config.optimizer.layer_rates:
-        pattern, equals, number = value.rpartition("=")
+    result: dict[str, float] = {}
+    for value in values:
+        pattern, equals, text = value.rpartition("=")
         try:
-            factor = float(number) if equals else -1.0
+            number = float(text) if equals else -1.0
         except ValueError:
-            factor = -1.0
-        check_flag(flag, value, 0 <= factor <= LARGEST_NUMBER, "PATTERN=NUMBER, such as conv.*=0.1")
-        rates |= dict.fromkeys(_matching(flag, pattern, names), factor)
-    return rates
+            number = -1.0
+        check_flag(flag, value, 0 <= number <= LARGEST_NUMBER, "PATTERN=NUMBER, such as conv.*=0.1")
+        result |= dict.fromkeys(_matching(flag, pattern, names), number)
+    return result
 
 
 def _matching(flag: str, pattern: str, names: Sequence[str]) -> list[str]:
@@ -384,6 +429,16 @@ def _matching(flag: str, pattern: str, names: Sequence[str]) -> list[str]:
     if not matches:
         raise UserError(f"--{flag}: {problem or unknown('layer', pattern, names)}")
     return matches
+
+
+def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a run's `config.json`, as this version would have written them.
+
+    Older versions lack fields, which then have their defaults, and have other names of variants.
+    """
+    result = {**flatten(Config()), **values}
+    variant = result["model.variant"]
+    return result | {"model.variant": RENAMED.get(variant, variant)}
 
 
 def misfit(values: Mapping[str, Any]) -> str:

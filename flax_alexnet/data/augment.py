@@ -13,7 +13,7 @@ import numpy as np
 from flax_alexnet.data.preprocessing import Preprocessing, Scale
 from flax_alexnet.utils.errors import UserError
 
-ColorNoise = Literal["none", "cuda-convnet", "eigenvalues"]
+ColorNoise = Literal["none", "cuda-convnet", "eigenvalues", "original"]
 
 # Principal components of the RGB values of ImageNet's training pixels, one a column; the first is
 # brightness. The constants that fb.resnet.torch published, and that most programs since have used.
@@ -25,13 +25,25 @@ PRINCIPAL_COMPONENTS = np.array(
     ],
     np.float32,
 )
-# Grey levels that a unit draw moves an image along each component.
-COLOR_SCALES = {
+# Those of the original code, of ILSVRC-2012 (`make-data/input_meta` of cuda-convnet2).
+ORIGINAL_COMPONENTS = np.array(
+    [
+        [-0.56351045, -0.71257945, 0.41795513],
+        [-0.57618440, -0.02354167, -0.81698062],
+        [-0.59200296, 0.70119634, 0.39731118],
+    ],
+    np.float32,
+)
+STANDARD_DEVIATIONS = np.array([121.78, 37.09, 19.72], np.float32)  # of the original code
+# The components, and the grey levels that a unit draw moves an image along each of them.
+COLOR_NOISE = {
     # The original 2012 code multiplies by standard deviations.
-    "cuda-convnet": np.array([121.78, 37.09, 19.72], np.float32),
+    "cuda-convnet": (PRINCIPAL_COMPONENTS, STANDARD_DEVIATIONS),
     # The paper's text says eigenvalues; these, of pixels in [0, 1], are in wide use.
-    "eigenvalues": np.array([0.2175, 0.0188, 0.0045], np.float32) * 255,
+    "eigenvalues": (PRINCIPAL_COMPONENTS, np.array([0.2175, 0.0188, 0.0045], np.float32) * 255),
+    "original": (ORIGINAL_COMPONENTS, STANDARD_DEVIATIONS),
 }
+NOISE = 0.1  # standard deviation of the draws
 
 
 def subtract_mean(images: jax.Array | np.ndarray, mean: jax.Array | np.ndarray) -> jax.Array:
@@ -77,12 +89,16 @@ def ten_crops(images: jax.Array, size: int) -> jax.Array:
     return jnp.concatenate([five, five[..., ::-1, :]], axis=1)
 
 
-def random_crop(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
-    """[b, h, w, 3] → [b, size, size, 3], each at a place of its own, all equally likely."""
+def random_crop(key: jax.Array, images: jax.Array, size: int, chunk: int = 1) -> jax.Array:
+    """[b, h, w, 3] → [b, size, size, 3], each at a place of its own, all equally likely.
+
+    With `chunk`, as many images in a row are cut at the same place.
+    """
     _check_size(images, size)
     batch, height, width, channels = images.shape
     limit = jnp.array([height - size + 1, width - size + 1])
-    corners = jax.random.randint(key, (batch, 2), 0, limit[None])
+    corners = jax.random.randint(key, (-(-batch // chunk), 2), 0, limit[None])
+    corners = _each(corners, batch, chunk)
 
     def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (size, size, channels))
@@ -90,10 +106,42 @@ def random_crop(key: jax.Array, images: jax.Array, size: int) -> jax.Array:
     return jax.vmap(crop)(images, corners)
 
 
-def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """[b, h, w, 3], each image mirrored left to right with probability 1/2."""
-    flip = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
-    return jnp.where(flip, images[:, :, ::-1], images)
+def random_resized_crop(key: jax.Array, images: jax.Array, size: int, area: float) -> jax.Array:
+    """[b, h, w, 3] → [b, size, size, 3]: a random rectangle of each image, resized (bilinear).
+
+    The share of the image's area is uniform in [`area`, 1] and the ratio of width to height is
+    log-uniform in [3/4, 4/3], cut to the image's sides; all places are equally likely (Szegedy et
+    al. 2015, section 6, as torchvision's `RandomResizedCrop` has it).
+    """
+    batch, height, width, channels = images.shape
+    area_key, ratio_key, place_key = jax.random.split(key, 3)
+    areas = height * width * jax.random.uniform(area_key, (batch,), minval=area)
+    limit = float(np.log(4 / 3))
+    ratios = jnp.exp(jax.random.uniform(ratio_key, (batch,), minval=-limit, maxval=limit))
+    sides = jnp.stack([jnp.sqrt(areas / ratios), jnp.sqrt(areas * ratios)], axis=1)
+    whole = jnp.array([[height, width]], jnp.float32)
+    sides = jnp.minimum(sides, whole)
+    corners = jax.random.uniform(place_key, (batch, 2)) * (whole - sides)
+
+    def crop(image: jax.Array, corner: jax.Array, side: jax.Array) -> jax.Array:
+        scale = size / side
+        shape = (size, size, channels)
+        return jax.image.scale_and_translate(
+            image, shape, (0, 1), scale, -corner * scale, "linear", antialias=False
+        )
+
+    return jax.vmap(crop)(images, corners, sides)
+
+
+def random_flip(key: jax.Array, images: jax.Array, chunk: int = 1) -> jax.Array:
+    """[b, h, w, 3], each image, or each `chunk` of them, mirrored with probability 1/2."""
+    flip = jax.random.bernoulli(key, shape=(-(-images.shape[0] // chunk), 1, 1, 1))
+    return jnp.where(_each(flip, images.shape[0], chunk), images[:, :, ::-1], images)
+
+
+def _each(drawn: jax.Array, batch: int, chunk: int) -> jax.Array:
+    """[⌈batch / chunk⌉, …] → [batch, …]: what was drawn for each chunk, for each of its images."""
+    return drawn if chunk == 1 else jnp.repeat(drawn, chunk, axis=0)[:batch]
 
 
 def color_noise(key: jax.Array, images: jax.Array, scaling: ColorNoise) -> jax.Array:
@@ -105,13 +153,37 @@ def color_noise(key: jax.Array, images: jax.Array, scaling: ColorNoise) -> jax.A
     Args:
       key: one for the batch; each image has its own α, drawn once a presentation.
       images: float32[b, h, w, 3] in grey levels; the mean may be subtracted or not.
-      scaling: "cuda-convnet" (the original code), "eigenvalues" (in wide use), or "none".
+      scaling: "cuda-convnet" (as strong as in the original code), "eigenvalues" (in wide use),
+        "original" (with the components of the original code too, which then divides the images by
+        1.1, in training only), or "none".
     """
     if scaling == "none":
         return images
-    alpha = 0.1 * jax.random.normal(key, (images.shape[0], 3))
-    shift = (alpha * COLOR_SCALES[scaling][None]) @ PRINCIPAL_COMPONENTS.T
-    return images + shift[:, None, None, :]
+    components, scales = COLOR_NOISE[scaling]
+    alpha = NOISE * jax.random.normal(key, (images.shape[0], 3))
+    shift = (alpha * scales[None]) @ components.T
+    noisy = images + shift[:, None, None, :]
+    return noisy / (1 + NOISE) if scaling == "original" else noisy
+
+
+def mixup(key: jax.Array, images: jax.Array, alpha: float) -> tuple[jax.Array, jax.Array]:
+    """Mixes each image of a batch with its counterpart from the batch's other end.
+
+    With λ ~ Beta(alpha, alpha), one for the batch, and λ ≥ 1/2 without loss of generality, image i
+    of n becomes λ · image i + (1 − λ) · image n−1−i. The loss is to be mixed in the same way
+    (Zhang, Cisse, Dauphin and Lopez-Paz, "mixup: Beyond Empirical Risk Minimization", 2018).
+
+    Args:
+      key: one for the batch.
+      images: float32[b, h, w, 3].
+      alpha: > 0; the larger, the nearer is λ to 1/2.
+
+    Returns:
+      The mixed images, and λ, float32[].
+    """
+    share = jax.random.beta(key, alpha, alpha)
+    share = jnp.maximum(share, 1 - share)
+    return share * images + (1 - share) * images[::-1], share
 
 
 def augment(
@@ -122,18 +194,26 @@ def augment(
     crop: bool = True,
     flip: bool = True,
     noise: ColorNoise = "none",
+    area: float | None = None,
+    chunk: int = 1,
 ) -> jax.Array:
     """What training sees: mean subtracted, random crop and flip, colour noise, all scaled.
 
     uint8[b, h, w, 3] → float32[b, crop_size, crop_size, 3]; `preprocessing` has mean, crop_size
-    and scale.
+    and scale. With `area` crops are those of `random_resized_crop`; with `chunk` as many images in
+    a row share a crop, if it is not resized, and a flip.
     """
     size = preprocessing.crop_size
     crop_key, flip_key, noise_key = jax.random.split(key, 3)
     images = subtract_mean(images, preprocessing.mean)
-    images = random_crop(crop_key, images, size) if crop else center_crop(images, size)
+    if crop and area is not None:
+        images = random_resized_crop(crop_key, images, size, area)
+    elif crop:
+        images = random_crop(crop_key, images, size, chunk)
+    else:
+        images = center_crop(images, size)
     if flip:
-        images = random_flip(flip_key, images)
+        images = random_flip(flip_key, images, chunk)
     return rescale(color_noise(noise_key, images, noise), preprocessing.scale)
 
 

@@ -1,9 +1,10 @@
 """Builds the parts of a run from its configuration: optimizer, compiled steps and state."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,38 +15,96 @@ from flax_alexnet.config.schema import Config, OptimizerConfig
 from flax_alexnet.data.augment import augment, preprocess
 from flax_alexnet.models.alexnet import AlexNet
 from flax_alexnet.parallel.layouts import Layout
-from flax_alexnet.training.optimizer import create_optimizer, create_schedule
+from flax_alexnet.training.metrics import cross_entropy
+from flax_alexnet.training.optimizer import (
+    Schedule,
+    create_decay,
+    create_optimizer,
+    create_schedule,
+)
 from flax_alexnet.training.step import Totals, TrainState, eval_step, train_step, zero_totals
 from flax_alexnet.utils.user_folders import cache_folder
+
+
+class LayerSettings(NamedTuple):
+    """What the optimizer does differently for some layers, by their names."""
+
+    rates: Mapping[str, float] = {}  # factors of the learning rate
+    decays: Mapping[str, float] = {}  # weight decays
+    ends: Mapping[str, float] = {}  # epochs after which layers keep their values
+
+
+ALL_ALIKE = LayerSettings()
 
 
 def make_optimizer(
     config: OptimizerConfig,
     steps_per_epoch: float,
-    layer_rates: Mapping[str, float] | None = None,
+    epochs: float = 1.0,
+    layers: LayerSettings = ALL_ALIKE,
     first_step: float = 0.0,
 ) -> optax.GradientTransformation:
     """The optimizer that a configuration describes, with its epochs turned into steps.
 
-    Epoch 0 begins at `first_step`; see `create_schedule`.
+    Args:
+      config: the configuration.
+      steps_per_epoch: steps of an epoch.
+      epochs: the length of the run, which schedules that fall to its end need.
+      layers: what applies to some layers only.
+      first_step: the step at which epoch 0 begins; see `create_schedule`.
     """
-    drop_epochs = config.drop_epochs if config.schedule == "steps" else ()
-    schedule = create_schedule(
-        config.learning_rate,
-        boundaries=[round(first_step + epoch * steps_per_epoch) for epoch in drop_epochs],
-        drop_factor=config.drop_factor,
-        warmup_steps=round(config.warmup_epochs * steps_per_epoch),
-        first_step=first_step,
-    )
+    timing = steps_per_epoch, epochs, first_step
+    of_biases = _config_of_biases(config)
     return create_optimizer(
-        schedule,
+        _make_schedule(config, *timing),
         config.momentum,
         config.weight_decay,
         rule=config.rule,
         bias_rate=config.bias_rate,
-        layer_rates=layer_rates,
+        bias_schedule=None if of_biases == config else _make_schedule(of_biases, *timing),
+        layer_rates=layers.rates,
+        layer_decays=layers.decays,
+        layer_ends={
+            name: round(first_step + epoch * steps_per_epoch) for name, epoch in layers.ends.items()
+        },
         decay_biases=config.decay_biases,
         clip_norm=config.clip_norm,
+    )
+
+
+def _config_of_biases(config: OptimizerConfig) -> OptimizerConfig:
+    """The configuration of which the schedule is that of biases."""
+    if not config.drop_biases:
+        return dataclasses.replace(config, schedule="constant")
+    final_rate, levels = config.bias_final_rate, config.bias_rate_levels
+    return dataclasses.replace(
+        config,
+        final_rate=config.final_rate if final_rate is None else final_rate,
+        rate_levels=config.rate_levels if levels is None else levels,
+    )
+
+
+def _make_schedule(
+    config: OptimizerConfig, steps_per_epoch: float, epochs: float, first_step: float
+) -> Schedule:
+    warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+    if config.schedule == "exponential" or config.schedule == "cosine":
+        return create_decay(
+            config.schedule,
+            config.learning_rate,
+            epochs * steps_per_epoch,
+            final_rate=config.final_rate,
+            levels=config.rate_levels,
+            warmup_steps=warmup_steps,
+            first_step=first_step,
+        )
+    drop_epochs = config.drop_epochs if config.schedule == "steps" else ()
+    return create_schedule(
+        config.learning_rate,
+        boundaries=[round(first_step + epoch * steps_per_epoch) for epoch in drop_epochs],
+        drop_factor=config.drop_factor,
+        warmup_steps=warmup_steps,
+        first_step=first_step,
     )
 
 
@@ -74,6 +133,8 @@ def compile_steps(
             crop=settings.random_crop,
             flip=settings.flip,
             noise=settings.color_noise,
+            area=settings.resized_area,
+            chunk=settings.chunk,
         )
 
     def preprocess_fn(images: jax.Array, mean: jax.Array) -> jax.Array:
@@ -81,7 +142,14 @@ def compile_steps(
 
     step_fn = jax.jit(
         functools.partial(
-            train_step, model=model, optimizer=optimizer, augment=augment_fn, frozen=frozen
+            train_step,
+            model=model,
+            optimizer=optimizer,
+            augment=augment_fn,
+            frozen=frozen,
+            loss=functools.partial(cross_entropy, smoothing=settings.label_smoothing),
+            mixup_alpha=settings.mixup,
+            average_decay=config.optimizer.average or 0.0,
         ),
         in_shardings=(state, batch, replicated),
         out_shardings=(state, replicated),
@@ -89,7 +157,7 @@ def compile_steps(
     )
     eval_fn = jax.jit(
         functools.partial(eval_step, model=model, preprocess=preprocess_fn),
-        in_shardings=(replicated, state.params, replicated, batch),
+        in_shardings=(replicated, state.evaluated, replicated, batch),
         out_shardings=replicated,
     )
     return step_fn, eval_fn

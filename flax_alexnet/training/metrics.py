@@ -2,11 +2,19 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Softmax cross-entropy in nats: float[b, classes] and int[b] → float32[b], one an image."""
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """Softmax cross-entropy in nats: float[b, classes] and int[b] → float32[b], one an image.
+
+    With `smoothing` s in [0, 1), the right class has the target 1 − s + s / classes, and each other
+    one s / classes (Szegedy, Vanhoucke, Ioffe, Shlens and Wojna 2016, section 7).
+    """
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+    if smoothing:
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+        return -(targets * log_probabilities).sum(-1)
     return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
 
 

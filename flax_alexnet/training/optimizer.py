@@ -24,7 +24,10 @@ def create_optimizer(
     *,
     rule: Literal["paper", "notebook"] = "paper",
     bias_rate: float = 1.0,
+    bias_schedule: Schedule | None = None,
     layer_rates: Mapping[str, float] | None = None,
+    layer_decays: Mapping[str, float] | None = None,
+    layer_ends: Mapping[str, int] | None = None,
     decay_biases: bool = True,
     clip_norm: float | None = None,
 ) -> OnlyFinite:
@@ -48,7 +51,11 @@ def create_optimizer(
       weight_decay: λ, ≥ 0.
       rule: which of the two rules is used.
       bias_rate: multiplies ε for biases; the original code and Caffe take 2.
+      bias_schedule: a function of the step that takes the place of ε for biases, which plateaus
+        then do not lower; None: biases follow ε.
       layer_rates: multiplies ε for the parameters of some layers, by their names.
+      layer_decays: takes the place of λ for some layers, by their names.
+      layer_ends: the number of steps after which some layers keep their values, by their names.
       decay_biases: whether λ applies to biases; the original code and Caffe leave them out.
       clip_norm: gradients are scaled down to this global norm first; None: they are not clipped.
 
@@ -60,22 +67,43 @@ def create_optimizer(
     """
     schedule = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
     clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
-    decay_mask = None if decay_biases else _kernels
+    scale = scale_by_rate(schedule, bias_rate, layer_rates, bias_schedule)
+    ends = [end_layers(layer_ends)] if layer_ends else []
     if rule == "paper":
-        return _chain(
-            *clip,
-            optax.add_decayed_weights(weight_decay, decay_mask),
-            scale_by_rate(schedule, bias_rate, layer_rates),
-            accumulate_velocity(momentum),
-        )
+        decays = add_decays(weight_decay, layer_decays, decay_biases)
+        return _chain(*clip, *decays, scale, accumulate_velocity(momentum), *ends)
     if rule == "notebook":
-        return _chain(
-            *clip,
-            optax.add_decayed_weights(lambda step: weight_decay * schedule(step), decay_mask),
-            accumulate_velocity(momentum),
-            scale_by_rate(schedule, bias_rate, layer_rates),
-        )
+        decays = add_decays(weight_decay, layer_decays, decay_biases, schedule)
+        return _chain(*clip, *decays, accumulate_velocity(momentum), scale, *ends)
     raise ValueError(f"unknown rule {rule!r}; expected 'paper' or 'notebook'")
+
+
+def add_decays(
+    weight_decay: float,
+    layer_decays: Mapping[str, float] | None = None,
+    decay_biases: bool = True,
+    schedule: Schedule | None = None,
+) -> list[optax.GradientTransformation]:
+    """Transformations of the update u to u + λ·w, one for each λ; see `create_optimizer`.
+
+    With a `schedule`, λ is multiplied by its value at each step.
+    """
+    own = layer_decays or {}
+
+    def add(decay: float) -> optax.GradientTransformation:
+        def mask(params: optax.Params) -> Any:
+            return jax.tree_util.tree_map_with_path(
+                lambda path, _: (
+                    own.get(_layer(path), weight_decay) == decay
+                    and (decay_biases or not _is_bias(path))
+                ),
+                params,
+            )
+
+        scheduled = (lambda step: decay * schedule(step)) if schedule else decay
+        return optax.add_decayed_weights(scheduled, None if decay_biases and not own else mask)
+
+    return [add(decay) for decay in dict.fromkeys((weight_decay, *own.values()))]
 
 
 def create_schedule(
@@ -103,13 +131,65 @@ def create_schedule(
         drops = sum(
             ((step >= boundary).astype(jnp.float32) for boundary in boundaries), jnp.float32(0)
         )
-        rate = learning_rate * jnp.float32(drop_factor) ** drops
-        if warmup_steps:
-            steps = (step + 1).astype(jnp.float32) - first_step
-            rate = rate * jnp.minimum(1.0, steps / warmup_steps)
-        return rate
+        return learning_rate * jnp.float32(drop_factor) ** drops
 
-    return schedule
+    return _warm_up(schedule, warmup_steps, first_step)
+
+
+def create_decay(
+    kind: Literal["exponential", "cosine"],
+    learning_rate: float,
+    total_steps: float,
+    *,
+    final_rate: float = 0.0,
+    levels: int | None = None,
+    warmup_steps: int = 0,
+    first_step: float = 0.0,
+) -> Schedule:
+    """A rate that falls from the first step of a run to the last.
+
+    With t the share of the run that is over, ε₀ the first rate and f `final_rate`:
+
+        exponential:  ε = ε₀ · f^t
+        cosine:       ε = ε₀ · (f + (1 − f) · (1 + cos(π·t)) / 2)
+
+    Args:
+      kind: which of the two.
+      learning_rate: ε₀, > 0.
+      total_steps: the steps of the run; the rate stays as it is after them.
+      final_rate: f, in [0, 1]; more than 0 for "exponential".
+      levels: n equal parts of the run with a constant rate each, of t = 0, 1/(n−1), …, 1; ≥ 2.
+        None: the rate falls with each step.
+      warmup_steps: see `create_schedule`.
+      first_step: the step at which the run begins; see `create_schedule`.
+
+    Returns:
+      A function of the step, int32[] to float32[].
+
+    References:
+      `DiscreteExpParameterSchedule` of cuda-convnet2 (`lr.cu`), which is "exponential" with levels;
+      Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts" (2017).
+    """
+    if kind == "cosine":
+        falling = optax.cosine_decay_schedule(learning_rate, 1.0, final_rate)
+    else:
+        falling = optax.exponential_decay(learning_rate, 1, final_rate)
+
+    def schedule(step: jax.Array) -> jax.Array:
+        over = jnp.clip((step.astype(jnp.float32) - first_step) / total_steps, 0.0, 1.0)
+        if levels:
+            over = jnp.minimum(jnp.floor(over * levels), levels - 1) / (levels - 1)
+        return jnp.asarray(falling(over), jnp.float32)
+
+    return _warm_up(schedule, warmup_steps, first_step)
+
+
+def _warm_up(schedule: Schedule, warmup_steps: int, first_step: float) -> Schedule:
+    def warmed_up(step: jax.Array) -> jax.Array:
+        steps = (step + 1).astype(jnp.float32) - first_step
+        return schedule(step) * jnp.minimum(1.0, steps / warmup_steps)
+
+    return warmed_up if warmup_steps else schedule
 
 
 class RateState(NamedTuple):
@@ -124,11 +204,15 @@ class RateState(NamedTuple):
 
 
 def scale_by_rate(
-    schedule: Schedule, bias_rate: float = 1.0, layer_rates: Mapping[str, float] | None = None
+    schedule: Schedule,
+    bias_rate: float = 1.0,
+    layer_rates: Mapping[str, float] | None = None,
+    bias_schedule: Schedule | None = None,
 ) -> optax.GradientTransformation:
     """Maps the update u to −ε·u with ε = schedule(step) · factor · backoff.
 
-    ε is multiplied by `bias_rate` for biases, and by the layer's factor in `layer_rates`.
+    ε is multiplied by `bias_rate` for biases, and by the layer's factor in `layer_rates`. With a
+    `bias_schedule`, ε is bias_schedule(step) · backoff for biases, times the same two factors.
     """
 
     def init(params: optax.Params) -> RateState:
@@ -148,14 +232,41 @@ def scale_by_rate(
     ) -> tuple[optax.Updates, RateState]:
         del params
         rate = jnp.asarray(schedule(state.step), jnp.float32) * state.factor * state.backoff
+        of_biases = rate
+        if bias_schedule:
+            of_biases = jnp.asarray(bias_schedule(state.step), jnp.float32) * state.backoff
 
         def scale(path: Any, u: jax.Array) -> jax.Array:
             own = bias_rate if _is_bias(path) else 1.0
-            own *= (layer_rates or {}).get(path[-2].key if len(path) > 1 else "", 1.0)
-            return u * (-rate * own).astype(u.dtype)
+            own *= (layer_rates or {}).get(_layer(path), 1.0)
+            return u * (-(of_biases if _is_bias(path) else rate) * own).astype(u.dtype)
 
         updates = jax.tree_util.tree_map_with_path(scale, updates)
         return updates, state._replace(step=state.step + 1, applied=rate)
+
+    return optax.GradientTransformation(init, update)
+
+
+def end_layers(layer_ends: Mapping[str, int]) -> optax.GradientTransformation:
+    """Makes the updates of each of these layers zero after so many steps."""
+
+    def update(
+        updates: optax.Updates,
+        state: optax.ScaleByScheduleState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
+        del params
+
+        def end(path: Any, u: jax.Array) -> jax.Array:
+            last = layer_ends.get(_layer(path))
+            return u if last is None else jnp.where(state.count < last, u, jnp.zeros_like(u))
+
+        updates = jax.tree_util.tree_map_with_path(end, updates)
+        return updates, optax.ScaleByScheduleState(state.count + 1)
+
+    def init(params: optax.Params) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
     return optax.GradientTransformation(init, update)
 
@@ -302,5 +413,5 @@ def _is_bias(path: Any) -> bool:
     return path[-1].key == "bias"
 
 
-def _kernels(params: optax.Params) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: not _is_bias(path), params)
+def _layer(path: Any) -> str:
+    return path[-2].key if len(path) > 1 else ""

@@ -87,7 +87,7 @@ def finish(
     clock: Clock,
 ) -> int:
     """Draws the report, writes the summary, and prints the last line; returns an exit code."""
-    params = gather_params(state.params, setup.layout)
+    params = gather_params(state.evaluated, setup.layout)
     if not is_main():
         return 0
     metrics = read_metrics(config.workdir / "metrics.jsonl")

@@ -16,18 +16,20 @@ from flax_alexnet.config.schema import (
     FREE_TO_CHANGE,
     LOCAL,
     Config,
+    OptimizerConfig,
     flatten,
     frozen_layers,
-    layer_rates,
+    layer_values,
 )
 from flax_alexnet.data.bad_records import BadRecords, limits
 from flax_alexnet.data.dataset import Examples, open_examples
 from flax_alexnet.data.sources import Dataset, Source, open_dataset, place_of
-from flax_alexnet.models.architectures import Conv, Dense, Layer, architecture, infer_shapes
+from flax_alexnet.models.architectures import Layer, Weighted, architecture, infer_shapes
 from flax_alexnet.parallel.distributed import gather, is_main, say_if_slow
 from flax_alexnet.parallel.layouts import Layout, make_layout
 from flax_alexnet.parallel.meeting import difference, disagreement
 from flax_alexnet.parallel.program import program, settings
+from flax_alexnet.training.build import LayerSettings
 from flax_alexnet.training.epochs import Epochs, Part
 from flax_alexnet.training.logger import read_metrics
 from flax_alexnet.training.run_directory import (
@@ -93,7 +95,7 @@ class Setup:
       layout: how arrays and layers are split over the devices.
       start: the values taken from `--init-from`, if it is given.
       frozen: names of the layers that keep their values.
-      layer_rates: factors of the learning rate, by layer.
+      layer_settings: what the optimizer does differently for some layers.
       identity: the description of the configuration and the data that `config.json` stores.
       history: what the working directory records about the run so far.
     """
@@ -103,7 +105,7 @@ class Setup:
     layout: Layout
     start: Start | None
     frozen: frozenset[str]
-    layer_rates: dict[str, float]
+    layer_settings: LayerSettings
     identity: dict[str, Any]
     history: History
 
@@ -134,6 +136,19 @@ def set_up(config: Config, resources: contextlib.ExitStack) -> Setup:
     }
     agree(seen, error="")
     return setup
+
+
+def layer_settings(config: OptimizerConfig, names: Sequence[str]) -> LayerSettings:
+    """What the flags of the optimizer say of some of the layers `names`.
+
+    Raises:
+      UserError: a value is not PATTERN=NUMBER, or a pattern matches no layer.
+    """
+    return LayerSettings(
+        rates=layer_values("optimizer.layer-rates", config.layer_rates, names),
+        decays=layer_values("optimizer.layer-decays", config.layer_decays, names),
+        ends=layer_values("optimizer.freeze-epochs", config.freeze_epochs, names),
+    )
 
 
 def use_devices() -> int:
@@ -168,8 +183,8 @@ def _set_up(config: Config, devices: int, resources: contextlib.ExitStack) -> Se
     num_classes = _num_classes(config, dataset)
     layers = architecture(config.model.variant).scaled(num_classes, config.model.width)
     layout = make_layout(config.parallel.layout, layers, config.parallel.mesh)
-    names = [layer.name for layer in layers if isinstance(layer, Conv | Dense)]
-    frozen, rates = frozen_layers(config, names), layer_rates(config, names)
+    names = [layer.name for layer in layers if isinstance(layer, Weighted)]
+    frozen = frozen_layers(config, names)
     start, origin = _start(config, num_classes, dataset.label_names, frozen)
     check_batch_size(config.batch_size, devices)
     check_sizes(config, layers)
@@ -181,7 +196,7 @@ def _set_up(config: Config, devices: int, resources: contextlib.ExitStack) -> Se
         layout=layout,
         start=start,
         frozen=frozen,
-        layer_rates=rates,
+        layer_settings=layer_settings(config.optimizer, names),
         identity=identity,
         history=History(
             changes=changes,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flax_alexnet.data.augment import mixup
 from flax_alexnet.ops.fusion import apart_on_cpu
 from flax_alexnet.training.metrics import cross_entropy, top_k_correct
 from flax_alexnet.training.optimizer import only_finite
@@ -26,6 +27,22 @@ class TrainState(flax.struct.PyTreeNode):
     mean: jax.Array  # float32[h, w, 3], in grey levels; the model is trained with it
     totals: Totals  # sums over the training images since the last report
 
+    @property
+    def evaluated(self) -> Any:
+        """The parameters that are evaluated, and used after the training."""
+        return self.params
+
+
+class AveragedState(TrainState):
+    """A state with a moving average of the parameters, which is evaluated instead of them."""
+
+    average: Any  # as params
+
+    @property
+    def evaluated(self) -> Any:
+        """The average."""
+        return self.average
+
 
 def zero_totals() -> Totals:
     """Totals over no images."""
@@ -41,6 +58,7 @@ def create_state(
     optimizer: optax.GradientTransformation,
     crop_size: int,
     frozen: Collection[str] = (),
+    averaged: bool = False,
 ) -> TrainState:
     """The state before the first step, for `train_step`.
 
@@ -52,16 +70,20 @@ def create_state(
       optimizer: one from `flax_alexnet.create_optimizer`, or any other optax optimizer.
       crop_size: side in pixels of the crop that the model sees.
       frozen: layers that `train_step` leaves as they are; they have no optimizer state.
+      averaged: whether the state is an `AveragedState`, whose average begins as the parameters do.
     """
     drawn = model.init(key, jnp.zeros((1, crop_size, crop_size, 3)))["params"]
     params = {layer: (initial or {}).get(layer, values) for layer, values in drawn.items()}
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(_without(frozen, params)),
         mean=mean,
         totals=zero_totals(),
     )
+    # The average is a copy, so that both can be donated to a step.
+    copy = jax.tree.map(jnp.copy, params)
+    return AveragedState(**vars(state), average=copy) if averaged else state
 
 
 def train_step(
@@ -73,6 +95,9 @@ def train_step(
     optimizer: optax.GradientTransformation,
     augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     frozen: Collection[str] = (),
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
+    mixup_alpha: float = 0.0,
+    average_decay: float = 0.0,
 ) -> tuple[TrainState, jax.Array]:
     """Returns the state after one update, and the batch's mean loss before it (float32[]).
 
@@ -89,6 +114,9 @@ def train_step(
         the loss as `value`; line searches, such as `optax.lbfgs`, do not work.
       augment: maps (key, images, mean) to the images that the model sees.
       frozen: layers whose parameters do not change, to the bit.
+      loss: maps logits and labels to a loss for each image, float32[b].
+      mixup_alpha: see `flax_alexnet.data.augment.mixup`; 0: images are not mixed.
+      average_decay: d in average ← d · average + (1 − d) · params, for an `AveragedState`.
 
     Raises:
       ValueError: `state.totals` has other names than `zero_totals`.
@@ -99,23 +127,28 @@ def train_step(
             "as flax_alexnet.create_state makes them"
         )
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-    images = augment(augment_key, batch["image"], state.mean)
+    images, labels = augment(augment_key, batch["image"], state.mean), batch["label"]
+    share = None
+    if mixup_alpha:
+        images, share = mixup(jax.random.fold_in(augment_key, 1), images, mixup_alpha)
 
     trained = _without(frozen, state.params)
 
     def loss_fn(trained: Any) -> tuple[jax.Array, Totals]:
         variables, rngs = {"params": {**state.params, **trained}}, {"dropout": dropout_key}
         logits: Any = model.apply(variables, images, train=True, rngs=rngs)
-        losses = cross_entropy(logits, batch["label"])
-        return losses.mean(), _totals(logits, losses, batch["label"], jnp.ones(losses.shape, bool))
+        losses = loss(logits, labels)
+        if share is not None:
+            losses = share * losses + (1 - share) * loss(logits, labels[::-1])
+        return losses.mean(), _totals(logits, losses, labels, jnp.ones(losses.shape, bool))
 
-    (loss, totals), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+    (mean_loss, totals), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
     # Without this barrier XLA fuses the gradients with later operations, which changes the last
     # bits of some biases on a CPU.
     gradients = jax.lax.optimization_barrier(gradients)
-    finite = all_finite((loss, gradients))
+    finite = all_finite((mean_loss, gradients))
     updates, opt_state = only_finite(optimizer).update(
-        gradients, state.opt_state, trained, finite=finite, value=loss
+        gradients, state.opt_state, trained, finite=finite, value=mean_loss
     )
     updates = apart_on_cpu(updates)
 
@@ -125,13 +158,17 @@ def train_step(
     def add(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.nan_to_num(a + b)
 
+    params = {**state.params, **keep(jax.tree.map(add, trained, updates), trained)}
+    if isinstance(state, AveragedState):
+        average = optax.incremental_update(params, state.average, 1 - average_decay)
+        state = state.replace(average=keep(average, state.average))
     state = state.replace(
         step=keep(state.step + 1, state.step),
-        params={**state.params, **keep(jax.tree.map(add, trained, updates), trained)},
+        params=params,
         opt_state=opt_state,
         totals=keep(jax.tree.map(add, state.totals, totals), state.totals),
     )
-    return state, jnp.where(finite, loss, jnp.nan)
+    return state, jnp.where(finite, mean_loss, jnp.nan)
 
 
 def all_finite(tree: Any) -> jax.Array:

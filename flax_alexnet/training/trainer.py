@@ -101,7 +101,7 @@ class Trainer:
         )
         totals = empty_totals(layout)
         for batch in batches:
-            totals = self.eval_fn(totals, state.params, state.mean, layout.put(batch, size))
+            totals = self.eval_fn(totals, state.evaluated, state.mean, layout.put(batch, size))
         images = float(totals["images"])
         return {f"eval_{name}": float(totals[name]) / images for name in ("loss", "top1", "top5")}
 
@@ -110,7 +110,7 @@ class Trainer:
         train = self.setup.data.train
         sample = train.take(range(min(SAMPLE, len(train))))["image"]
         images = preprocess(sample, self.config.preprocessing(np.asarray(state.mean)))
-        return gather_params(state.params, self.setup.layout), images
+        return gather_params(state.evaluated, self.setup.layout), images
 
 
 def make_trainer(config: Config, setup: Setup, checkpoints: Checkpoints) -> Trainer:
@@ -121,7 +121,8 @@ def make_trainer(config: Config, setup: Setup, checkpoints: Checkpoints) -> Trai
     optimizer = make_optimizer(
         config.optimizer,
         epochs.images / config.batch_size,
-        setup.layer_rates,
+        config.epochs,
+        setup.layer_settings,
         epochs.first_step,
     )
     init_fn: Any = functools.partial(
@@ -130,6 +131,7 @@ def make_trainer(config: Config, setup: Setup, checkpoints: Checkpoints) -> Trai
         optimizer=optimizer,
         crop_size=config.augment.crop_size,
         frozen=setup.frozen,
+        averaged=config.optimizer.average is not None,
     )
     template = state_template(init_fn, config.data.image_size, setup.layout)
     step_fn, eval_fn = compile_steps(config, model, optimizer, setup.layout, template, setup.frozen)

@@ -1,6 +1,7 @@
 """Each augmentation against NumPy, with the draws taken from the same key."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,15 @@ import numpy as np
 import pytest
 
 from flax_alexnet.data.augment import (
-    COLOR_SCALES,
-    PRINCIPAL_COMPONENTS,
+    COLOR_NOISE,
     augment,
     center_crop,
     color_noise,
+    mixup,
     preprocess,
     random_crop,
     random_flip,
+    random_resized_crop,
     subtract_mean,
     ten_crops,
 )
@@ -23,6 +25,7 @@ from flax_alexnet.data.preprocessing import Preprocessing
 from flax_alexnet.utils.errors import UserError
 
 KEY = jax.random.key(3)
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -82,21 +85,97 @@ def test_random_flip_mirrors_half_of_the_images_whole(images):
     assert 420 < mirrored.sum() < 580
 
 
-@pytest.mark.parametrize("scaling", ["cuda-convnet", "eigenvalues"])
+def test_a_chunk_shares_a_crop_and_a_flip(images):
+    """As the original code draws them: 32 images in a row, and the last chunk may be shorter."""
+    places = np.arange(120).reshape(1, 10, 12, 1)
+    same = jnp.asarray(np.repeat(places, 70, 0))
+    for change in (
+        lambda key, x: random_crop(key, x, 8, chunk=32),
+        lambda key, x: random_flip(key, x, chunk=32),
+    ):
+        seen = set()
+        for number in range(8):
+            results = np.asarray(change(jax.random.key(number), same))
+            assert results.shape[0] == 70
+            chunks = [results[start : start + 32] for start in (0, 32, 64)]
+            assert all((chunk == chunk[0]).all() for chunk in chunks)
+            seen |= {chunk[0].tobytes() for chunk in chunks}
+        assert len(seen) > 1
+    np.testing.assert_array_equal(random_flip(KEY, images, chunk=1), random_flip(KEY, images))
+
+
+def test_a_resized_crop_is_a_rectangle_of_the_image():
+    """Of an image whose values are its coordinates, a crop has the coordinates of its places."""
+    rows, columns = np.mgrid[:32, :40].astype(np.float32)
+    places = np.repeat(np.stack([rows, columns, 0 * rows], -1)[None], 4000, 0)
+    crops = np.asarray(random_resized_crop(KEY, jnp.asarray(places), 16, 0.3))
+    assert crops.shape == (4000, 16, 16, 3)
+    # Inside the image, where nothing is cut off, the coordinates are linear.
+    heights, widths = ((crops[:, 8, 8, axis] - crops[:, 7, 7, axis]) * 16 for axis in (0, 1))
+    areas, ratios = heights * widths / (32 * 40), widths / heights
+    assert areas.min() >= 0.3 * 0.99
+    assert areas.max() <= 1.001
+    cut = (heights > 31.99) | (widths > 39.99)  # by the sides of the image
+    assert (np.abs(np.log(ratios[~cut])) <= np.log(4 / 3) + 1e-3).all()
+    # Uniform on [0.3, 1], but for the large ones that the sides cut.
+    assert np.mean(areas < 0.5) == pytest.approx(2 / 7, abs=0.03)
+    tops = crops[:, :, :, 0].mean((1, 2)) - heights / 2 + 0.5
+    assert tops.min() >= -0.01
+    assert (tops + heights).max() <= 32.01
+
+
+def test_a_resized_crop_of_all_of_a_square_is_the_image(images):
+    square = jnp.asarray(images[:1, :, :10], jnp.float32)
+    for number in range(20):  # until a ratio is almost one
+        crop = random_resized_crop(jax.random.key(number), square, 10, 1.0)
+        assert crop.shape == square.shape
+    keys = jax.random.split(jax.random.key(0), 3000)
+    crops = jax.vmap(lambda key: random_resized_crop(key, square, 10, 1.0))(keys)
+    assert np.abs(np.asarray(crops) - square[None]).max((1, 2, 3, 4)).min() < 2
+
+
+def test_mixup_is_the_formula_and_lambda_is_of_the_beta_distribution(images):
+    x = jnp.asarray(images, jnp.float32)
+    mixed, share = mixup(KEY, x, 0.4)
+    share = float(share)
+    assert 0.5 <= share <= 1
+    np.testing.assert_allclose(mixed, share * x + (1 - share) * x[::-1], rtol=1e-5, atol=1e-4)
+    keys = jax.random.split(KEY, 4000)
+    shares = np.asarray(jax.vmap(lambda key: mixup(key, x[:1, :1, :1], 0.4)[1])(keys))
+    # Of the larger of λ and 1 − λ, the distance to 1/2 is that of λ: its square has the variance
+    # of Beta(α, α), 1 / (4·(2·α + 1)).
+    assert ((shares - 0.5) ** 2).mean() == pytest.approx(1 / (4 * 1.8), rel=0.03)
+
+
+@pytest.mark.parametrize("scaling", ["cuda-convnet", "eigenvalues", "original"])
 def test_color_noise_is_the_papers_formula(images, scaling):
     noisy = color_noise(KEY, jnp.asarray(images, jnp.float32), scaling)
     alpha = 0.1 * np.asarray(jax.random.normal(KEY, (len(images), 3)), np.float64)
+    components, scales = COLOR_NOISE[scaling]
     for image, ours, a in zip(images, np.asarray(noisy), alpha, strict=True):
-        shift = sum(PRINCIPAL_COMPONENTS[:, k] * a[k] * COLOR_SCALES[scaling][k] for k in range(3))
-        np.testing.assert_allclose(ours, image + shift, atol=1e-4)
+        shift = sum(components[:, k] * a[k] * scales[k] for k in range(3))
+        divisor = 1.1 if scaling == "original" else 1.0
+        np.testing.assert_allclose(ours, (image + shift) / divisor, atol=1e-4)
 
 
 def test_the_original_code_is_stronger_by_the_known_factors():
-    factors = COLOR_SCALES["cuda-convnet"] / COLOR_SCALES["eigenvalues"]
+    factors = COLOR_NOISE["cuda-convnet"][1] / COLOR_NOISE["eigenvalues"][1]
     np.testing.assert_allclose(factors, [2.2, 7.7, 17.2], atol=0.05)
-    # Orthonormal columns: a unit draw moves an image by exactly the scale.
-    gram = PRINCIPAL_COMPONENTS.T @ PRINCIPAL_COMPONENTS
-    np.testing.assert_allclose(gram, np.eye(3), atol=1e-3)
+    for components, _ in COLOR_NOISE.values():
+        # Orthonormal columns: a unit draw moves an image by exactly the scale.
+        np.testing.assert_allclose(components.T @ components, np.eye(3), atol=1e-3)
+
+
+def test_the_original_components_are_those_of_the_original_code():
+    path = SHARED / "imagenet_mean" / "ilsvrc2012_mean_and_pca.npz"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    components, deviations = COLOR_NOISE["original"]
+    with np.load(path) as theirs:
+        vectors, scales = theirs["color_vectors"][:, ::-1], theirs["color_std"][::-1]
+    signs = np.sign((vectors * components).sum(0))  # of which a component has two
+    np.testing.assert_allclose(components, vectors * signs, atol=1e-6)
+    np.testing.assert_allclose(deviations, scales, atol=5e-3)
 
 
 def test_augment_composes_the_parts_and_evaluation_takes_the_centre(images):

@@ -21,7 +21,7 @@ from flax_alexnet.training.step import create_state
 @pytest.fixture(scope="module")
 def parts():
     """Optimizer, steps and state of a tiny run."""
-    model_config = ModelConfig("cuda_convnet_cifar10", 10)
+    model_config = ModelConfig("cuda_convnet_19pct", 10)
     rule = Preprocessing(20, "paper", 16, np.zeros(3), 1 / 64)
     config = Config(model=model_config).with_preprocessing(rule)
     layers = architecture(model_config.variant).scaled(10, 1.0)
@@ -84,3 +84,51 @@ def test_epochs_become_steps():
         _, state = optimizer.update(params, state, params)
         rates.append(round(float(applied_rate(state)), 6))
     assert rates == [1.0] * 6 + [0.1] * 2
+
+
+def rates(config, steps, **options):
+    """The rates of a kernel and of a bias at some steps."""
+    optimizer = build.make_optimizer(config, steps_per_epoch=10, **options)
+    params = {"conv1": {"kernel": jnp.zeros(1), "bias": jnp.zeros(1)}}
+    state, result = optimizer.init(params), []
+    for step in range(max(steps) + 1):
+        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        if step in steps:
+            result.append([-float(updates["conv1"][name][0]) for name in ("kernel", "bias")])
+    return np.array(result)
+
+
+def test_drops_may_leave_biases_alone():
+    config = OptimizerConfig(
+        learning_rate=0.5,
+        momentum=0.0,
+        bias_rate=2.0,
+        schedule="steps",
+        drop_epochs=(1.0,),
+        drop_biases=False,
+    )
+    np.testing.assert_allclose(rates(config, (0, 9, 10)), [[0.5, 1], [0.5, 1], [0.05, 1]])
+
+
+def test_biases_may_fall_in_other_steps():
+    config = OptimizerConfig(
+        learning_rate=1.0,
+        momentum=0.0,
+        schedule="exponential",
+        final_rate=0.01,
+        rate_levels=3,
+        bias_final_rate=0.1,
+        bias_rate_levels=2,
+    )
+    expected = [[1, 1], [0.1, 1], [0.1, 0.1], [0.01, 0.1]]
+    np.testing.assert_allclose(rates(config, (0, 14, 15, 20), epochs=3), expected, rtol=1e-5)
+    same = OptimizerConfig(momentum=0.0, schedule="cosine", learning_rate=1.0)
+    kernel, bias = rates(same, (5,), epochs=1)[0]
+    assert kernel == bias == pytest.approx(0.5)
+
+
+def test_layers_end_at_an_epoch():
+    config = OptimizerConfig(learning_rate=1.0, momentum=0.0)
+    layers = build.LayerSettings(ends={"conv1": 2.0})
+    actual = rates(config, (19, 20), layers=layers, first_step=0.0)
+    np.testing.assert_allclose(actual, [[1, 1], [0, 0]])

@@ -18,7 +18,7 @@ from flax_alexnet.training.divergence import (
     plateau_warning,
 )
 
-MODEL = AlexNet("cuda_convnet_cifar10", num_classes=4, width=0.25)
+MODEL = AlexNet("cuda_convnet_19pct", num_classes=4, width=0.25)
 IMAGES = np.random.default_rng(1).normal(size=(3, 24, 24, 3)).astype("f")
 
 

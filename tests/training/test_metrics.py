@@ -17,6 +17,16 @@ def test_cross_entropy_is_minus_the_log_of_the_softmax():
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_label_smoothing_spreads_a_share_of_the_target():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.standard_normal((16, 10)) * 5, rng.integers(0, 10, 16)
+    targets = np.full((16, 10), 0.3 / 10)
+    targets[np.arange(16), labels] += 0.7
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    ours = cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels), smoothing=0.3)
+    np.testing.assert_allclose(ours, -(targets * log_p).sum(1), rtol=1e-5)
+
+
 def test_cross_entropy_is_finite_for_huge_logits_and_taken_in_float32():
     logits = jnp.array([[3e4, 0.0], [0.0, 3e4]], jnp.bfloat16)
     ours = cross_entropy(logits, jnp.array([0, 0]))
@@ -47,8 +57,8 @@ def test_fault_relu_on_the_logits():
     """Negative logits get no gradient; a model whose logits all die is dead for good."""
     params_of = lambda model: model.init(jax.random.key(0), images)["params"]  # noqa: E731
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
-    faulty = AlexNet("cuda_convnet_cifar10", 10, relu_logits=True)
-    repaired = AlexNet("cuda_convnet_cifar10", 10)
+    faulty = AlexNet("cuda_convnet_19pct", 10, relu_logits=True)
+    repaired = AlexNet("cuda_convnet_19pct", 10)
     params = params_of(repaired)
     params["fc10"]["bias"] -= 1000.0
 

@@ -8,6 +8,7 @@ import pytest
 from flax_alexnet.training.optimizer import (
     applied_rate,
     backoff,
+    create_decay,
     create_optimizer,
     create_schedule,
     drop_on_plateau,
@@ -31,24 +32,39 @@ def gradient(weights, step):
     return 0.3 * weights + np.cos(step + np.arange(weights.size).reshape(weights.shape))
 
 
-def simulate(rule, rate, *, momentum=0.9, decay=0.0005, bias_rate=1.0, decay_biases=True):
-    """Fifty steps in float64; `rate` is a function of the step."""
+def simulate(
+    rule,
+    rate,
+    *,
+    momentum=0.9,
+    decay=0.0005,
+    bias_rate=1.0,
+    decay_biases=True,
+    rate_of_biases=None,
+    layer_decays=None,
+    layer_ends=None,
+):
+    """Fifty steps in float64; `rate` and `rate_of_biases` are functions of the step."""
     weights = start()
     velocity = jax.tree.map(np.zeros_like, weights)
     for step in range(STEPS):
         for layer, arrays in weights.items():
             for name, w in arrays.items():
                 g = gradient(w, step)
-                own_decay = decay if decay_biases or name == "kernel" else 0.0
-                own_rate = rate(step) * (bias_rate if name == "bias" else 1.0)
+                own_decay = (layer_decays or {}).get(layer, decay)
+                own_decay *= decay_biases or name == "kernel"
+                base = rate_of_biases if rate_of_biases and name == "bias" else rate
+                own_rate = base(step) * (bias_rate if name == "bias" else 1.0)
                 v = velocity[layer][name]
                 if rule == "paper":
                     v = momentum * v - own_decay * own_rate * w - own_rate * g
-                    weights[layer][name] = w + v
+                    new = w + v
                 else:
                     v = momentum * v + g + own_decay * rate(step) * w
-                    weights[layer][name] = w - own_rate * v
+                    new = w - own_rate * v
                 velocity[layer][name] = v
+                if step < (layer_ends or {}).get(layer, STEPS):
+                    weights[layer][name] = new
     return weights
 
 
@@ -90,6 +106,88 @@ def test_fifty_steps_follow_the_rule_through_a_drop_of_the_rate(rule, options):
     params = run(create_optimizer(schedule, rule=rule, **options))
     options = {"decay" if name == "weight_decay" else name: v for name, v in options.items()}
     assert_close(params, simulate(rule, float_schedule, **options))
+
+
+@pytest.mark.parametrize("rule", ["paper", "notebook"])
+def test_layers_have_their_own_decays_and_ends_and_biases_their_own_schedule(rule):
+    def of_biases(step):
+        return 0.02 * 0.1 ** (step >= 30)
+
+    biases = create_schedule(0.02, boundaries=(30,))
+    options = {"layer_decays": {"fc6": 0.3}, "layer_ends": {"conv1": 12}, "decay_biases": False}
+    optimizer = create_optimizer(
+        create_schedule(0.05, boundaries=(20, 35)),
+        rule=rule,
+        bias_rate=2.0,
+        bias_schedule=biases,
+        **options,
+    )
+    expected = simulate(rule, float_schedule, bias_rate=2.0, rate_of_biases=of_biases, **options)
+    assert_close(run(optimizer), expected)
+    plain = simulate(rule, float_schedule, bias_rate=2.0, decay_biases=False)
+    for layer in plain:
+        assert not np.allclose(plain[layer]["kernel"], expected[layer]["kernel"], rtol=1e-3)
+
+
+def test_a_decay_of_a_layer_may_be_that_of_all():
+    """Layers of equal decays are decayed once."""
+    same = create_optimizer(0.05, layer_decays={"fc6": 0.0005})
+    assert_close(run(same), simulate("paper", lambda _: 0.05))
+
+
+def test_a_layer_that_has_ended_keeps_its_bits():
+    optimizer = create_optimizer(0.05, layer_ends={"conv1": 1})
+    params = {"conv1": {"kernel": jnp.float32([0.1, -0.7])}, "fc6": {"kernel": jnp.ones(2)}}
+    state = optimizer.init(params)
+    for step in range(3):
+        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        new = jax.tree.map(jnp.add, params, updates)
+        moved = {
+            name: not np.array_equal(new[name]["kernel"], params[name]["kernel"]) for name in new
+        }
+        assert moved == {"conv1": step == 0, "fc6": True}
+        params = new
+
+
+def test_plateaus_leave_biases_with_a_schedule_of_their_own_alone():
+    optimizer = create_optimizer(
+        1.0, momentum=0.0, weight_decay=0.0, bias_schedule=create_schedule(0.5)
+    )
+    params = {"fc6": {"kernel": jnp.ones(1), "bias": jnp.ones(1)}}
+    state = optimizer.init(params)
+    for error in (0.5, 0.5):
+        state = drop_on_plateau(state, error)
+    state = with_backoff(state, 0.5)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+    assert float(updates["fc6"]["kernel"][0]) == pytest.approx(-0.1 * 0.5)
+    assert float(updates["fc6"]["bias"][0]) == pytest.approx(-0.5 * 0.5)
+
+
+def test_an_exponential_schedule_is_that_of_the_original_code():
+    """`DiscreteExpParameterSchedule` with the two schedules of #170, over 90 epochs of 10 steps."""
+    kernels = create_decay("exponential", 0.01, 900, final_rate=1 / 250, levels=4)
+    biases = create_decay("exponential", 0.02, 900, final_rate=1 / 10, levels=2)
+    steps = np.arange(900)
+    level = 0.01 * 250.0 ** -(np.arange(4) / 3)  # 0.01, 0.0016, 0.00025, 0.00004
+    np.testing.assert_allclose(
+        jax.vmap(kernels)(steps), level[np.minimum(steps // 225, 3)], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        jax.vmap(biases)(steps), np.where(steps < 450, 0.02, 0.002), rtol=1e-5
+    )
+    smooth = create_decay("exponential", 0.01, 900, final_rate=1 / 250)
+    np.testing.assert_allclose(jax.vmap(smooth)(steps), 0.01 * 250.0 ** (-steps / 900), rtol=1e-4)
+    assert float(smooth(jnp.int32(2000))) == pytest.approx(0.01 / 250)
+
+
+def test_a_cosine_schedule_warms_up_and_falls():
+    schedule = create_decay("cosine", 0.1, 100, final_rate=0.1, warmup_steps=10, first_step=20)
+    steps = np.arange(20, 120)
+    over = (steps - 20) / 100
+    expected = 0.1 * (0.1 + 0.9 * (1 + np.cos(np.pi * over)) / 2)
+    expected *= np.minimum(1, (steps - 19) / 10)
+    np.testing.assert_allclose(jax.vmap(schedule)(steps), expected, rtol=1e-5)
+    assert float(schedule(jnp.int32(500))) == pytest.approx(0.01)
 
 
 def test_the_two_rules_differ_where_the_text_says_they_do():

@@ -217,7 +217,7 @@ def as_optax_has_it():
 )
 def test_any_optimizer_of_optax_trains(optimizer):
     """And its state stays, to the bit, where a loss is not finite."""
-    model = AlexNet("cuda_convnet_cifar10", 3, initialization="he")
+    model = AlexNet("cuda_convnet_19pct", 3, initialization="he")
     settings = {"model": model, "optimizer": optimizer}
     mean = jnp.full((18, 18, 3), 127.0)
     make = jax.jit(functools.partial(create_state, crop_size=16, **settings))
@@ -246,7 +246,7 @@ def test_any_optimizer_of_optax_trains(optimizer):
 
 
 def test_totals_of_another_kind_are_named():
-    model, optimizer = AlexNet("cuda_convnet_cifar10", 3), optax.sgd(0.1)
+    model, optimizer = AlexNet("cuda_convnet_19pct", 3), optax.sgd(0.1)
     settings = {"model": model, "optimizer": optimizer}
     mean = jnp.zeros((18, 18, 3))
     make = functools.partial(create_state, crop_size=16, **settings)

@@ -12,7 +12,7 @@ import pytest
 from flax_alexnet.checkpoint.manager import Checkpoints, newest_intact, restore_model
 from flax_alexnet.commands.convert import main as convert
 from flax_alexnet.config.recipes import parse_config
-from flax_alexnet.config.schema import Config, OptimizerConfig, frozen_layers, layer_rates
+from flax_alexnet.config.schema import Config, frozen_layers, layer_values
 from flax_alexnet.train import main
 from flax_alexnet.weights import safetensors_files
 from flax_alexnet.weights.finetuning import adapt, start_from
@@ -221,8 +221,8 @@ def test_layers_are_named_by_patterns_of_either_kind(pattern, expected):
     frozen = frozen_layers(Config(freeze=(pattern,)), names)
     assert sorted(int(name[-1]) for name in frozen) == expected
     if "," not in pattern:
-        rates = OptimizerConfig(layer_rates=(f"{pattern}=0.1",))
-        assert layer_rates(Config(optimizer=rates), names) == dict.fromkeys(frozen, 0.1)
+        rates = layer_values("optimizer.layer-rates", (f"{pattern}=0.1",), names)
+        assert rates == dict.fromkeys(frozen, 0.1)
 
 
 @pytest.mark.parametrize(
