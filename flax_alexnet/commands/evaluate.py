@@ -46,14 +46,14 @@ class EvaluateConfig:
     match_by_order: bool = False
     """Match the classes of the dataset and of the model by their order, if neither names nor
     numbers match."""
-    crops: Literal[1, 10] = 1
-    """1 for the central crop, 10 for the mean over the paper's ten crops."""
+    crops: Literal[1, 2, 10] = 1
+    """1 for the central crop, 2 for it and its mirror image, 10 for the paper's ten crops."""
     output: Path | None = None
     """A folder for evaluation.json, classes.csv, confusion.csv and confusion.png; none: evaluation
     in the run, or FILE-evaluation beside a weight file. A number is added if it holds another
     evaluation."""
     batch_size: int = 64
-    """Images that a model sees at once (ten times as many with ten crops)."""
+    """Images that a model sees at once (times --crops)."""
     overwrite: bool = False
     """Replace existing files with these names, even if they are not an evaluation."""
 
@@ -266,7 +266,7 @@ def evaluate(
       models: classifiers with the same classes.
       source: images with labels.
       labels: the models' class of each of the source's, as `match_labels` gives.
-      crops: 1 or 10.
+      crops: 1, 2 or 10.
       batch_size: images at once.
 
     Raises:

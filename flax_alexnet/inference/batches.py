@@ -99,14 +99,16 @@ def log_probabilities(pretrained: Pretrained, crops: int = 1) -> Callable[[jax.A
 
     Args:
       pretrained: a classifier.
-      crops: 1 for the central crop, or 10 for the paper's corners, centre and their mirror images
-        (section 4.1), over which the probabilities are averaged.
+      crops: 1 for the central crop, 2 for it and its mirror image, or 10 for the paper's corners,
+        centre and their mirror images (section 4.1), over which the probabilities are averaged.
     """
 
     def of_batch(model: AlexNet, params: Any, images: jax.Array) -> jax.Array:
-        seen = (
-            pretrained.preprocess(images)[:, None] if crops == 1 else pretrained.ten_crops(images)
-        )
+        if crops == 10:
+            seen = pretrained.ten_crops(images)
+        else:
+            centre = pretrained.preprocess(images)
+            seen = jnp.stack([centre, centre[:, :, ::-1]][:crops], axis=1)
         logits: Any = model.apply({"params": params}, seen.reshape(-1, *seen.shape[2:]))
         logits = logits.astype(jnp.float32).reshape(*seen.shape[:2], -1)
         means = jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=1)

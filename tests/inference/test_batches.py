@@ -37,7 +37,7 @@ def test_each_image_has_its_row_and_a_bad_one_none(values, batch_size):
 def test_probabilities_add_up_and_ten_crops_are_their_mean(pretrained):
     size = pretrained.preprocessing.image_size
     images = np.random.default_rng(0).integers(0, 256, (8, size, size, 3), np.uint8)
-    for crops in (1, 10):
+    for crops in (1, 2, 10):
         sums = np.exp(np.asarray(log_probabilities(pretrained, crops)(images))).sum(axis=1)
         np.testing.assert_allclose(sums, 1, rtol=1e-5)
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 FLAGS = [
-    *("--model.variant", "cuda_convnet_cifar10", "--model.width", "0.1", "--batch-size", "8"),
+    *("--model.variant", "cuda_convnet_19pct", "--model.width", "0.1", "--batch-size", "8"),
     *("--data.image-size", "16", "--augment.crop-size", "12", "--steps", "60", "--epochs", "100"),
     *("--log-every", "2", "--eval-epochs", "2", "--save-patience", "0.05", "--workdir", "run"),
 ]

@@ -1,0 +1,314 @@
+"""Which claims of the paper hold on CIFAR-10: trains what each of them compares.
+
+A claim compares arms: recipes that differ in one thing, trained with the same seeds. Its rule was
+fixed before the runs: the effect of each seed is a difference between runs of that seed, and the
+claim holds if the 95 % interval of the mean effect is above zero, does not hold if it is below
+zero, and cannot be told apart from none if it contains zero (`verdicts.py`).
+
+The models are those of the original code on 24 × 24 crops, on a schedule of ten epochs, unless an
+arm says otherwise (`arms.py`). Claims share the runs of an arm. Each finished run is appended to
+`claims.csv`; started again, also on another machine with that file, the script trains what is
+missing, and a run that was interrupted goes on.
+
+It reads CIFAR-10 as TFDS prepares it. Run (about eight hours on two cores; `--quick` a minute):
+
+    python -m flax_alexnet prepare --data.name cifar10
+    python experiments/paper/claims.py
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tyro
+from arms import ARMS
+from runner import Job, Runner
+from verdicts import Claim, Effect, Run, describe, judge, read_runs
+
+from flax_alexnet.data.sources import open_dataset
+from flax_alexnet.utils.errors import STOPPED, UserError, exit_code
+
+
+def _lower(measure: str, better: str, worse: str) -> Effect:
+    """How much less of a measure an arm has than another, in points of a hundred."""
+
+    def effect(runs: Mapping[str, Run]) -> float:
+        return 100 * (runs[worse].last(measure) - runs[better].last(measure))
+
+    return Effect((better, worse), effect)
+
+
+def _less_overfitting(better: str, worse: str) -> Effect:
+    """How much less the loss of an arm grows from training images to test images."""
+
+    def gap(run: Run) -> float:
+        return run.last("test_loss") - run.last("sample_loss")
+
+    def effect(runs: Mapping[str, Run]) -> float:
+        return gap(runs[worse]) - gap(runs[better])
+
+    return Effect((better, worse), effect, "nats")
+
+
+def _within(more: str, less: str) -> Effect:
+    """How much more of a measure the base runs have than of another, in points."""
+
+    def effect(runs: Mapping[str, Run]) -> float:
+        return 100 * (runs["base"].last(more) - runs["base"].last(less))
+
+    return Effect(("base",), effect)
+
+
+STARTS = ("start", "start_biases_of_one")
+
+
+def _dropout_iterations(runs: Mapping[str, Run]) -> float:
+    """The logarithm of how many times longer dropout takes to 40 % training error."""
+    with_dropout, without = (
+        runs[arm].epochs_to("train_error", 0.4) for arm in ("dense_dropout", "dense")
+    )
+    return math.log(with_dropout / without) if math.isfinite(with_dropout) else math.inf
+
+
+def _faster_start(runs: Mapping[str, Run]) -> float:
+    """The difference of the mean training error over the first epoch, in points."""
+    plain, ones = (runs[arm].mean("train_error") for arm in STARTS)
+    return 100 * (plain - ones)
+
+
+def _fewer_dead(runs: Mapping[str, Run]) -> float:
+    """The difference of the mean share of dead units in conv2 and conv3, in points."""
+    plain, ones = (
+        sum(runs[arm].last(f"dead_{layer}") for layer in ("conv2", "conv3")) / 2 for arm in STARTS
+    )
+    return 100 * (plain - ones)
+
+
+CLAIMS = (
+    Claim(
+        "half",
+        "3.2",
+        "Two towers have a lower error than one of half the kernels",
+        _lower("test_error", "towers", "half"),
+        "1.7 and 1.2 points (top-1, top-5)",
+    ),
+    Claim(
+        "apart",
+        "3.2",
+        "Towers that exchange their maps at conv3 have a lower error than towers that never do",
+        _lower("test_error", "towers", "apart"),
+        "1.2 and 1.1 points (log of #150)",
+    ),
+    Claim(
+        "norm",
+        "3.3",
+        "Normalization across maps lowers the error (11pct with and without its norms)",
+        _lower("test_error", "11pct", "11pct_no_norm"),
+        "2 points on CIFAR-10",
+    ),
+    Claim(
+        "norm_13pct",
+        "3.3",
+        "The model of 11 % has a lower error than the one of 13 %, which also has a narrower layer",
+        _lower("test_error", "11pct", "13pct"),
+        "2 points on CIFAR-10",
+    ),
+    Claim(
+        "map_norm",
+        "3.3",
+        "Normalization within maps lowers the error (18pct; not in the paper's text)",
+        _lower("test_error", "base", "no_norm"),
+    ),
+    Claim(
+        "pooling",
+        "3.4",
+        "Overlapping pooling (3 × 3, stride 2) has a lower error than 2 × 2",
+        _lower("test_error", "base", "pool2"),
+        "0.4 and 0.3 points (top-1, top-5)",
+    ),
+    Claim(
+        "pooling_overfits",
+        "3.4",
+        "Models with overlapping pooling are slightly more difficult to overfit",
+        _less_overfitting("not_augmented", "pool2_not_augmented"),
+    ),
+    Claim(
+        "augmentation",
+        "4.1",
+        "Random crops and flips lower the error",
+        _lower("test_error", "base", "not_augmented"),
+    ),
+    Claim(
+        "augmentation_overfits",
+        "4.1",
+        "Without random crops and flips the model overfits",
+        _less_overfitting("base", "not_augmented"),
+    ),
+    Claim(
+        "ten_crops",
+        "4.1",
+        "The mean over ten crops has a lower error than the central crop",
+        _within("test_error", "test_error_10_crops"),
+        "1.5 and 1.3 points (top-1, top-5)",
+    ),
+    Claim(
+        "color_noise",
+        "4.1",
+        "Colour noise lowers the error",
+        _lower("test_error", "color_noise", "base"),
+        "more than 1 point",
+    ),
+    Claim(
+        "dropout_overfits",
+        "4.2",
+        "Without dropout a model with a wide dense layer overfits",
+        _less_overfitting("dense_dropout", "dense"),
+    ),
+    Claim(
+        "dropout_iterations",
+        "4.2",
+        "Dropout needs more iterations to converge (to 40 % training error)",
+        Effect(("dense_dropout", "dense"), _dropout_iterations, "times"),
+        "about 2 times",
+    ),
+    Claim(
+        "decay",
+        "5",
+        "A decay of 0.0005 lowers the training error",
+        _lower("sample_error", "paper_decay", "no_decay"),
+    ),
+    Claim(
+        "biases",
+        "5",
+        "Biases of one accelerate the early learning (mean training error of an epoch)",
+        Effect(STARTS, _faster_start),
+    ),
+    Claim(
+        "biases_dead",
+        "5",
+        "Biases of one leave fewer units that no image makes positive, after one epoch",
+        Effect(STARTS, _fewer_dead),
+    ),
+    Claim(
+        "towers_color",
+        "6.1",
+        "In every run the kernels of one tower are more selective for colour",
+        Effect(("towers",), lambda runs: runs["towers"].last("color_chance"), "chance"),
+        "in every run",
+    ),
+    Claim(
+        "neighbours",
+        "6.1",
+        "Neighbours in the last hidden layer share the class more often than those in pixels",
+        _within("neighbours_features", "neighbours_pixels"),
+    ),
+    Claim(
+        "without_conv2",
+        "7",
+        "Without a middle layer (conv2) the error is higher",
+        _lower("test_error", "base", "without_conv2"),
+        "about 2 points",
+    ),
+    Claim(
+        "without_conv3",
+        "7",
+        "Without a middle layer (conv3) the error is higher",
+        _lower("test_error", "base", "without_conv3"),
+        "about 2 points",
+    ),
+    Claim(
+        "narrow",
+        "7",
+        "A model of half the width has a higher error",
+        _lower("test_error", "base", "narrow"),
+    ),
+    Claim(
+        "wide",
+        "7",
+        "A model of one and a half times the width has a lower error",
+        _lower("test_error", "wide", "base"),
+    ),
+    *(
+        Claim(name, "later", f"{what} lowers the error", _lower("test_error", name, "base"))
+        for name, what in {
+            "he": "He et al.'s initialization",
+            "cosine": "A cosine schedule with warm-up",
+            "label_smoothing": "Label smoothing of 0.1",
+            "mixup": "Mixup of 0.2",
+            "resized_crops": "Random resized crops",
+            "average": "A moving average of the weights",
+            "modern": "All of these together",
+        }.items()
+    ),
+    Claim(
+        "flips",
+        "later",
+        "The mean with the mirrored image lowers the error",
+        _within("test_error", "test_error_2_crops"),
+    ),
+)
+PUBLISHED = ("80sec", "19pct", "18pct", "13pct_published", "11pct_shortened")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The claims of the paper on CIFAR-10."""
+
+    data_dir: Path | None = None
+    """Folder with the prepared cifar10; none: TFDS_DATA_DIR, or ~/tensorflow_datasets."""
+    output: Path = Path("results")
+    """Folder of claims.csv, to which finished runs are appended."""
+    workdir: Path = Path("runs/claims")
+    """Folder of the runs, which go on if they are interrupted."""
+    only: tuple[str, ...] = ()
+    """Names of claims or arms; none: all."""
+    hours: float = math.inf
+    """Hours after which the runs stop; the same command goes on."""
+    workers: int = 0
+    """Runs at a time, each on its own cores; 0: one for each core."""
+    quick: bool = False
+    """Two seeds of narrow models on few images, whose results mean nothing."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains what is missing and prints the verdicts; returns an exit code."""
+    arguments = tyro.cli(Arguments, args=argv)
+    try:
+        jobs = jobs_of(arguments)
+        open_dataset("cifar10", arguments.data_dir)
+    except UserError as error:
+        return exit_code(error)
+    path = arguments.output / ("claims_quick.csv" if arguments.quick else "claims.csv")
+    runner = Runner(
+        path,
+        arguments.workdir / ("quick" if arguments.quick else "full"),
+        arguments.data_dir,
+        arguments.quick,
+    )
+    complete = runner.train(jobs, arguments.workers, arguments.hours)
+    runs = read_runs(path)
+    for claim in CLAIMS:
+        if not arguments.only or claim.name in arguments.only:
+            print(describe(claim, judge(claim, runs)))
+    return 0 if complete else STOPPED
+
+
+def jobs_of(arguments: Arguments) -> list[Job]:
+    """The runs that the claims and arms in `--only` need, seed by seed."""
+    arms = {claim.name: claim.effect.arms for claim in CLAIMS} | {arm: (arm,) for arm in PUBLISHED}
+    names = arguments.only or tuple(arms)
+    wanted: dict[str, None] = {}
+    for name in names:
+        if name not in arms and name not in ARMS:
+            raise UserError(f"unknown claim or arm {name}; expected some of {', '.join(arms)}")
+        wanted |= dict.fromkeys(arms.get(name, ()) or (name,))
+    most = 2 if arguments.quick else sys.maxsize
+    # All arms of one seed come before the next seed, so that a claim has something early.
+    jobs = [(arm, seed) for arm in wanted for seed in range(min(ARMS[arm].seeds, most))]
+    return sorted(jobs, key=lambda job: job[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

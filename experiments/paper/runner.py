@@ -1,0 +1,128 @@
+"""Trains arms with several seeds, several at a time, and appends what was measured to a file."""
+
+import contextlib
+import csv
+import dataclasses
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+from verdicts import COLUMNS, LAST, read_runs
+
+from flax_alexnet.utils.errors import STOPPED
+
+Job = tuple[str, int]  # an arm and a seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """Trains what a file of measures lacks.
+
+    Attributes:
+      path: the file, to which each finished run is appended.
+      folder: of the working directories of the runs, which go on if they are interrupted.
+      data_dir: the folder with the prepared cifar10; None: the usual one.
+      quick: whether the runs are short and mean nothing.
+    """
+
+    path: Path
+    folder: Path
+    data_dir: Path | None
+    quick: bool
+
+    def train(self, jobs: Sequence[Job], workers: int, hours: float) -> bool:
+        """Trains the jobs that are not in the file; returns whether all are there afterwards.
+
+        Args:
+          jobs: what is to be in the file.
+          workers: runs at a time, each on its own cores; 0: one for each core.
+          hours: after these, or on Ctrl-C or SIGTERM, the runs stop and save their state.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        done = read_runs(self.path)
+        waiting = [job for job in jobs if job not in done]
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        slots = range(min(workers or len(cores) or 1, len(waiting)))
+        running: dict[int, tuple[subprocess.Popen[bytes], Job, float]] = {}
+        until = time.monotonic() + 3600 * hours
+        with _stop_requests() as stop_requested:
+            while waiting or running:
+                if stop_requested() or time.monotonic() > until:
+                    waiting = []
+                    for process, *_ in running.values():
+                        process.send_signal(signal.SIGTERM)
+                for slot in slots:
+                    if slot not in running and waiting:
+                        job = waiting.pop(0)
+                        print(f"{job[0]} {job[1]}: begins, {len(waiting)} wait", flush=True)
+                        running[slot] = self._start(job, cores[slot :: len(slots)])
+                for slot, (process, job, began) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[slot]
+                        print(f"{job[0]} {job[1]}: {self._finish(process, job, began)}", flush=True)
+                time.sleep(0.2)
+        done = read_runs(self.path)
+        return all(job in done for job in jobs)
+
+    def _start(self, job: Job, cores: Sequence[int]) -> tuple[subprocess.Popen[bytes], Job, float]:
+        """Starts a run in a process of its own, with its output in a file."""
+        arm, seed = job
+        command = [sys.executable, str(Path(__file__).with_name("arms.py")), arm, str(seed)]
+        command += ["--workdir", str(self.folder / f"{arm}-{seed}")]
+        if self.data_dir:
+            command += ["--data-dir", str(self.data_dir)]
+        if self.quick:
+            command += ["--quick"]
+        with self._log(job).open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        if cores:
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(process.pid, cores)
+        return process, job, time.monotonic()
+
+    def _finish(self, process: subprocess.Popen[bytes], job: Job, began: float) -> str:
+        """Appends the measures of a run that has ended to the file; returns how it ended."""
+        if process.returncode == STOPPED:
+            return "stopped; the same command goes on"
+        if process.returncode:
+            return f"exit code {process.returncode}, see {self._log(job)}"
+        seconds = round(time.monotonic() - began)
+        measures = json.loads(self._log(job).read_text().splitlines()[-1])
+        rows = [[*job, name, f"{epoch:.6g}", f"{value:.6g}", ""] for name, epoch, value in measures]
+        rows.append([*job, LAST, 0, seconds, machine()])
+        is_new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *rows] if is_new else rows)
+        return f"done in {seconds} s"
+
+    def _log(self, job: Job) -> Path:
+        """The file with the output of a run."""
+        return self.folder / f"{job[0]}-{job[1]}.log"
+
+
+def machine() -> str:
+    """The processor and the versions, in a few words."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    python = platform.python_version()
+    return f"{cores} cores of {platform.machine()}, Python {python}, jax {jax.__version__}"
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether Ctrl-C or SIGTERM has asked to stop."""
+    asked: list[int] = []
+    signals = signal.SIGINT, signal.SIGTERM
+    before = [signal.signal(number, lambda number, _: asked.append(number)) for number in signals]
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
