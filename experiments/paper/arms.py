@@ -167,7 +167,7 @@ ARMS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class ArmArguments:
     """Trains an arm with one seed, and prints what was measured as a line of JSON."""
 
     arm: tyro.conf.Positional[str]
@@ -189,7 +189,7 @@ QUICK = (
 )
 
 
-def flags_of(arguments: Arguments) -> list[str]:
+def flags_of(arguments: ArmArguments) -> list[str]:
     """The flags of `python -m flax_alexnet.train` for an arm and a seed."""
     flags = [*ARMS[arguments.arm].flags, "--seed", str(arguments.seed), "--data.threads", "1"]
     flags += ["--workdir", str(arguments.workdir)]
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from flax_alexnet.training.loop import train
 
-    arguments = tyro.cli(Arguments, args=argv)
+    arguments = tyro.cli(ArmArguments, args=argv)
     config = parse_config(flags_of(arguments))
     if code := train(config):
         return code

@@ -27,7 +27,8 @@ class ConvertConfig:
 
     Reads torchvision's alexnet in a state dict or a checkpoint of PyTorch (.pth, .pt, .bin, .ckpt)
     or .safetensors, Caffe's .caffemodel, the .npy of guerzh/tf_weights, the working directory of a
-    run, and files that this command wrote. Code in a file is never run.
+    run, checkpoints of the original code (cuda-convnet), and files that this command wrote. Code in
+    a file is never run.
     """
 
     input: tyro.conf.Positional[Path]
@@ -37,7 +38,7 @@ class ConvertConfig:
     variant: str | None = None
     """caffe or caffenet, if a Caffe file does not say which of the two it is."""
     mean: Path | None = None
-    """Caffe's mean image, a .binaryproto; none: its mean colour."""
+    """Caffe's mean image, a .binaryproto, or cuda-convnet's batches.meta; none: a mean colour."""
     head: str | None = None
     """Name of the last layer to use, if a Caffe model has several."""
     labels: Path | None = None

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from flax_alexnet.config.cli import LARGEST_BATCH, check_flag
 from flax_alexnet.data.preprocessing import Preprocessing, ResizeRule, Scale
-from flax_alexnet.models.architectures import ARCHITECTURES, RENAMED
+from flax_alexnet.models.architectures import RENAMED, architecture
 from flax_alexnet.utils.errors import UserError, unknown
 from flax_alexnet.utils.text import printable
 
@@ -319,8 +319,7 @@ JAX_SETTINGS: dict[str, Any] = {
 
 def validate(config: Config) -> None:
     """Raises UserError for the first value that is out of its range, or does not fit another."""
-    if config.model.variant not in ARCHITECTURES:
-        raise UserError(unknown("variant", config.model.variant, ARCHITECTURES))
+    architecture(config.model.variant)  # raises UserError for an unknown one
     for name, value in flatten(config).items():
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(n, int | float) and not abs(n) <= LARGEST_NUMBER for n in numbers):

@@ -376,6 +376,7 @@ ARCHITECTURES = {
     )
 }
 
+_OWN: dict[str, Architecture] = {}  # variants that are not published, by their names
 # Names that variants had in older versions, whose files have them still.
 RENAMED = {"cuda_convnet_cifar10": "cuda_convnet_19pct"}
 
@@ -386,15 +387,22 @@ def register(table: Architecture) -> None:
     Raises:
       UserError: another variant has that name.
     """
-    if ARCHITECTURES.setdefault(table.name, table) != table:
+    if variants().get(table.name, table) != table:
         raise UserError(f"there is a variant {table.name} already; take another name")
+    _OWN[table.name] = table
+
+
+def variants() -> dict[str, Architecture]:
+    """All variants by their names, with those that were registered."""
+    return ARCHITECTURES | _OWN
 
 
 def architecture(variant: str) -> Architecture:
     """The table called `variant`. Raises UserError with the nearest name if there is none."""
-    if variant not in ARCHITECTURES:
-        raise UserError(unknown("variant", variant, ARCHITECTURES))
-    return ARCHITECTURES[variant]
+    known = variants()
+    if variant not in known:
+        raise UserError(unknown("variant", variant, known))
+    return known[variant]
 
 
 def activation_names(layers: Iterable[Layer]) -> tuple[str, ...]:

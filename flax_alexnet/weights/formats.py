@@ -11,11 +11,11 @@ from flax_alexnet.weights.archives import open_zip
 from flax_alexnet.weights.pickles import NONSENSE
 from flax_alexnet.weights.stored import LARGEST
 
-Format = Literal["safetensors", "torch", "npz", "npy", "caffe"]
+Format = Literal["safetensors", "torch", "npz", "npy", "caffe", "convnet"]
 
 KINDS = (
-    "a .safetensors, a .pth, .pt, .bin or .ckpt of PyTorch, a .caffemodel, an .npy or .npz, or the "
-    "--workdir of a run"
+    "a .safetensors, a .pth, .pt, .bin or .ckpt of PyTorch, a .caffemodel, an .npy or .npz, a "
+    "checkpoint of cuda-convnet, or the --workdir of a run"
 )
 # What is often taken for weights, by its first bytes in small letters, and what helps.
 MISTAKEN = {
@@ -46,13 +46,17 @@ def format_of(path: Path) -> Format:
         if start.startswith(b"PK"):
             with open_zip(path) as archive:
                 names = archive.namelist()
+            if names == ["data"]:
+                return "convnet"
             return "npz" if all(name.endswith(".npy") for name in names) else "torch"
     except (OSError, zipfile.BadZipFile, *NONSENSE) as error:
         reason = first_line(error)
         raise UserError(f"cannot read {path}: {reason}; fetch or copy it once more") from None
     if start.startswith(b"\x93NUMPY"):
         return "npy"
-    if start.startswith(b"\x80"):  # a pickle
+    if start.startswith(b"\x80\x02}"):  # a pickle of Python 2, of a dictionary
+        return "convnet"
+    if start.startswith(b"\x80"):  # another pickle
         return "torch"
     for magic, problem in MISTAKEN.items():
         if start.lower().startswith(magic):

@@ -13,12 +13,13 @@ from flax.traverse_util import flatten_dict
 from flax_alexnet.checkpoint.manifest import sha256
 from flax_alexnet.config.schema import ModelConfig, misfit
 from flax_alexnet.data.preprocessing import Preprocessing
-from flax_alexnet.models.architectures import RENAMED
+from flax_alexnet.models.architectures import RENAMED, architecture
 from flax_alexnet.utils.errors import UserError, first_line, unknown
 from flax_alexnet.utils.inputs import read_json
 from flax_alexnet.utils.text import printable
 from flax_alexnet.weights import name_maps, safetensors_files
 from flax_alexnet.weights.caffe_files import read_caffemodel, read_mean
+from flax_alexnet.weights.convnet_files import read_checkpoint, read_data_meta
 from flax_alexnet.weights.digests import mismatch
 from flax_alexnet.weights.formats import KINDS, format_of
 from flax_alexnet.weights.labels import imagenet_labels
@@ -42,6 +43,9 @@ TORCHVISION = Preprocessing(
     mean=255 * np.array([0.485, 0.456, 0.406], np.float32),
     scale=(1 / (255 * 0.229), 1 / (255 * 0.224), 1 / (255 * 0.225)),
 )
+# The mean colours of the training images of CIFAR-10 and of ILSVRC-2012.
+CIFAR10_MEAN = np.array([125.3, 123.0, 113.9], np.float32)
+ILSVRC_MEAN = np.array([127.3, 119.7, 104.9], np.float32)
 # The mean colour of ImageNet's training images, which Caffe's own examples subtract if they do not
 # use the mean image.
 CAFFE = Preprocessing(
@@ -67,7 +71,8 @@ def load(path: str | Path, head: str | None = None) -> Pretrained:
         - torchvision's `alexnet`, a state dict as `.pth` or `.safetensors`;
         - Caffe's bvlc_alexnet or bvlc_reference_caffenet, a `.caffemodel`;
         - the `bvlc_alexnet.npy` of guerzh/tf_weights;
-        - an `.npz` of torchvision's layers with our names, with or without LPIPS heads.
+        - an `.npz` of torchvision's layers with our names, with or without LPIPS heads;
+        - a checkpoint of cuda-convnet, the original code, of #145 or of its CIFAR-10 models.
       head: the name of the last layer, for a model of Caffe's that has several.
 
     Raises:
@@ -90,7 +95,8 @@ def read(
     Args:
       path: see `load`.
       variant: which of Caffe's two models the file is, if it does not say so itself.
-      mean: for a model of Caffe's, a `.binaryproto` of the mean image; None: Caffe's mean colour.
+      mean: for a model of Caffe's, a `.binaryproto` of the mean image, and for one of cuda-convnet
+        a `batches.meta`; None: the mean colour of the images it was trained on.
       head: see `load`.
 
     Raises:
@@ -106,7 +112,7 @@ def read(
         raise UserError(f"{path} is empty or larger than 2 GiB; expected weights of AlexNet")
     kind = format_of(path) if is_file else "run"
     for flag, value in (("mean", mean), ("head", head)):
-        if value and kind not in ("caffe", "npy"):
+        if value and kind not in ("caffe", "npy") and (flag, kind) != ("mean", "convnet"):
             raise UserError(
                 f"--{flag} is for Caffe's models, and {path} is not one of them; leave it out"
             )
@@ -115,6 +121,8 @@ def read(
         pretrained, notes = _read_run(path)
     elif kind == "safetensors" and safetensors_files.is_native(path):
         pretrained = safetensors_files.read(path)
+    elif kind == "convnet":
+        pretrained, notes = _read_convnet(path, mean)
     else:
         pretrained, notes = _read_foreign(path, kind, variant, mean, head)
     if variant not in (None, pretrained.config.variant):
@@ -206,6 +214,31 @@ def _read_foreign(
     source = {"file": printable(path.name), "format": system, "sha256": digits}
     config = ModelConfig(variant=variant, num_classes=num_classes)
     return Pretrained(config, params, rule, names, source, lpips_heads), notes
+
+
+def _read_convnet(path: Path, mean: Path | None) -> tuple[Pretrained, list[str]]:
+    model = read_checkpoint(path)
+    table = architecture(model.variant)
+    cifar = model.variant != "original"
+    image_size, crop_size = 32 if cifar else 256, table.image_size
+    notes: list[str] = []
+    names: tuple[str, ...] = ()
+    if mean is None:
+        image = CIFAR10_MEAN if cifar else ILSVRC_MEAN
+        color = " ".join(f"{value:.1f}" for value in image)
+        notes = [f"note: no --mean batches.meta, so a mean colour is taken: RGB {color}"]
+    else:
+        image, names = read_data_meta(mean)
+        if len(image) != image_size:
+            raise UserError(
+                f"{mean} is of {len(image)}×{len(image)} pixels, and {path} of {image_size}"
+            )
+    if len(names) != model.num_classes:
+        names = imagenet_labels() if model.num_classes == len(imagenet_labels()) else ()
+    rule = Preprocessing(image_size, "paper", crop_size, image)
+    source = {"file": printable(path.name), "format": "cuda-convnet", "sha256": sha256(path)}
+    config = ModelConfig(variant=model.variant, num_classes=model.num_classes)
+    return Pretrained(config, model.params, rule, names, source), notes
 
 
 def _caffe_rule(mean: Path | None, is_grey: bool) -> Preprocessing:

@@ -15,11 +15,11 @@ from flax_alexnet.data.decode import DecodeError, decode, read_file
 from flax_alexnet.data.preprocessing import Preprocessing, ResizeRule
 from flax_alexnet.models.alexnet import AlexNet, make_model
 from flax_alexnet.models.architectures import (
-    ARCHITECTURES,
     Weighted,
     architecture,
     layers_until,
     parameter_shapes,
+    variants,
 )
 from flax_alexnet.utils.errors import UserError, unknown
 from flax_alexnet.weights.stored import listed
@@ -184,8 +184,8 @@ def check_layers(pretrained: Pretrained, layers: Iterable[str]) -> None:
 def check_sane(pretrained: Pretrained) -> None:
     """Raises ValueError for a configuration or preprocessing that no model has."""
     config, rule = pretrained.config, pretrained.preprocessing
-    if config.variant not in ARCHITECTURES:
-        raise ValueError(unknown("variant", str(config.variant), ARCHITECTURES))
+    if config.variant not in variants():
+        raise ValueError(unknown("variant", str(config.variant), variants()))
     sizes = (rule.image_size, rule.crop_size, config.num_classes)
     sides = (rule.image_size, rule.image_size, 3)
     for name, sane in (

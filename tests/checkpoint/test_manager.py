@@ -91,6 +91,15 @@ def pristine(tmp_path_factory):
     return folder
 
 
+def test_the_average_of_the_parameters_is_the_model(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    average = {"conv1": jnp.ones((20, 30))}
+    checkpoints.save(2, state(2) | {"average": average}, {"eval_top1": 0.5})
+    checkpoints.close()
+    params, _ = restore_model(tmp_path / "2")
+    np.testing.assert_array_equal(params["conv1"], average["conv1"])
+
+
 @pytest.fixture
 def two(pristine, tmp_path):
     """A copy of them."""

@@ -158,7 +158,7 @@ def reader(made, tmp_path, monkeypatch):
     }
     for name, recipe in small.items():
         monkeypatch.setitem(recipes.RECIPES, name, recipe)
-        monkeypatch.setattr(recipes, name.upper(), recipe)
+        monkeypatch.setattr(recipes, name.upper().replace("-", "_"), recipe)
     return folder
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from flax_alexnet.models.architectures import architecture, infer_shapes
+
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 SCRIPTS = {path.stem: path for path in EXPERIMENTS.glob("*/*.py")}
 WITH_FLAGS = sorted(n for n, p in SCRIPTS.items() if "\nclass Arguments:" in p.read_text())
@@ -18,7 +20,8 @@ WITH_FLAGS = sorted(n for n, p in SCRIPTS.items() if "\nclass Arguments:" in p.r
 @pytest.fixture
 def load(monkeypatch, tmp_path):
     """Gives what a script defines; the working directory is empty, as a user's may be."""
-    monkeypatch.syspath_prepend(EXPERIMENTS / "benchmarks")  # where scripts find one another
+    for folder in ("benchmarks", "paper"):
+        monkeypatch.syspath_prepend(EXPERIMENTS / folder)  # where scripts find one another
     monkeypatch.chdir(tmp_path)
     return lambda name: runpy.run_path(str(SCRIPTS[name]))
 
@@ -176,3 +179,48 @@ def test_a_profile_has_every_layer(load, tmp_path):
     assert "fc10" in rows  # of some microseconds, which the table does not show
     for layer in ("conv1", "conv2", "conv3", "norms, pools, ReLU, dropout, bias"):
         assert all(float(time) > 0 for time in rows[layer]), layer
+
+
+@pytest.mark.slow
+def test_the_tables_of_imagenet_on_a_stand_in(load, capsys):
+    """A row of one model, and one of several that shares a model with it; then all are there."""
+    script = load("imagenet")
+    assert script["main"](["--quick", "--only", "145"]) == 0
+    assert script["main"](["--quick", "--table", "1", "--only", "half"]) == 0
+    with Path("results/imagenet_quick.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["table"], row["model"], row["crops"]) for row in rows] == [
+        ("2", "145", "1"),
+        ("2", "145", "10"),
+        ("1", "half", "1"),
+        ("1", "half", "10"),
+    ]
+    assert [row["paper_top1"] for row in rows] == ["", "40.664", "", "39.168"]
+    assert all(95 <= float(row["top5"]) <= float(row["top1"]) <= 100 for row in rows)
+    capsys.readouterr()
+    assert script["main"](["--quick", "--only", "145"]) == 0  # nothing is left to do
+    assert "step" not in capsys.readouterr().out
+    assert script["main"](["--quick", "--only", "146"]) == 2
+    assert "no row 146 in this table" in capsys.readouterr().err
+
+
+def test_the_models_of_the_tables_are_those_of_the_original_files(load):
+    """Sizes after a layer, and parameters, computed by hand from `layers-147.cfg` and the others.
+
+    half:   48·364 + 128·1,201 + 192·1,153 + 192·1,729 + 256·1,729
+            + 4,096·9,217 + 4,096·4,097 + 1,000·4,097
+    pool2:  as #145, with fc6 on 5 × 5 pixels: 4,096·6,401 instead of 4,096·9,217
+    apart:  96·364 + 320·1,201 + 384·1,441 + 384·1,729 + 256·1,729
+            + 8,192·4,609 + 8,192·4,097 + 1,000·8,193
+    """
+    load("imagenet")
+    expected = {
+        "original_half": ("pool5", (6, 6, 256), 59_798_312),
+        "original_pool2": ("pool5", (5, 5, 256), 49_430_888),
+        "original_apart": ("fc6", (1, 1, 8192), 81_591_720),
+        "original_no_norm": ("pool5", (6, 6, 256), 60_965_224),
+    }
+    for name, (layer, shape, parameters) in expected.items():
+        infos = infer_shapes(architecture(name).scaled(1000), 224, 224)
+        assert {info.layer.name: info.shape for info in infos}[layer] == shape
+        assert sum(info.parameters for info in infos) == parameters

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flax_alexnet.config.recipes import QUICKSTART
+from flax_alexnet.config.recipes import QUICKSTART, RECIPES
 from flax_alexnet.config.schema import flatten
 from flax_alexnet.training.run_directory import (
     claim,
@@ -36,6 +36,17 @@ def test_another_configuration_is_refused_allowed_or_of_no_weight(tmp_path):
         claim(tmp_path, other)
     assert claim(tmp_path, other, allow_changes=True) == (CONFIG, ["seed was 0, is now 7"])
     assert claim(tmp_path, other, free_to_change={"seed"}) == (CONFIG, [])
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """It lacks fields that came later, which were off, and has the old name of a variant."""
+    config = flatten(RECIPES["cifar10"])
+    old = {name: value for name, value in config.items() if name != "augment.mixup"}
+    record(tmp_path, old | {"model.variant": "cuda_convnet_cifar10"})
+    assert claim(tmp_path, config) == (config, [])
+    assert recorded(tmp_path) == config
+    with pytest.raises(UserError, match=r"augment\.mixup was 0\.0, is now 0\.2"):
+        claim(tmp_path, config | {"augment.mixup": 0.2})
 
 
 def test_a_lock_keeps_others_out_and_names_its_owner(tmp_path):

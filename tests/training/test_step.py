@@ -9,12 +9,13 @@ import optax
 import pytest
 
 from flax_alexnet.config.schema import AugmentConfig, Config
-from flax_alexnet.data.augment import augment, preprocess
+from flax_alexnet.data.augment import augment, mixup, preprocess
 from flax_alexnet.data.preprocessing import Preprocessing
 from flax_alexnet.models.alexnet import AlexNet
 from flax_alexnet.models.architectures import architecture
 from flax_alexnet.parallel.layouts import make_layout
 from flax_alexnet.training.build import compile_steps, initialize, state_template
+from flax_alexnet.training.metrics import cross_entropy
 from flax_alexnet.training.optimizer import create_optimizer
 from flax_alexnet.training.step import create_state, eval_step, train_step, zero_totals
 
@@ -253,3 +254,97 @@ def test_totals_of_another_kind_are_named():
     state = jax.eval_shape(make, jax.random.key(0), mean).replace(totals={})
     with pytest.raises(ValueError, match="expected those of flax_alexnet"):
         train_step(state, {}, jax.random.key(1), augment=augment, **settings)
+
+
+SMALL = AlexNet("cuda_convnet_19pct", 10, width=0.125, initialization="he")
+
+
+def small_step(state, batch, **options):
+    """A step of a small model on images of 16 pixels, without augmentation."""
+
+    def scale(_, images, mean):
+        return (images.astype(jnp.float32) - mean[None]) / 64
+
+    optimizer = create_optimizer(0.01)
+    step = functools.partial(train_step, model=SMALL, optimizer=optimizer, augment=scale, **options)
+    return jax.jit(step, compiler_options=QUICK)(state, batch, jax.random.key(5))
+
+
+def small_state(**options):
+    return create_state(
+        jax.random.key(0),
+        jnp.full((16, 16, 3), 127.0),
+        model=SMALL,
+        optimizer=create_optimizer(0.01),
+        crop_size=16,
+        **options,
+    )
+
+
+def small_batches(count):
+    for batch in batches(count):
+        yield {**batch, "image": batch["image"][:, :16, :16]}
+
+
+def test_the_average_follows_the_parameters():
+    state = small_state(averaged=True)
+    expected = jax.tree.map(np.float64, state.params)
+    for batch in small_batches(4):
+        state, _ = small_step(state, batch, average_decay=0.7)
+        expected = jax.tree.map(lambda a, p: 0.7 * a + 0.3 * np.float64(p), expected, state.params)
+    for ours, theirs in zip(
+        jax.tree.leaves(state.evaluated), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert not hasattr(small_state(), "average")
+    assert small_state().evaluated is not None
+
+
+def test_the_average_is_that_of_optax():
+    """`optax.ema` begins at zero; with the first value as its state, it is the same."""
+    state = small_state(averaged=True)
+    ema = optax.ema(0.7, debias=False)
+    average = ema.init(state.params)._replace(ema=state.params)
+    for batch in small_batches(3):
+        state, _ = small_step(state, batch, average_decay=0.7)
+        _, average = ema.update(state.params, average)
+    for ours, theirs in zip(
+        jax.tree.leaves(state.average), jax.tree.leaves(average.ema), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_that_is_not_finite_leaves_the_average():
+    state = small_state(averaged=True)
+    spoilt = jax.tree.map(lambda p: p.at[..., 0].set(jnp.inf), state.params)
+    after, loss = small_step(
+        state.replace(params=spoilt), next(small_batches(1)), average_decay=0.7
+    )
+    assert np.isnan(float(loss))
+    assert_same_bits(after.average, state.average)
+
+
+def test_mixup_mixes_images_and_losses():
+    state, batch, alpha = small_state(), next(small_batches(1)), 0.4
+    _, loss = small_step(state, batch, mixup_alpha=alpha)
+    augment_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(5), 0))
+    images = (batch["image"].astype(np.float32) - 127) / 64
+    mixed, share = mixup(jax.random.fold_in(augment_key, 1), jnp.asarray(images), alpha)
+    logits = SMALL.apply({"params": state.params}, mixed)
+    one, other = (
+        cross_entropy(logits, jnp.asarray(labels)).mean()
+        for labels in (batch["label"], batch["label"][::-1])
+    )
+    assert 0.5 <= float(share) < 1
+    assert float(loss) == pytest.approx(float(share * one + (1 - share) * other), rel=1e-5)
+
+
+def test_the_loss_may_be_another():
+    state, batch = small_state(), next(small_batches(1))
+    smooth = functools.partial(cross_entropy, smoothing=0.2)
+    _, loss = small_step(state, batch, loss=smooth)
+    images = (batch["image"].astype(np.float32) - 127) / 64
+    logits = SMALL.apply({"params": state.params}, images)
+    assert float(loss) == pytest.approx(
+        float(smooth(logits, jnp.asarray(batch["label"])).mean()), rel=1e-5
+    )

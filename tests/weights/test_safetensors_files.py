@@ -164,3 +164,17 @@ def test_files_that_are_none(weights, tmp_path):
             load(tmp_path / near)
     with pytest.raises(UserError, match="cannot write"):
         safetensors_files.save(make_pretrained(), weights / "below" / "a" / "file")
+
+
+def test_a_file_with_the_old_name_of_a_variant(tmp_path):
+    pretrained = make_pretrained("cuda_convnet_19pct", 4, 16, 20)
+    old = dataclasses.replace(pretrained.config, variant="cuda_convnet_cifar10")
+    path = tmp_path / "old.safetensors"
+    safetensors_files.save(pretrained, path)
+    header = path.read_bytes()
+    assert header.count(b"cuda_convnet_19pct") == 1
+    changed = header.replace(b"cuda_convnet_19pct", b"cuda_convnet_cifar10")
+    length = int.from_bytes(header[:8], "little") + 2
+    path.write_bytes(length.to_bytes(8, "little") + changed[8:])
+    assert old.variant.encode() in path.read_bytes()
+    assert safetensors_files.read(path).config == pretrained.config
