@@ -1,14 +1,24 @@
-"""Weight files of PyTorch and Caffe, written field by field, without these."""
+"""Weight files of PyTorch, Caffe and cuda-convnet, written field by field, without these."""
 
 import dataclasses
 import io
+import itertools
 import pickle
+import struct
 import zipfile
 from typing import ClassVar
 
 import numpy as np
 
 from flax_alexnet.commands.convert import main
+from flax_alexnet.models.architectures import (
+    Conv,
+    Dense,
+    Local,
+    Weighted,
+    architecture,
+    infer_shapes,
+)
 
 CONVOLUTIONS = {  # torchvision's, in its own order
     "features.0": (64, 3, 11, 11),
@@ -193,3 +203,138 @@ def caffemodel(path, generation="v1", order=("norm1", "pool1"), values=None, nam
             layers.append((2, message((1, old))))
     path.write_bytes(message((1, name), *layers))
     return path
+
+
+# Checkpoints of cuda-convnet, written as its `layer.py` and `gpumodel.py` write them.
+
+
+class Python2(pickle._Pickler):
+    """Writes texts and bytes as Python 2 wrote its strings, which were both."""
+
+    def save_string(self, value):
+        data = value.encode("latin-1") if isinstance(value, str) else value
+        if len(data) < 256:
+            self.write(pickle.SHORT_BINSTRING + bytes([len(data)]) + data)
+        else:
+            self.write(pickle.BINSTRING + struct.pack("<i", len(data)) + data)
+        self.memoize(value)
+
+    dispatch = pickle._Pickler.dispatch | {str: save_string, bytes: save_string}
+
+
+class OptionsParser:
+    """An object of a class of the original code, which lies in each of its checkpoints."""
+
+
+def dump_python2(value):
+    buffer = io.BytesIO()
+    Python2(buffer, protocol=2).dump(value)
+    return buffer.getvalue()
+
+
+def convnet_matrix(layer, kernel, before):
+    """A kernel as the matrix that the original code has, number by number.
+
+    Rows count channels, then the rows and columns of a kernel or of a map.
+    """
+    match layer:
+        case Conv(kernel_size=side):
+            matrix = np.empty((kernel.shape[2] * side * side, kernel.shape[3]), np.float32)
+            for y, x, c in itertools.product(range(side), range(side), range(kernel.shape[2])):
+                matrix[(c * side + y) * side + x] = kernel[y, x, c]
+        case Local(kernel_size=side):
+            rows, columns, _, _, channels, features = kernel.shape
+            matrix = np.empty((rows * columns * channels * side * side, features), np.float32)
+            for i, j, y, x, c in itertools.product(
+                *map(range, (rows, columns, side, side, channels))
+            ):
+                place = i * columns + j
+                matrix[((place * channels + c) * side + y) * side + x] = kernel[i, j, y, x, c]
+        case Dense() if len(before) == 3:
+            height, width, channels = before
+            matrix = np.empty_like(kernel)
+            for y, x, c in itertools.product(*map(range, before)):
+                matrix[(c * height + y) * width + x] = kernel[(y * width + x) * channels + c]
+        case Dense():
+            matrix = kernel
+    return np.asfortranarray(matrix) if isinstance(layer, Dense) else matrix
+
+
+def convnet_biases(layer, bias):
+    if isinstance(layer, Dense):
+        return np.asfortranarray(bias.reshape(1, -1))
+    return bias.transpose(2, 0, 1).reshape(-1, 1) if bias.ndim == 3 else bias.reshape(-1, 1)
+
+
+def convnet_layers(pretrained):
+    """The layers of a model of one tower: dictionaries in a list, which read by their numbers."""
+    table, size = architecture(pretrained.config.variant), pretrained.preprocessing.crop_size
+    layers = [{"name": "data", "type": "data", "inputs": []}]
+    before = (size, size, 3)
+    for info in infer_shapes(table.scaled(pretrained.num_classes), size, size):
+        layer = info.layer
+        kind = {"Norm": "cmrnorm", "MapNorm": "rnorm", "Dense": "fc"}.get(
+            type(layer).__name__, type(layer).__name__.lower()
+        )
+        entry = {"name": layer.name, "type": kind, "inputs": [len(layers) - 1]}
+        if isinstance(layer, Weighted):
+            params = pretrained.params[layer.name]
+            entry["weights"] = [convnet_matrix(layer, params["kernel"], before)]
+            entry["weightsInc"] = [np.zeros_like(entry["weights"][0])]
+            entry["biases"] = convnet_biases(layer, params["bias"])
+        layers.append(entry)
+        before = info.shape
+    return layers
+
+
+def convnet_checkpoint(layers):
+    return {"op": OptionsParser(), "model_state": {"layers": layers, "epoch": 140, "batchnum": 1}}
+
+
+def convnet_meta(size=32, names=("airplane", "automobile")):
+    mean = np.random.default_rng(0).uniform(0, 255, (3 * size * size, 1)).astype(np.float32)
+    return {"data_mean": mean, "label_names": list(names), "num_vis": 3 * size * size}
+
+
+def convnet_towers(pretrained):
+    """The layers of #145, as dictionaries by their names; fc2048bb reads the second tower first."""
+    size = pretrained.preprocessing.crop_size
+    table = architecture("original").scaled(pretrained.num_classes)
+    layers = {"data": {"name": "data", "type": "data", "inputs": []}}
+    shapes = {"": (size, size, 3)}
+    reads = {
+        "conv1": ["data"],
+        "conv2": ["pool1"],
+        "conv3": ["pool2a", "pool2b"],
+        "conv4": ["conv3"],
+        "conv5": ["conv4"],
+        "fc6": ["pool3a", "pool3b"],
+        "fc7": ["hs1a", "hs1b"],
+        "fc8": ["hs2a", "hs2b"],
+    }
+    names = {"fc6": "fc2048", "fc7": "fc2048b"}
+    before = shapes[""]
+    for info in infer_shapes(table, size, size):
+        layer = info.layer
+        if isinstance(layer, Weighted):
+            kernel, bias = (pretrained.params[layer.name][part] for part in ("kernel", "bias"))
+            parts = [("fc1000", kernel, bias)]
+            if layer.name != "fc8":
+                halves = zip(np.split(kernel, 2, -1), np.split(bias, 2, -1), strict=True)
+                base = names.get(layer.name, layer.name)
+                parts = [(base + tower, *half) for tower, half in zip("ab", halves, strict=True)]
+            for theirs_name, half, half_bias in parts:
+                inputs = list(reads[layer.name])
+                matrix = convnet_matrix(layer, half, before)
+                weights = np.split(matrix, len(inputs))
+                if theirs_name == "fc2048bb":
+                    inputs, weights = inputs[::-1], weights[::-1]
+                layers[theirs_name] = {
+                    "name": theirs_name,
+                    "type": "fc" if isinstance(layer, Dense) else "conv",
+                    "inputs": inputs,
+                    "weights": weights,
+                    "biases": convnet_biases(layer, half_bias),
+                }
+        before = info.shape
+    return layers

@@ -26,6 +26,12 @@ from flax_alexnet.data.sources import FolderSource
 from flax_alexnet.data.writer import write_dataset
 from flax_alexnet.weights import name_maps, safetensors_files
 from flax_alexnet.weights.labels import imagenet_labels, imagenet_synsets
+from tests.foreign_files import (
+    convnet_checkpoint,
+    convnet_layers,
+    convnet_meta,
+    dump_python2,
+)
 from tests.pages import PAGES, ROOT
 from tests.small_models import make_pretrained
 
@@ -105,6 +111,10 @@ def made(tmp_path_factory):
         image(f"{name}.jpg")
     for name in ("a.png", "b.png"):
         image(name)
+    cifar = make_pretrained("cuda_convnet_18pct", 10, 32, 32, width=1.0)
+    checkpoint = convnet_checkpoint(convnet_layers(cifar))
+    (folder / "140.5").write_bytes(dump_python2(checkpoint))
+    (folder / "batches.meta").write_bytes(dump_python2(convnet_meta()))
     # ImageNet, as TFDS has it once it is prepared.
     listed = [(path, label) for label, path in enumerate(sorted(folder.glob("photos/*")))]
     source = FolderSource(listed, imagenet_synsets())
