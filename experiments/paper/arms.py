@@ -88,21 +88,47 @@ COSINE = (
 LONG = ("--epochs", "20", "--optimizer.drop-epochs", "18", "19")
 
 
+# Half of the classes each, as folders of images that `make_halves` writes.
+FIRST_HALF, SECOND_HALF = (
+    ("--data.name", f"folder:{{folder}}/{half}", "--model.num-classes", "5")
+    for half in ("first_half", "second_half")
+)
+# Section 3.1: no regularization and no augmentation, and a constant rate. Training goes on until
+# the error of half an epoch is 25 %, or to the last epoch.
+TARGET = 0.25
+RATES = {"relu": (0.002, 0.004, 0.008), "tanh": (0.004, 0.008, 0.016)}
+MOST_EPOCHS = {"relu": 20, "tanh": 80}
+PART = 5  # epochs after which the error is looked at
+
+
 @dataclasses.dataclass(frozen=True)
 class Arm:
     """A configuration that is trained with several seeds.
 
     Attributes:
-      flags: those of `python -m flax_alexnet.train`.
+      flags: those of `python -m flax_alexnet.train`; {folder} is the folder of all runs.
       seeds: how many seeds are trained.
       measures: what else is measured than losses and errors; see `measures.py`.
       start: an arm whose run with the same seed it starts from.
+      until: a training error at which the training ends early.
     """
 
     flags: tuple[str, ...]
     seeds: int = 5
     measures: tuple[str, ...] = ()
     start: str | None = None
+    until: float | None = None
+
+
+def _until_target(activation: str, rate: float) -> Arm:
+    flags = (
+        *("--recipe", "cifar10-19pct", "--model.activation", activation),
+        *("--optimizer.learning-rate", str(rate), "--optimizer.schedule", "constant"),
+        *("--optimizer.weight-decay", "0", "--optimizer.layer-decays"),
+        *("--epochs", str(MOST_EPOCHS[activation]), "--eval-epochs", str(PART)),
+        *("--log-every", "195"),  # half an epoch
+    )
+    return Arm(flags, seeds=3, until=TARGET)
 
 
 def _variant(name: str, *flags: str, measures: tuple[str, ...] = ()) -> Arm:
@@ -155,6 +181,14 @@ ARMS = {
         ),
         measures=("crops",),
     ),
+    "first_half": Arm((*SHORT, *FIRST_HALF)),
+    "second_half": Arm((*SHORT, *SECOND_HALF)),
+    "second_half_pretrained": Arm((*SHORT, *SECOND_HALF), start="first_half"),
+    **{
+        f"{activation}_{rate}": _until_target(activation, rate)
+        for activation, rates in RATES.items()
+        for rate in rates
+    },
     "80sec": _published("80sec", seeds=5),
     "19pct": _published("19pct"),
     "18pct": _published("18pct"),
@@ -183,34 +217,44 @@ class ArmArguments:
 
 
 # With --quick: half a minute, and numbers that mean nothing.
-QUICK = (
-    *("--data.train-split", "train[:256]", "--data.eval-split", "test[:128]"),
-    *("--epochs", "1", "--eval-epochs", "0.5", "--batch-size", "32", "--model.width", "0.25"),
-)
+QUICK = ("--epochs", "1", "--eval-epochs", "0.5", "--batch-size", "32", "--model.width", "0.25")
+QUICK_SPLITS = ("--data.train-split", "train[:256]", "--data.eval-split", "test[:128]")
 
 
 def flags_of(arguments: ArmArguments) -> list[str]:
     """The flags of `python -m flax_alexnet.train` for an arm and a seed."""
-    flags = [*ARMS[arguments.arm].flags, "--seed", str(arguments.seed), "--data.threads", "1"]
+    arm, folder = ARMS[arguments.arm], arguments.workdir.parent
+    flags = [flag.format(folder=folder) for flag in arm.flags]
+    flags += ["--seed", str(arguments.seed), "--data.threads", "1"]
     flags += ["--workdir", str(arguments.workdir)]
-    if arguments.data_dir:
+    if arm.start:
+        flags += ["--init-from", str(folder / f"{arm.start}-{arguments.seed}")]
+    if arguments.data_dir and "--data.name" not in flags:
         flags += ["--data.data-dir", str(arguments.data_dir)]
     if arguments.quick:
-        flags += QUICK
+        flags += (*QUICK, *(QUICK_SPLITS if "--data.name" not in flags else ()))
     return flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains and measures; returns the exit code of the training."""
-    from measures import measure  # it imports JAX
+    from measures import measure, reached  # it imports JAX
 
     from flax_alexnet.training.loop import train
+    from flax_alexnet.weights.finetuning import adapt
 
     arguments = tyro.cli(ArmArguments, args=argv)
-    config = parse_config(flags_of(arguments))
-    if code := train(config):
-        return code
-    print(json.dumps(measure(config, ARMS[arguments.arm].measures)), flush=True)
+    arm = ARMS[arguments.arm]
+    config = parse_config(flags_of(arguments), adapt=adapt)
+    most, config = config.epochs, dataclasses.replace(config, epochs=0)
+    while config.epochs < most:
+        part = most if arm.until is None else PART
+        config = dataclasses.replace(config, epochs=min(most, config.epochs + part))
+        if code := train(config):
+            return code
+        if arm.until is not None and reached(config.workdir, arm.until):
+            break
+    print(json.dumps(measure(config, arm.measures)), flush=True)
     return 0
 
 

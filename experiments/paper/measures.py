@@ -1,6 +1,7 @@
 """What is measured of a run on CIFAR-10 when it has been trained."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,8 @@ SAMPLE = 10_000  # training images on which a trained model is measured again
 QUERIES = 1_000  # test images whose neighbours are looked for
 NEIGHBOURS = 6  # the paper's Figure 4 shows six
 PERMUTATIONS = 10_000
+FOLDS = 10  # parts of the test images, of which each gives an effect of an average of models
+PROBABILITIES = "probabilities.npy"
 
 
 class Measure(NamedTuple):
@@ -59,7 +62,7 @@ def measure(config: Config, extra: Sequence[str] = ()) -> list[Measure]:
             add(f"test_error_{crops}_crops", loss_and_error(pretrained, everything, crops)[1])
     if "probabilities" in extra:
         probabilities = np.exp(outputs(pretrained, everything["image"]))
-        np.save(config.workdir / "probabilities.npy", probabilities.astype(np.float16))
+        np.save(config.workdir / PROBABILITIES, probabilities.astype(np.float16))
     if "dead" in extra:
         images = pretrained.preprocess(sample["image"][:BATCH])
         for layer, share in dead_units(pretrained.model, pretrained.params, images).items():
@@ -90,6 +93,49 @@ def curves(config: Config) -> list[Measure]:
                 label = f"{kind}_{'loss' if is_loss else 'error'}"
                 result.append(Measure(label, line["epoch"], value if is_loss else 1 - value))
     return result
+
+
+def reached(workdir: Path, target: float) -> bool:
+    """Whether the training error of a run has fallen to a target."""
+    lines = read_metrics(workdir / "metrics.jsonl")
+    return any(1 - line["train_top1"] <= target for line in lines if "train_top1" in line)
+
+
+def average(folders: Sequence[Path], labels: np.ndarray) -> list[tuple[float, float]]:
+    """The errors of single models and of their average, over each of `FOLDS` parts of the images.
+
+    Args:
+      folders: of runs whose probabilities were saved.
+      labels: int[n], of the test images.
+    """
+    probabilities = [np.load(folder / PROBABILITIES).astype(np.float32) for folder in folders]
+    single = np.mean([p.argmax(1) != labels for p in probabilities], axis=0)
+    together = np.mean(probabilities, axis=0).argmax(1) != labels
+    parts = zip(np.array_split(single, FOLDS), np.array_split(together, FOLDS), strict=True)
+    return [(float(one.mean()), float(other.mean())) for one, other in parts]
+
+
+def make_halves(data_dir: Path | None, folder: Path, most: int) -> None:
+    """Writes the first five and the last five classes of CIFAR-10 as folders of images.
+
+    Args:
+      data_dir: the folder with the prepared cifar10; None: the usual one.
+      folder: gets the folders `first_half` and `second_half`.
+      most: images of each class in a split at most.
+    """
+    dataset = open_dataset("cifar10", data_dir)
+    for split, source in (("train", dataset.train), ("test", dataset.eval)):
+        counts = np.zeros(len(source.label_names), int)
+        for index in range(len(source)):
+            record = source.read(index)
+            label = record.label
+            half = "first_half" if label < len(counts) // 2 else "second_half"
+            place = folder / half / split / source.label_names[label]
+            place.mkdir(parents=True, exist_ok=True)
+            if counts[label] < most:
+                kind = "png" if record.image.startswith(b"\x89PNG") else "jpg"
+                (place / f"{counts[label]:05}.{kind}").write_bytes(record.image)
+                counts[label] += 1
 
 
 def outputs(pretrained: Pretrained, images: np.ndarray, crops: int = 1) -> np.ndarray:

@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+from arms import ARMS
 from verdicts import COLUMNS, LAST, read_runs
 
 from flax_alexnet.utils.errors import STOPPED
@@ -37,22 +38,21 @@ class Runner:
     data_dir: Path | None
     quick: bool
 
-    def train(self, jobs: Sequence[Job], workers: int, hours: float) -> bool:
-        """Trains the jobs that are not in the file; returns whether all are there afterwards.
+    def train(self, jobs: Sequence[Job], workers: int, until: float) -> bool:
+        """Trains jobs, and returns whether all are in the file afterwards.
 
         Args:
-          jobs: what is to be in the file.
+          jobs: what is to be trained, in this order where it can be.
           workers: runs at a time, each on its own cores; 0: one for each core.
-          hours: after these, or on Ctrl-C or SIGTERM, the runs stop and save their state.
+          until: at this time of the monotonic clock, or on Ctrl-C or SIGTERM, the runs stop and
+            save their state.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        done = read_runs(self.path)
-        waiting = [job for job in jobs if job not in done]
+        waiting = list(jobs)
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         slots = range(min(workers or len(cores) or 1, len(waiting)))
         running: dict[int, tuple[subprocess.Popen[bytes], Job, float]] = {}
-        until = time.monotonic() + 3600 * hours
         with _stop_requests() as stop_requested:
             while waiting or running:
                 if stop_requested() or time.monotonic() > until:
@@ -60,8 +60,9 @@ class Runner:
                     for process, *_ in running.values():
                         process.send_signal(signal.SIGTERM)
                 for slot in slots:
-                    if slot not in running and waiting:
-                        job = waiting.pop(0)
+                    job = self._next(waiting) if slot not in running else None
+                    if job:
+                        waiting.remove(job)
                         print(f"{job[0]} {job[1]}: begins, {len(waiting)} wait", flush=True)
                         running[slot] = self._start(job, cores[slot :: len(slots)])
                 for slot, (process, job, began) in list(running.items()):
@@ -71,6 +72,15 @@ class Runner:
                 time.sleep(0.2)
         done = read_runs(self.path)
         return all(job in done for job in jobs)
+
+    def _next(self, waiting: Sequence[Job]) -> Job | None:
+        """The first job that can begin: the run that it starts from must be complete."""
+        done = read_runs(self.path) if any(ARMS[arm].start for arm, _ in waiting) else {}
+        for arm, seed in waiting:
+            start = ARMS[arm].start
+            if start is None or (start, seed) in done:
+                return arm, seed
+        return None
 
     def _start(self, job: Job, cores: Sequence[int]) -> tuple[subprocess.Popen[bytes], Job, float]:
         """Starts a run in a process of its own, with its output in a file."""
@@ -95,13 +105,18 @@ class Runner:
         if process.returncode:
             return f"exit code {process.returncode}, see {self._log(job)}"
         seconds = round(time.monotonic() - began)
-        measures = json.loads(self._log(job).read_text().splitlines()[-1])
+        self.append(job, json.loads(self._log(job).read_text().splitlines()[-1]), seconds)
+        return f"done in {seconds} s"
+
+    def append(
+        self, job: Job, measures: Iterable[tuple[str, float, float]], seconds: float
+    ) -> None:
+        """Appends measures, a name, an epoch and a value each, to the file."""
         rows = [[*job, name, f"{epoch:.6g}", f"{value:.6g}", ""] for name, epoch, value in measures]
         rows.append([*job, LAST, 0, seconds, machine()])
         is_new = not self.path.exists()
         with self.path.open("a", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows] if is_new else rows)
-        return f"done in {seconds} s"
 
     def _log(self, job: Job) -> Path:
         """The file with the output of a run."""

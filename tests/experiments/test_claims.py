@@ -22,6 +22,7 @@ import arms  # noqa: E402
 import claims  # noqa: E402
 import measures  # noqa: E402
 import verdicts  # noqa: E402
+from runner import Runner  # noqa: E402
 
 sys.path.remove(str(PAPER))
 
@@ -52,19 +53,96 @@ def test_every_claim_has_its_arms_and_a_name_of_its_own():
     names = [claim.name for claim in claims.CLAIMS]
     assert len(set(names)) == len(names) >= 20
     for claim in claims.CLAIMS:
-        assert set(claim.effect.arms) <= arms.ARMS.keys()
+        assert set(claims.arms_of([claim.name])) <= arms.ARMS.keys()
+        for arm in claim.effect.arms:
+            assert arm in arms.ARMS or arm in claims.DERIVED
     assert set(claims.PUBLISHED) <= arms.ARMS.keys()
 
 
 @pytest.mark.parametrize("name", arms.ARMS)
 def test_an_arm_is_a_valid_configuration_of_a_model_that_fits(name, tmp_path):
-    flags = arms.flags_of(arms.ArmArguments(name, 3, tmp_path))
+    flags = arms.flags_of(arms.ArmArguments(name, 3, tmp_path / "run"))
     config = parse_config(flags)
-    assert (config.seed, config.workdir) == (3, tmp_path)
+    assert (config.seed, config.workdir) == (3, tmp_path / "run")
+    if start := arms.ARMS[name].start:
+        assert config.init_from == tmp_path / f"{start}-3"
     layers = architecture(config.model.variant).scaled(10, config.model.width)
     infer_shapes(layers, config.augment.crop_size, config.augment.crop_size)
     quick = parse_config(arms.flags_of(arms.ArmArguments(name, 3, tmp_path, quick=True)))
     assert quick.epochs == 1
+
+
+def test_the_best_rate_is_tried_with_more_seeds():
+    """By the speed to 25 %, and not by the error at any time before."""
+    relu = [f"relu_{rate}" for rate in arms.RATES["relu"]]
+    assert claims.arms_of(["relu"])[:3] == relu
+    first = claims.missing(relu, {}, quick=False)
+    assert first == [(arm, 0) for arm in relu]
+    speeds = (
+        {1.0: 0.3, 9.0: 0.2},
+        {1.0: 0.6, 4.0: 0.4, 5.0: 0.2},
+        {1.0: 0.5, 20.0: 0.4},
+    )
+    runs = {(arm, 0): run_of(train_error=e) for arm, e in zip(relu, speeds, strict=True)}
+    assert claims.best_arms(runs) == {"relu": relu[1]}
+    assert claims.missing(relu, runs, quick=False) == [(relu[1], 1), (relu[1], 2)]
+    best = claims.with_best(runs)
+    assert best["relu_best", 0] is runs[relu[1], 0]
+    assert ("tanh_best", 0) not in best
+    tanh = {(f"tanh_{rate}", 0): run_of(train_error={30.0: 0.25}) for rate in arms.RATES["tanh"]}
+    claim = next(claim for claim in claims.CLAIMS if claim.name == "relu")
+    outcome = verdicts.judge(claim, claims.with_best(runs | tanh))
+    assert math.exp(outcome.mean) == pytest.approx(30 / 4.75)
+
+
+def test_a_run_begins_after_the_one_that_it_starts_from(tmp_path):
+    runner = Runner(tmp_path / "claims.csv", tmp_path, None, quick=True)
+    jobs = [("second_half_pretrained", 0), ("first_half", 0)]
+    assert claims.arms_of(["second_half_pretrained"]) == ["first_half", "second_half_pretrained"]
+    assert runner._next(jobs) == ("first_half", 0)
+    assert runner._next(jobs[:1]) is None
+    runner.append(("first_half", 0), [("test_error", 1.0, 0.5)], 9)
+    assert runner._next(jobs[:1]) == jobs[0]
+
+
+def test_an_average_of_models_is_measured_in_parts_of_the_images(tmp_path):
+    labels = np.arange(100) % 2
+    for seed in range(2):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        right = np.eye(2)[labels] * 0.6 + 0.2
+        right[seed::4] = right[seed::4, ::-1] * [[1, 1]]  # wrong for a quarter, but not surely
+        right[seed + 1 :: 4] = np.eye(2)[labels[seed + 1 :: 4]]  # sure where the other is wrong
+        np.save(folder / measures.PROBABILITIES, right)
+    parts = measures.average([tmp_path / "0", tmp_path / "1"], labels)
+    assert len(parts) == measures.FOLDS
+    single, together = np.mean(parts, axis=0)
+    assert single == pytest.approx(0.25)
+    assert together < single
+
+
+def test_halves_of_the_classes_are_folders(tmp_path):
+    if not (DATA / "cifar10").exists():
+        pytest.skip(f"CIFAR-10 is not in {DATA}")
+    measures.make_halves(DATA, tmp_path, 3)
+    for half, names in (("first_half", "airplane"), ("second_half", "truck")):
+        for split in ("train", "test"):
+            folders = sorted((tmp_path / half / split).iterdir())
+            assert len(folders) == 5
+            assert names in [folder.name for folder in folders]
+            assert all(len(list(folder.iterdir())) == 3 for folder in folders)
+
+
+def test_a_training_ends_at_its_target(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+
+    def line(step, kind, top1):
+        return json.dumps({"step": step, "epoch": 1.0, f"{kind}_loss": 1.0, f"{kind}_top1": top1})
+
+    path.write_text(line(1, "train", 0.7) + "\n" + line(1, "eval", 0.9) + "\n")
+    assert not measures.reached(tmp_path, 0.25)
+    path.write_text(line(2, "train", 0.76) + "\n")
+    assert measures.reached(tmp_path, 0.25)
 
 
 # What an arm changes of `base`; the layers that a variant changes are in the test below.
