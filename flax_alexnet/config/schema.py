@@ -337,10 +337,16 @@ def validate(config: Config) -> None:
             f"1 to --data.image-size, which is {image_size}",
         ),
         (
+            "augment.resized-area",
+            config.augment.resized_area,
+            config.augment.resized_area is None or config.augment.random_crop,
+            "nothing with --augment.no-random-crop",
+        ),
+        (
             "optimizer.schedule",
             optimizer.schedule,
             (optimizer.schedule, optimizer.rule) != ("plateau", "notebook"),
-            "constant or steps with --optimizer.rule notebook",
+            "another one with --optimizer.rule notebook",
         ),
         (
             "optimizer.drop-epochs",

@@ -24,6 +24,7 @@ from flax_alexnet.weights.digests import mismatch
 from flax_alexnet.weights.formats import KINDS, format_of
 from flax_alexnet.weights.labels import imagenet_labels
 from flax_alexnet.weights.numpy_files import read_npy, read_npz
+from flax_alexnet.weights.packaged import find, packaged_names
 from flax_alexnet.weights.pretrained import (
     LPIPS_HEADS,
     Pretrained,
@@ -66,6 +67,7 @@ def load(path: str | Path, head: str | None = None) -> Pretrained:
     Args:
       path: one of
 
+        - the name of a model that comes with the package, such as "cifar10-18pct";
         - a `.safetensors` of ours, as `python -m flax_alexnet convert` writes it;
         - the working directory of a run, whose newest checkpoint is taken;
         - torchvision's `alexnet`, a state dict as `.pth` or `.safetensors`;
@@ -103,11 +105,13 @@ def read(
       UserError: as in `load`; or the file is of another variant, or has its mean already.
     """
     try:
+        path = find(path)
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:  # a name that is too long
         raise UserError(f"no weights {path}: {error.strerror}") from None
     if not is_folder and not is_file:
-        raise UserError(f"no weights {path}: expected {KINDS}")
+        names = f"; {', '.join(packaged_names())} come with the package"
+        raise UserError(f"no weights {path}: expected {KINDS}{names if packaged_names() else ''}")
     if is_file and not 0 < path.stat().st_size <= LARGEST:
         raise UserError(f"{path} is empty or larger than 2 GiB; expected weights of AlexNet")
     kind = format_of(path) if is_file else "run"

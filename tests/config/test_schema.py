@@ -4,8 +4,10 @@ import pytest
 
 from flax_alexnet.config.cli import known_flags
 from flax_alexnet.config.recipes import parse_config
-from flax_alexnet.config.schema import Config, Range, flatten
+from flax_alexnet.config.schema import Config, Range, flatten, layer_values, upgrade
 from flax_alexnet.utils.errors import UserError
+
+EXPONENTIAL = ("--optimizer.schedule", "exponential", "--optimizer.final-rate", "0.1")
 
 
 @pytest.mark.parametrize(
@@ -24,8 +26,25 @@ from flax_alexnet.utils.errors import UserError
         (["--epochs", "inf"], "--epochs is inf; expected numbers up to 1e+10"),
         (
             ["--optimizer.rule", "notebook", "--optimizer.schedule", "plateau"],
-            "--optimizer.schedule is plateau; expected constant or steps",
+            "--optimizer.schedule is plateau; expected another one with --optimizer.rule notebook",
         ),
+        (
+            ["--augment.resized-area", "0.5", "--augment.no-random-crop"],
+            "--augment.resized-area is 0.5; expected nothing with --augment.no-random-crop",
+        ),
+        (
+            ["--optimizer.schedule", "exponential"],
+            "--optimizer.final-rate is 0.0; expected more than 0 with --optimizer.schedule exp",
+        ),
+        (
+            [*EXPONENTIAL, "--optimizer.bias-final-rate", "0"],
+            "--optimizer.bias-final-rate is 0.0; expected more than 0",
+        ),
+        ([*EXPONENTIAL, "--optimizer.rate-levels", "1"], "rate-levels is 1; expected 2 or more"),
+        (["--augment.label-smoothing", "1"], "expected 0 to below 1"),
+        (["--augment.mixup", "-0.1"], "--augment.mixup is -0.1; expected 0 or more"),
+        (["--augment.chunk", "0"], "--augment.chunk is 0; expected 1 or more"),
+        (["--optimizer.average", "1"], "--optimizer.average is 1.0; expected 0 to below 1"),
         (["--augment.crop-size", "99"], "--augment.crop-size is 99; expected 1 to"),
         (["--optimizer.schedule", "steps", "--optimizer.drop-epochs"], "drop-epochs"),
     ],
@@ -63,3 +82,26 @@ def test_a_range_has_its_ends_or_not_and_says_so(bounds, inside, outside, text):
     assert not any(bounds.holds(value) for value in outside)
     assert not bounds.holds(float("nan"))
     assert str(bounds) == text
+
+
+@pytest.mark.parametrize(
+    "value", ["conv1", "conv1=fast", "conv1=-1", "conv1=inf", "=3", "nothing=1"]
+)
+def test_a_value_of_some_layers_is_a_pattern_and_a_number(value):
+    with pytest.raises(UserError, match=r"--optimizer\.layer-decays"):
+        layer_values("optimizer.layer-decays", [value], ["conv1", "fc10"])
+
+
+def test_a_later_value_of_a_layer_goes_before_an_earlier_one():
+    values = layer_values("optimizer.layer-decays", ["*=0", "fc10=3"], ["conv1", "fc10"])
+    assert values == {"conv1": 0.0, "fc10": 3.0}
+
+
+def test_a_configuration_of_an_older_version_has_what_came_later():
+    new = flatten(Config())
+    old = {name: value for name, value in new.items() if name != "augment.chunk"}
+    assert upgrade(old) == new
+    assert upgrade(old | {"model.variant": "cuda_convnet_cifar10"})["model.variant"] == (
+        "cuda_convnet_19pct"
+    )
+    assert upgrade(old | {"seed": 7})["seed"] == 7
