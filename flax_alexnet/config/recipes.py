@@ -125,8 +125,8 @@ warm-up, label smoothing, mixup, random resized crops, and a moving average of t
 Batch normalization is left out, since the model would not be AlexNet. `evaluate --crops 2` adds the
 mirrored image.
 
-Cost: 90 epochs of ImageNet, for an accelerator. Not run to the end here; docs/reproduction.md has
-the effect of each part on CIFAR-10.
+Cost: 90 epochs of ImageNet, for an accelerator. Not run to the end here;
+`experiments/paper/claims.py` measures the effect of each part on CIFAR-10.
 """
 
 CIFAR10 = Config(

@@ -1,5 +1,7 @@
 """The module that walks a table of layers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from flax_alexnet.models.architectures import (
     Dropout,
     architecture,
     infer_shapes,
+    register,
 )
 from flax_alexnet.utils.errors import UserError
 from tests.models.expected import (
@@ -114,7 +117,13 @@ INITIAL = {
         {"fc6": 0.005, "fc7": 0.005},
         {"conv2": 1, "conv4": 1, "conv5": 1, "fc6": 1, "fc7": 1},
     ),
+    "original": (
+        {"conv3": 0.03, "conv4": 0.03, "conv5": 0.03},
+        {"conv2": 1, "conv4": 1, "conv5": 1, "fc6": 1, "fc7": 1},
+    ),
+    "cuda_convnet_80sec": ({"conv1": 1e-4, "fc64": 0.1, "fc10": 0.1}, {}),
     "cuda_convnet_19pct": ({"conv1": 1e-4}, {}),
+    "cuda_convnet_13pct": ({"conv1": 1e-4, "local3": 0.04, "local4": 0.04}, {}),
 }
 
 
@@ -132,7 +141,10 @@ def assert_distributed(kernel, std):
 
 @pytest.mark.parametrize(
     "variant",  # Caffe's two differ from the paper's in a few numbers
-    [pytest.param(v, marks=pytest.mark.slow) if v.startswith("caffe") else v for v in INITIAL],
+    [
+        pytest.param(v, marks=pytest.mark.slow) if v.startswith(("caffe", "original")) else v
+        for v in INITIAL
+    ],
 )
 def test_published_initial_values(variant):
     stds, biases = INITIAL[variant]
@@ -153,10 +165,14 @@ def test_pytorch_initial_values():
             assert values.max() > 0.75 * bound
 
 
-@pytest.mark.parametrize("variant", ["paper", pytest.param("torchvision", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "variant",
+    ["paper", "cuda_convnet_13pct", pytest.param("torchvision", marks=pytest.mark.slow)],
+)
 def test_he_initial_values(variant):
     for layer in initial_values(variant, initialization="he").values():
-        fan_in = np.prod(layer["kernel"].shape[:-1])
+        # The last axes; a locally connected layer has a kernel for each of its places before them.
+        fan_in = np.prod(layer["kernel"].shape[-4:-1])
         assert_distributed(layer["kernel"], (2 / fan_in) ** 0.5)
         np.testing.assert_array_equal(layer["bias"], 0)
 
@@ -283,3 +299,41 @@ def test_groups():
         if isinstance(layer, Conv) and layer.groups == 2
     }
     assert grouped == {"conv2", "conv4", "conv5"}
+
+
+def test_the_original_model_normalizes_linear_maps_and_pools_before_relu():
+    """#145: of both signs up to pool1, which has what ReLU leaves of it; conv5 is pooled so too."""
+    model, x, params = small("original")
+    values = activations(model, params, x)
+    for name in ("conv1", "norm1", "conv5"):
+        assert values[name].min() < 0 < values[name].max()
+    for name in ("pool1", "conv2", "pool5"):
+        assert values[name].min() == 0
+
+
+def test_locally_connected_layers_share_nothing_between_places():
+    """A change of the kernel and bias of one place changes that place alone."""
+    model, x, params = small("cuda_convnet_13pct")
+    before = activations(model, params, x)["local3"]
+    kernel, bias = (np.array(params["local3"][name]) for name in ("kernel", "bias"))
+    kernel[2, 3], bias[2, 3] = 0, 1
+    changed = {**params, "local3": {"kernel": kernel, "bias": bias}}
+    after = activations(model, changed, x)["local3"]
+    different = (before != after).any((0, 3))
+    assert np.argwhere(different).tolist() == [[2, 3]]
+    np.testing.assert_array_equal(after[:, 2, 3], 1)
+
+
+def test_a_variant_of_ones_own_has_a_name():
+    table = dataclasses.replace(architecture("cuda_convnet_19pct"), name="mine")
+    with pytest.raises(UserError, match="unknown variant 'mine'"):
+        architecture("mine")
+    register(table)
+    register(table)  # the same once more
+    assert architecture("mine") == table
+    assert abstract_activations(full_size("mine"), images("cuda_convnet_19pct"))["logits"].shape
+    with pytest.raises(UserError, match="there is a variant mine already"):
+        register(dataclasses.replace(table, image_size=40))
+    with pytest.raises(UserError, match="there is a variant paper already"):
+        register(dataclasses.replace(table, name="paper"))
+    assert "mine" not in ARCHITECTURES
