@@ -267,21 +267,21 @@ CLAIMS = (
         _lower("test_error", "wide", "base"),
     ),
     *(
-        Claim(name, "later", f"{what} lowers the error", _lower("test_error", name, "base"))
+        Claim(name, "later", f"The error is lower with {what}", _lower("test_error", name, "base"))
         for name, what in {
-            "he": "He et al.'s initialization",
-            "cosine": "A cosine schedule with warm-up",
-            "label_smoothing": "Label smoothing of 0.1",
-            "mixup": "Mixup of 0.2",
-            "resized_crops": "Random resized crops",
-            "average": "A moving average of the weights",
-            "modern": "All of these together",
+            "he": "He et al.'s initial values",
+            "cosine": "a cosine schedule with warm-up",
+            "label_smoothing": "label smoothing of 0.1",
+            "mixup": "mixup of 0.2",
+            "resized_crops": "random resized crops",
+            "average": "a moving average of the weights",
+            "modern": "all of these together",
         }.items()
     ),
     Claim(
         "flips",
         "later",
-        "The mean with the mirrored image lowers the error",
+        "The error is lower for the mean of an image and its mirror image",
         _within("test_error", "test_error_2_crops"),
     ),
 )

@@ -100,7 +100,8 @@ class Claim:
     """A sentence of the paper, and how it is tested.
 
     It says that the mean effect over all seeds is more than zero, which the 95 % interval by
-    Student's t decides; or, of a "chance", that it is less than `CHANCE` for every seed.
+    Student's t decides; or, of a "chance", that it is less than `CHANCE` for every seed. One seed
+    decides nothing.
 
     Attributes:
       name: for `--only`.
@@ -149,7 +150,7 @@ def judge(claim: Claim, runs: Runs) -> Outcome:
             effects.append(claim.effect.of(own))
     if not effects:
         return Outcome(Verdict.NOT_MEASURED)
-    if claim.effect.unit == "chance":
+    if claim.effect.unit == "chance" and len(effects) > 1:
         verdict = Verdict.HOLDS if max(effects) < CHANCE else Verdict.FAILS
         return Outcome(verdict, tuple(effects))
     low, high = interval(effects)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from flax_alexnet.config.recipes import parse_config
 from flax_alexnet.config.schema import flatten
@@ -21,6 +22,7 @@ import arithmetic  # noqa: E402
 import arms  # noqa: E402
 import claims  # noqa: E402
 import measures  # noqa: E402
+import reproduction  # noqa: E402
 import verdicts  # noqa: E402
 from runner import Runner  # noqa: E402
 
@@ -218,6 +220,7 @@ def test_chance_must_be_small_for_every_seed():
     chance = claim_of("chance")
     assert verdicts.judge(chance, runs_of(0.001, 0.04)).verdict == "holds"
     assert verdicts.judge(chance, runs_of(0.001, 0.06)).verdict == "does not hold"
+    assert verdicts.judge(chance, runs_of(0.001)).verdict == "cannot be told apart from none"
 
 
 def test_only_seeds_with_a_run_of_each_arm_count():
@@ -322,3 +325,46 @@ def test_arithmetic_is_exact(tmp_path, monkeypatch, capsys):
     assert "minutes, one H200" in ours["time of 90 epochs"]
     assert json.loads(arithmetic.Arguments().bench.read_text())["rows"]
     capsys.readouterr()
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A file of measures with two seeds of a claim's arms, and a page with marks for tables."""
+    runner = Runner(tmp_path / "claims.csv", tmp_path, None, quick=False)
+    for seed, (half, both) in enumerate(((0.3, 0.25), (0.31, 0.25))):
+        for arm, error in (("half", half), ("towers", both)):
+            curve = [("test_error", epoch, error + 0.1 / epoch) for epoch in (1.0, 10.0)]
+            runner.append((arm, seed), [*curve, ("color_chance", 10.0, 0.01)], 3600)
+    for seed in range(3):
+        runner.append(("80sec", seed), [("test_error", 11.0, 0.25 + 0.01 * seed)], 1800)
+    names = ("claims", "published", "arithmetic", "machines")
+    marks = (f"<!-- {name} -->\nold\n<!-- end of {name} -->" for name in names)
+    (tmp_path / "page.md").write_text("# A page\n\n" + "\n\ntext\n\n".join(marks) + "\n\nend\n")
+    return tmp_path
+
+
+def test_the_page_has_what_was_measured_between_its_marks(measured):
+    flags = ["--results", str(measured), "--page", str(measured / "page.md")]
+    assert reproduction.main([*flags, "--images", str(measured)]) == 0
+    text = (measured / "page.md").read_text()
+    assert "\nold\n" not in text
+    assert text.count("\n\ntext\n\n") == 3
+    assert text.endswith("\n\nend\n")
+    rows = [line for line in text.splitlines() if "one of half the kernels" in line]
+    assert rows == [
+        "| 3.2 | Two towers have a lower error than one of half the kernels | 1.7 and 1.2 points "
+        "(top-1, top-5) | 5.50 (-0.85 to 11.85) points | 2 | cannot be told apart from none |"
+    ]
+    assert "| 26 % | 26.00 % (23.52 to 28.48) | 1 | 3 | 0.5 |" in text
+    assert "| 5.5 |" in text  # hours of all runs
+    for name in ("claims_effects.png", "claims_curves.png"):
+        with Image.open(measured / name) as image:
+            assert np.asarray(image.convert("L")).std() > 5  # something is drawn
+    before = text
+    assert reproduction.main([*flags, "--images", str(measured)]) == 0
+    assert (measured / "page.md").read_text() == before
+
+
+def test_a_page_without_marks_is_refused():
+    with pytest.raises(ValueError, match="has no marks"):
+        reproduction.replaced("# A page", "claims", "")
