@@ -77,10 +77,12 @@ def test_the_readme_names_what_exists():
 def test_flags_and_links_of_the_pages_exist(page, monkeypatch):
     path = README.parent / page
     others = {"--help", "--requeue", "--signal", "--output", "--no-skips", "--slow"}
-    monkeypatch.syspath_prepend(README.parent / "experiments" / "benchmarks")
+    experiments = README.parent / "experiments"
+    for folder in ("benchmarks", "paper"):
+        monkeypatch.syspath_prepend(experiments / folder)
     flags = others | set(known_flags(Config()))
-    for script in ("bench", "soak"):
-        found = runpy.run_path(str(README.parent / "experiments" / "benchmarks" / f"{script}.py"))
+    for script in ("benchmarks/bench", "benchmarks/soak", "paper/imagenet"):
+        found = runpy.run_path(str(experiments / f"{script}.py"))
         flags |= set(known_flags(found["Arguments"]()))
     for command in COMMANDS:
         module = importlib.import_module(f"flax_alexnet.commands.{command}")
