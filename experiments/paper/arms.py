@@ -27,6 +27,7 @@ from flax_alexnet.models.architectures import (
     Layer,
     register,
 )
+from flax_alexnet.utils.errors import UserError, exit_code
 
 Change = Callable[[Layer], Sequence[Layer]]
 
@@ -136,7 +137,7 @@ def _variant(name: str, *flags: str, measures: tuple[str, ...] = ()) -> Arm:
 
 
 def _published(name: str, *flags: str, seeds: int = 1) -> Arm:
-    flags = ("--recipe", f"cifar10-{name}", "--eval-epochs", "5", *flags)
+    flags = ("--recipe", f"cifar10-{name}", "--eval-epochs", "5", "--log-every", "400", *flags)
     return Arm(flags, seeds=seeds, measures=("crops",))
 
 
@@ -245,16 +246,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments = tyro.cli(ArmArguments, args=argv)
     arm = ARMS[arguments.arm]
-    config = parse_config(flags_of(arguments), adapt=adapt)
-    most, config = config.epochs, dataclasses.replace(config, epochs=0)
-    while config.epochs < most:
-        part = most if arm.until is None else PART
-        config = dataclasses.replace(config, epochs=min(most, config.epochs + part))
-        if code := train(config):
-            return code
-        if arm.until is not None and reached(config.workdir, arm.until):
-            break
-    print(json.dumps(measure(config, arm.measures)), flush=True)
+    try:
+        config = parse_config(flags_of(arguments), adapt=adapt)
+        most, config = config.epochs, dataclasses.replace(config, epochs=0)
+        while config.epochs < most:
+            part = most if arm.until is None else PART
+            config = dataclasses.replace(config, epochs=min(most, config.epochs + part))
+            if code := train(config):
+                return code
+            if arm.until is not None and reached(config.workdir, arm.until):
+                break
+        print(json.dumps(measure(config, arm.measures)), flush=True)
+    except UserError as error:
+        return exit_code(error)
     return 0
 
 

@@ -52,12 +52,14 @@ class Runner:
         waiting = list(jobs)
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         slots = range(min(workers or len(cores) or 1, len(waiting)))
-        running: dict[int, tuple[subprocess.Popen[bytes], Job, float]] = {}
+        running: dict[int, tuple[subprocess.Popen[bytes], Job]] = {}
+        stopping = False
         with _stop_requests() as stop_requested:
             while waiting or running:
-                if stop_requested() or time.monotonic() > until:
-                    waiting = []
-                    for process, *_ in running.values():
+                if not stopping and (stop_requested() or time.monotonic() > until):
+                    # A second signal would end a run at once, before its state is saved.
+                    stopping, waiting = True, []
+                    for process, _ in running.values():
                         process.send_signal(signal.SIGTERM)
                 for slot in slots:
                     job = self._next(waiting) if slot not in running else None
@@ -65,10 +67,10 @@ class Runner:
                         waiting.remove(job)
                         print(f"{job[0]} {job[1]}: begins, {len(waiting)} wait", flush=True)
                         running[slot] = self._start(job, cores[slot :: len(slots)])
-                for slot, (process, job, began) in list(running.items()):
+                for slot, (process, job) in list(running.items()):
                     if process.poll() is not None:
                         del running[slot]
-                        print(f"{job[0]} {job[1]}: {self._finish(process, job, began)}", flush=True)
+                        print(f"{job[0]} {job[1]}: {self._finish(process, job)}", flush=True)
                 time.sleep(0.2)
         done = read_runs(self.path)
         return all(job in done for job in jobs)
@@ -82,7 +84,7 @@ class Runner:
                 return arm, seed
         return None
 
-    def _start(self, job: Job, cores: Sequence[int]) -> tuple[subprocess.Popen[bytes], Job, float]:
+    def _start(self, job: Job, cores: Sequence[int]) -> tuple[subprocess.Popen[bytes], Job]:
         """Starts a run in a process of its own, with its output in a file."""
         arm, seed = job
         command = [sys.executable, str(Path(__file__).with_name("arms.py")), arm, str(seed)]
@@ -96,15 +98,17 @@ class Runner:
         if cores:
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(process.pid, cores)
-        return process, job, time.monotonic()
+        return process, job
 
-    def _finish(self, process: subprocess.Popen[bytes], job: Job, began: float) -> str:
+    def _finish(self, process: subprocess.Popen[bytes], job: Job) -> str:
         """Appends the measures of a run that has ended to the file; returns how it ended."""
-        if process.returncode == STOPPED:
+        if process.returncode in (STOPPED, -signal.SIGTERM):  # the latter before it had begun
             return "stopped; the same command goes on"
         if process.returncode:
             return f"exit code {process.returncode}, see {self._log(job)}"
-        seconds = round(time.monotonic() - began)
+        # Those of all sittings, if the run was interrupted.
+        summary = self.folder / f"{job[0]}-{job[1]}" / "summary.json"
+        seconds = round(json.loads(summary.read_text())["seconds"])
         self.append(job, json.loads(self._log(job).read_text().splitlines()[-1]), seconds)
         return f"done in {seconds} s"
 

@@ -17,6 +17,7 @@ from flax_alexnet.config.recipes import RECIPES
 from flax_alexnet.config.schema import Config
 from flax_alexnet.models.architectures import ARCHITECTURES, infer_shapes
 from flax_alexnet.weights.load import load
+from flax_alexnet.weights.packaged import packaged_names
 from tests.pages import PAGES, ROOT
 
 README = ROOT / "README.md"
@@ -71,6 +72,13 @@ def test_the_readme_names_what_exists():
         assert f"{sum(info.parameters for info in infos):,}" in text
         assert f"{sum(info.macs for info in infos):,}" in text
     assert all(f"`{recipe}`" in text for recipe in RECIPES)
+
+
+def test_the_readme_states_the_errors_of_the_models_in_the_package():
+    text = README.read_text()
+    for name in packaged_names():
+        assert f"`{name}`" in text or f" {name} " in text
+        assert f"{100 * float(load(name).source['test error']):.1f} %" in text
 
 
 @pytest.mark.parametrize("page", PAGES)
