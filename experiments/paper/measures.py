@@ -136,6 +136,8 @@ def make_halves(data_dir: Path | None, folder: Path, most: int) -> None:
                 kind = "png" if record.image.startswith(b"\x89PNG") else "jpg"
                 (place / f"{counts[label]:05}.{kind}").write_bytes(record.image)
                 counts[label] += 1
+            if counts.min() >= most:
+                break
 
 
 def outputs(pretrained: Pretrained, images: np.ndarray, crops: int = 1) -> np.ndarray:

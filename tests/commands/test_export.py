@@ -77,7 +77,7 @@ def test_the_command_writes_a_trunk_up_to_a_layer(weights, tmp_path, capsys):
     safetensors_files.save(trunk, tmp_path / "trunk.safetensors")
     arguments = [str(tmp_path / "trunk.safetensors"), str(tmp_path / "new" / "trunk.stablehlo")]
     assert export.main([*arguments, "--layer", "pool1"]) == 0
-    assert "uint8[b, 23, 23, 3] to pool1, float32[b, 9, 9, 2]" in capsys.readouterr().out
+    assert "uint8[b, 23, 23, 3] to pool1, float32[b, 9, 9, 6]" in capsys.readouterr().out
     assert export.main([*arguments, "--overwrite"]) == 2
     assert "has no fc10" in capsys.readouterr().err
 

@@ -300,6 +300,7 @@ def test_the_average_follows_the_parameters():
     assert small_state().evaluated is not None
 
 
+@pytest.mark.slow
 def test_the_average_is_that_of_optax():
     """`optax.ema` begins at zero; with the first value as its state, it is the same."""
     state = small_state(averaged=True)
@@ -339,6 +340,7 @@ def test_mixup_mixes_images_and_losses():
     assert float(loss) == pytest.approx(float(share * one + (1 - share) * other), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_may_be_another():
     state, batch = small_state(), next(small_batches(1))
     smooth = functools.partial(cross_entropy, smoothing=0.2)
