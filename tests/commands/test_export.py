@@ -43,7 +43,13 @@ def test_stablehlo_gives_what_the_model_gives(variant, tmp_path, monkeypatch):
     logits = jax.jit(
         lambda x: pretrained.model.apply({"params": pretrained.params}, pretrained.preprocess(x))
     )(images)
-    np.testing.assert_array_equal(export.load_exported(path)(images), logits)
+    program = export.load_exported(path)
+    if variant == "cuda_convnet_18pct":
+        # The exported program has a branch for the average pooling of each platform. Without it,
+        # XLA fuses the pooling with the normalization that follows, and rounds at other places.
+        np.testing.assert_allclose(program(images), logits, rtol=2e-6)
+    else:
+        np.testing.assert_array_equal(program(images), logits)
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
     assert exported.platforms == ("cpu", "cuda", "tpu")
 
