@@ -121,13 +121,11 @@ class AlexNet(nn.Module):
         shape: tuple[int, ...]
         if images.ndim != 4:
             raise ValueError(f"images must be (batch, height, width, channels), not {images.shape}")
-        infer_shapes(
-            layers, *images.shape[1:]
-        )  # raises UserError for an image that is too small, and names the layer
-
+        # It raises UserError for an image that is too small, and names the layer.
+        infos = infer_shapes(layers, *images.shape[1:])
         x = images.astype(self.dtype)
-        for layer in layers:
-            affine = None
+        for info in infos:
+            layer, affine = info.layer, None
             match layer:
                 case Conv(name=name, kernel_size=side, groups=groups):
                     operator = functools.partial(
@@ -137,12 +135,8 @@ class AlexNet(nn.Module):
                     affine = self._affine(layer, operator, shape)
                     x = affine(x)
                 case Local(name=name, kernel_size=side):
-                    padding = _padding(x, layer)
-                    operator = functools.partial(locally_connect, padding=padding)
-                    places = [
-                        n + sum(pads) - side + 1
-                        for n, pads in zip(x.shape[1:3], padding, strict=True)
-                    ]
+                    operator = functools.partial(locally_connect, padding=_padding(x, layer))
+                    places = info.shape[:2]
                     shape = (*places, side, side, x.shape[-1], layer.features)
                     affine = self._affine(layer, operator, shape, places)
                     x = affine(x)
