@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_alexnet.models.architectures import (
-    Architecture,
     Conv,
     Dense,
     Local,
@@ -68,9 +67,8 @@ class DataMeta(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """A layer of a file: its type, and its arrays in the order of the layers that it reads."""
+    """The arrays of a layer of a file, in the order of the layers that it reads."""
 
-    kind: str
     weights: tuple[np.ndarray, ...]
     biases: np.ndarray
 
@@ -90,7 +88,7 @@ def read_checkpoint(path: Path) -> Convnet:
         ) from None
     variant = _variant(layers, kinds, path)
     names = ORIGINAL if variant == "original" else {name: (name,) for name in layers}
-    last = _weighted(architecture(variant))[-1].name
+    last = architecture(variant).layers[-1].name
     num_classes = layers[names[last][0]].biases.size
     return Convnet(variant, _params(variant, layers, names, num_classes, path), num_classes)
 
@@ -148,7 +146,7 @@ def _layers(content: Mapping[str, Any]) -> tuple[dict[str, _Layer], set[str]]:
             # The first tower comes first in our layout; a layer may read it second.
             order = sorted(range(len(inputs)), key=lambda index: inputs[index])
             weights = tuple(arrays[index] for index in order)
-            result[name] = _Layer(str(layer["type"]), weights, arrays[-1])
+            result[name] = _Layer(weights, arrays[-1])
     return result, {str(layer["type"]) for layer in listed_layers}
 
 
@@ -232,7 +230,3 @@ def _converted(
         "kernel": np.ascontiguousarray(kernel, np.float32),
         "bias": np.ascontiguousarray(bias, np.float32),
     }
-
-
-def _weighted(table: Architecture) -> list[Weighted]:
-    return [layer for layer in table.layers if isinstance(layer, Weighted)]
