@@ -30,7 +30,7 @@ from measures import PROBABILITIES, average, make_halves
 from runner import Job, Runner
 from verdicts import Claim, Effect, Run, Runs, describe, judge, read_runs
 
-from flax_alexnet.data.sources import open_dataset
+from flax_alexnet.data.sources import Source, open_dataset
 from flax_alexnet.utils.errors import STOPPED, UserError, exit_code
 
 
@@ -326,14 +326,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     complete = True
     try:
         arms = arms_of(arguments.only)
-        labels = test_labels(arguments.data_dir)
+        dataset = open_dataset("cifar10", arguments.data_dir)
         if any("{folder}" in flag for arm in arms for flag in ARMS[arm].flags):
-            make_halves(arguments.data_dir, folder, 50 if arguments.quick else sys.maxsize)
+            make_halves(dataset, folder, 50 if arguments.quick else sys.maxsize)
         # What has been trained decides what is trained next: the rates of section 3.1.
         while complete and (jobs := missing(arms, read_runs(path), arguments.quick)):
             complete = runner.train(jobs, arguments.workers, until)
         if "base" in arms and complete:
-            append_average(runner, labels, read_runs(path))
+            append_average(runner, dataset.eval, read_runs(path))
     except UserError as error:
         return exit_code(error)
     runs = with_best(read_runs(path))
@@ -399,13 +399,7 @@ def with_best(runs: Runs) -> Runs:
     }
 
 
-def test_labels(data_dir: Path | None) -> np.ndarray:
-    """The classes of the test images. Raises UserError if the dataset is not there."""
-    source = open_dataset("cifar10", data_dir).eval
-    return np.array([source.read(index).label for index in range(len(source))])
-
-
-def append_average(runner: Runner, labels: np.ndarray, runs: Runs) -> None:
+def append_average(runner: Runner, test: Source, runs: Runs) -> None:
     """Appends the errors of the average of the base models, a part of the test images each."""
     seeds = [seed for arm, seed in runs if arm == "base"]
     if ("ensemble", 0) in runs or runner.quick:
@@ -414,6 +408,7 @@ def append_average(runner: Runner, labels: np.ndarray, runs: Runs) -> None:
     if absent := [folder for folder in folders if not (folder / PROBABILITIES).exists()]:
         print(f"ensemble: not measured, since {absent[0]} is not there; it was trained elsewhere")
         return
+    labels = np.array([test.read(index).label for index in range(len(test))])
     for fold, (single, together) in enumerate(average(folders, labels)):
         measures = [("single_error", 0.0, single), ("average_error", 0.0, together)]
         runner.append(("ensemble", fold), measures, 0)

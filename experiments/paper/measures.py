@@ -1,6 +1,7 @@
 """What is measured of a run on CIFAR-10 when it has been trained."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 import flax_alexnet
 from flax_alexnet.config.schema import Config
 from flax_alexnet.data.dataset import CachedExamples
-from flax_alexnet.data.sources import open_dataset
+from flax_alexnet.data.sources import Dataset, open_dataset
 from flax_alexnet.inference.batches import log_probabilities
 from flax_alexnet.models.activations import map_names
 from flax_alexnet.training.divergence import dead_units
@@ -26,6 +27,7 @@ NEIGHBOURS = 6  # the paper's Figure 4 shows six
 PERMUTATIONS = 10_000
 FOLDS = 10  # parts of the test images, of which each gives an effect of an average of models
 PROBABILITIES = "probabilities.npy"
+HALVES = ("first_half", "second_half")  # folders of half of the classes each
 
 
 class Measure(NamedTuple):
@@ -64,15 +66,16 @@ def measure(config: Config, extra: Sequence[str] = ()) -> list[Measure]:
         probabilities = np.exp(outputs(pretrained, everything["image"]))
         np.save(config.workdir / PROBABILITIES, probabilities.astype(np.float16))
     if "dead" in extra:
-        images = pretrained.preprocess(sample["image"][:BATCH])
-        for layer, share in dead_units(pretrained.model, pretrained.params, images).items():
+        seen = pretrained.preprocess(sample["image"][:BATCH])
+        for layer, share in dead_units(pretrained.model, pretrained.params, seen).items():
             add(f"dead_{layer}", share)
     if "neighbours" in extra:
-        pixels = [batch["image"].reshape(len(batch["image"]), -1) for batch in (sample, everything)]
-        features = [last_hidden(pretrained, batch["image"]) for batch in (sample, everything)]
+        images = sample["image"], everything["image"][:QUERIES]
         labels = sample["label"], everything["label"][:QUERIES]
+        pixels = [part.reshape(len(part), -1) for part in images]
+        features = [last_hidden(pretrained, part) for part in images]
         for name, (known, queries) in (("pixels", pixels), ("features", features)):
-            add(f"neighbours_{name}", same_class(known, queries[:QUERIES], *labels))
+            add(f"neighbours_{name}", same_class(known, queries, *labels))
     if "towers" in extra:
         first, second, chance = towers(np.asarray(pretrained.params["conv1"]["kernel"]))
         add("color_first_tower", first)
@@ -115,22 +118,25 @@ def average(folders: Sequence[Path], labels: np.ndarray) -> list[tuple[float, fl
     return [(float(one.mean()), float(other.mean())) for one, other in parts]
 
 
-def make_halves(data_dir: Path | None, folder: Path, most: int) -> None:
-    """Writes the first five and the last five classes of CIFAR-10 as folders of images.
+def make_halves(dataset: Dataset, folder: Path, most: int) -> None:
+    """Writes the first five and the last five classes of CIFAR-10 as folders of images, once.
 
     Args:
-      data_dir: the folder with the prepared cifar10; None: the usual one.
-      folder: gets the folders `first_half` and `second_half`.
+      dataset: CIFAR-10.
+      folder: gets the folders `first_half` and `second_half`, if they are not there.
       most: images of each class in a split at most.
     """
-    dataset = open_dataset("cifar10", data_dir)
+    if all((folder / half).exists() for half in HALVES):
+        return
+    partial = folder / "halves.partial"  # until all of them are written
+    shutil.rmtree(partial, ignore_errors=True)
     for split, source in (("train", dataset.train), ("test", dataset.eval)):
         counts = np.zeros(len(source.label_names), int)
         for index in range(len(source)):
             record = source.read(index)
             label = record.label
-            half = "first_half" if label < len(counts) // 2 else "second_half"
-            place = folder / half / split / source.label_names[label]
+            half = HALVES[2 * label // len(counts)]
+            place = partial / half / split / source.label_names[label]
             place.mkdir(parents=True, exist_ok=True)
             if counts[label] < most:
                 kind = "png" if record.image.startswith(b"\x89PNG") else "jpg"
@@ -138,11 +144,18 @@ def make_halves(data_dir: Path | None, folder: Path, most: int) -> None:
                 counts[label] += 1
             if counts.min() >= most:
                 break
+    for half in HALVES:
+        shutil.rmtree(folder / half, ignore_errors=True)
+        (partial / half).rename(folder / half)
 
 
 def outputs(pretrained: Pretrained, images: np.ndarray, crops: int = 1) -> np.ndarray:
     """Log-probabilities, float32[n, classes]."""
-    compute = log_probabilities(pretrained, crops)
+    return in_parts(log_probabilities(pretrained, crops), images)
+
+
+def in_parts(compute: Callable[[jax.Array], jax.Array], images: np.ndarray) -> np.ndarray:
+    """The results of a function of images, computed `BATCH` images at a time."""
     parts = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
     return np.concatenate([np.asarray(compute(jnp.asarray(part))) for part in parts])
 
@@ -166,8 +179,7 @@ def last_hidden(pretrained: Pretrained, images: np.ndarray) -> np.ndarray:
         maps = flax_alexnet.features(pretrained.model, pretrained.params, seen, [layer])[layer]
         return maps.reshape(len(images), -1)
 
-    parts = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
-    return np.concatenate([np.asarray(compute(part)) for part in parts])
+    return in_parts(compute, images)
 
 
 def same_class(

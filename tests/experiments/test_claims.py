@@ -13,6 +13,7 @@ from PIL import Image
 
 from flax_alexnet.config.recipes import parse_config
 from flax_alexnet.config.schema import flatten
+from flax_alexnet.data.sources import open_dataset
 from flax_alexnet.models.architectures import architecture, infer_shapes
 
 PAPER = Path(__file__).resolve().parents[2] / "experiments" / "paper"
@@ -126,7 +127,7 @@ def test_an_average_of_models_is_measured_in_parts_of_the_images(tmp_path):
 def test_halves_of_the_classes_are_folders(tmp_path):
     if not (DATA / "cifar10").exists():
         pytest.skip(f"CIFAR-10 is not in {DATA}")
-    measures.make_halves(DATA, tmp_path, 3)
+    measures.make_halves(open_dataset("cifar10", DATA), tmp_path, 3)
     for half, names in (("first_half", "airplane"), ("second_half", "truck")):
         for split in ("train", "test"):
             folders = sorted((tmp_path / half / split).iterdir())
