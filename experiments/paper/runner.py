@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
 from arms import ARMS
 from verdicts import COLUMNS, LAST, read_runs
 
+from flax_alexnet.training.signals import stop_requests
 from flax_alexnet.utils.errors import STOPPED
 
 Job = tuple[str, int]  # an arm and a seed
@@ -54,9 +55,9 @@ class Runner:
         slots = range(min(workers or len(cores) or 1, len(waiting)))
         running: dict[int, tuple[subprocess.Popen[bytes], Job]] = {}
         stopping = False
-        with _stop_requests() as stop_requested:
+        with stop_requests(alone=True) as stop_requested:
             while waiting or running:
-                if not stopping and (stop_requested() or time.monotonic() > until):
+                if not stopping and (stop_requested(True) or time.monotonic() > until):
                     # A second signal would end a run at once, before its state is saved.
                     stopping, waiting = True, []
                     for process, _ in running.values():
@@ -94,7 +95,10 @@ class Runner:
         if self.quick:
             command += ["--quick"]
         with self._log(job).open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            # In a session of its own, a run does not get a Ctrl-C besides the signal from here.
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
         if cores:
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(process.pid, cores)
@@ -132,16 +136,3 @@ def machine() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     python = platform.python_version()
     return f"{cores} cores of {platform.machine()}, Python {python}, jax {jax.__version__}"
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether Ctrl-C or SIGTERM has asked to stop."""
-    asked: list[int] = []
-    signals = signal.SIGINT, signal.SIGTERM
-    before = [signal.signal(number, lambda number, _: asked.append(number)) for number in signals]
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
