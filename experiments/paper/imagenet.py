@@ -11,7 +11,7 @@ registered users. `--quick` makes a stand-in of a thousand small classes, trains
 for some steps, and proves the way from images to tables. Run (13 trainings of 90 epochs; `--quick`
 some minutes on two cores):
 
-    python -m flax_alexnet prepare --data.name folder:ILSVRC2012 --output imagenet2012
+    python -m flax_alexnet prepare --data.name imagenet2012 --data.data-dir imagenet2012
     python experiments/paper/imagenet.py --table 2 --data-dir imagenet2012
 """
 
