@@ -1,6 +1,8 @@
 """Puts a trained model of CIFAR-10 into the package, with its command and its test error.
 
-python experiments/paper/package_model.py runs/claims/full/18pct-0 cifar10-18pct
+Run (some seconds):
+
+    python experiments/paper/package_model.py runs/claims/full/18pct-0 cifar10-18pct --command '…'
 """
 
 import dataclasses
